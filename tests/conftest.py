@@ -1,0 +1,42 @@
+"""One seed, one thread, and a count of what a test leaves behind."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    import lightning
+
+    return f"torch {torch.__version__}, lightning {lightning.__version__}, 1 thread"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    """Whatever a test writes lands in its own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left():
+    before = set(threading.enumerate())
+    yield
+    left = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    assert not left, f"threads left running: {left}"
