@@ -1,0 +1,30 @@
+"""The engine: boundaries, stages, cuts and the contract of gradient estimators, in torch alone."""
+
+from lightning_dni.core.boundary import BoundarySpec, LeafSpec
+from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Lock, Record, Signal
+from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.pool import EstimatorFactory
+from lightning_dni.core.report import BoundaryReport, HasEngine, Observable, StepReport
+from lightning_dni.core.target import Denominator, mix_gradients, sg_loss
+
+__all__ = [
+    "BoundaryReport",
+    "BoundarySpec",
+    "DNIEngine",
+    "Denominator",
+    "EstimatorFactory",
+    "Feedback",
+    "Gradient",
+    "GradientEstimator",
+    "HasEngine",
+    "LeafSpec",
+    "Lock",
+    "Observable",
+    "OptimizerFactory",
+    "Record",
+    "Signal",
+    "StepReport",
+    "mix_gradients",
+    "sg_loss",
+]

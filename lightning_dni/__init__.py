@@ -1,0 +1,1 @@
+"""Train Lightning modules with synthetic gradients (Decoupled Neural Interfaces)."""

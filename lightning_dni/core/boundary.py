@@ -1,0 +1,153 @@
+"""Name the submodules whose outputs are cut, and describe what crosses them."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dni.errors import BoundaryError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """One tensor of an activation: its shape without the batch dimension, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BoundarySpec:
+    """What an estimator factory is told about the boundary it is built for.
+
+    Attributes:
+        name: The boundary's submodule name.
+        leaves: The tensors that cross, in the order of the flattened output; only those that
+            carry a gradient.
+        batch_dim: The dimension of every leaf that counts rows.
+        device: Where the activations are.
+        consumer: The module that consumes the activation, once known and asked for.
+        output: The network's output, once known and asked for.
+    """
+
+    name: str
+    leaves: tuple[LeafSpec, ...]
+    batch_dim: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    consumer: nn.Module | None = None
+    output: LeafSpec | None = None
+
+    @classmethod
+    def of(cls, name: str, h: Sequence[Tensor]) -> "BoundarySpec":
+        """Describe the activations `h` (each of shape `[batch, ...]`) at boundary `name`.
+
+        Raises:
+            BoundaryError: An activation has no batch dimension.
+        """
+        for leaf in h:
+            if leaf.ndim == 0:
+                raise BoundaryError(
+                    f"Expected the output of boundary {name!r} to have a batch dimension, but got a "
+                    f"tensor of shape {tuple(leaf.shape)}. Choose a module whose output has one row "
+                    "per sample."
+                )
+        leaves = tuple(LeafSpec(tuple(leaf.shape[1:]), leaf.dtype) for leaf in h)
+        return cls(name=name, leaves=leaves, device=h[0].device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a row, for estimators that handle one tensor.
+
+        Raises:
+            BoundaryError: Several tensors cross this boundary.
+        """
+        if len(self.leaves) != 1:
+            raise BoundaryError(
+                f"Expected one tensor at boundary {self.name!r}, but got {len(self.leaves)}. Choose "
+                "an estimator that accepts several tensors, or a module that returns one."
+            )
+        return self.leaves[0].shape
+
+    def state_dict(self) -> dict[str, Any]:
+        """The spec in primitives, from which `from_state_dict` rebuilds it."""
+        return {
+            "name": self.name,
+            "shapes": [list(leaf.shape) for leaf in self.leaves],
+            "dtypes": [str(leaf.dtype).removeprefix("torch.") for leaf in self.leaves],
+            "batch_dim": self.batch_dim,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> "BoundarySpec":
+        """Rebuild a spec saved by `state_dict` for `device`."""
+        leaves = tuple(
+            LeafSpec(tuple(shape), getattr(torch, dtype))
+            for shape, dtype in zip(state["shapes"], state["dtypes"], strict=True)
+        )
+        return cls(state["name"], leaves, state["batch_dim"], device)
+
+
+def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Find the submodules of `model` that the names or fnmatch patterns in `patterns` mean.
+
+    Returns:
+        Submodule by name, in the order in which the model registers them.
+
+    Raises:
+        BoundaryError: No pattern is given, a pattern matches nothing, or two names are one module.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise BoundaryError(
+            f"Expected `boundaries` to be a non-empty list of submodule names, but got {patterns!r}. "
+            f"The children of {type(model).__name__} are {[n for n, _ in model.named_children()]}."
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matches:
+            raise BoundaryError(_unknown(model, pattern, names))
+        chosen.update(matches)
+    found: dict[str, nn.Module] = {}
+    for name in (name for name in names if name in chosen):
+        module = model.get_submodule(name)
+        twin = next((other for other, m in found.items() if m is module), None)
+        if twin is not None:
+            raise BoundaryError(
+                f"Expected `boundaries` to name distinct modules, but {twin!r} and {name!r} are the "
+                "same module object. Name it once: every call of it is cut."
+            )
+        found[name] = module
+    return found
+
+
+def _unknown(model: nn.Module, pattern: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"Expected `boundaries` to name submodules of {type(model).__name__}, but got {pattern!r}."
+        f"{hint} `print(model)` shows all names."
+    )
+
+
+def choose_by_pattern(name: str, choice: T | Mapping[str, T], argument: str) -> T:
+    """The value for boundary `name`: `choice` itself, or the first entry whose pattern matches.
+
+    Raises:
+        BoundaryError: `choice` is a mapping and no pattern in it matches `name`.
+    """
+    if not isinstance(choice, Mapping):
+        return choice
+    for pattern, value in choice.items():
+        if name == pattern or fnmatchcase(name, pattern):
+            return value
+    raise BoundaryError(
+        f"Expected a pattern in `{argument}` to match boundary {name!r}, but got only "
+        f"{sorted(choice)}. Add the name, or '*' for the rest."
+    )

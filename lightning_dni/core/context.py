@@ -1,0 +1,128 @@
+"""Find the context of a batch (usually its labels) and check it against what an estimator expects."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.errors import EstimatorError
+
+Labels = str | int | Hashable | Callable[[Any], Tensor | None] | None
+"""Where the context is in a batch: `"auto"`, an index, a key, a callable, or None."""
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def find_context(batch: Any, labels: Labels = "auto") -> Tensor | None:
+    """Take the context out of `batch`.
+
+    `"auto"` finds the second item of a tuple or list, or the first of `labels`, `label`, `targets`,
+    `target`, `y` in a mapping, a named tuple or a dataclass.
+
+    Args:
+        batch: What the user's training step receives.
+        labels: `"auto"`, an index, a key or attribute, a callable of the batch, or None for none.
+
+    Returns:
+        The context, or None where `"auto"` finds nothing.
+
+    Raises:
+        EstimatorError: What `labels` names is absent or not a tensor.
+    """
+    if labels is None:
+        return None
+    if callable(labels):
+        found = labels(batch)
+    elif labels == "auto":
+        return _search(batch)
+    else:
+        found = _take(batch, labels)
+    if found is not None and not isinstance(found, Tensor):
+        raise EstimatorError(
+            f"Expected `labels={labels!r}` to give a tensor from the batch, but got "
+            f"{type(found).__name__}. Pass a callable that returns the label tensor."
+        )
+    return found
+
+
+def _search(batch: Any) -> Tensor | None:
+    fields = _fields(batch)
+    candidates = [fields[key] for key in LABEL_KEYS if key in fields]
+    if not fields and isinstance(batch, Sequence) and not isinstance(batch, str):
+        candidates = list(batch[1:2])
+    return next((c for c in candidates if isinstance(c, Tensor)), None)
+
+
+def _take(batch: Any, labels: Any) -> Any:
+    fields = _fields(batch)
+    if labels in fields:
+        return fields[labels]
+    try:
+        return batch[labels]
+    except (KeyError, IndexError, TypeError):
+        known = sorted(map(str, fields)) or f"a {type(batch).__name__}"
+        raise EstimatorError(
+            f"Expected `labels={labels!r}` to be in the batch, but got {known}. Pass an index, a key, "
+            "or a callable that returns the label tensor."
+        ) from None
+
+
+def _fields(batch: Any) -> dict[Any, Any]:
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    names = getattr(batch, "_fields", None)  # a named tuple
+    return dict(zip(names, batch, strict=True)) if names else {}
+
+
+def check_context(
+    context: Tensor | None, estimator: GradientEstimator, boundary: str, check_values: bool
+) -> Tensor | None:
+    """The context that `estimator` shall see, or None where it asks for none.
+
+    Args:
+        context: What `find_context` gave.
+        estimator: Its `num_classes` and `context_size` say what it expects.
+        boundary: Named in errors.
+        check_values: Whether to look at the label values, which waits for an accelerator.
+
+    Raises:
+        EstimatorError: Context is needed but absent, of the wrong kind or width, or out of range.
+    """
+    if estimator.num_classes is None and estimator.context_size is None:
+        return None
+    who = f"{type(estimator).__name__} at boundary {boundary!r}"
+    if context is None:
+        raise EstimatorError(
+            f"Expected labels or a context for {who}, but got none from the batch. Pass `labels=` (an "
+            "index, a key or a callable), or build the estimator without `num_classes` and "
+            "`context_size`."
+        )
+    if estimator.num_classes is not None:
+        return _check_labels(context, estimator.num_classes, who, check_values)
+    if not context.is_floating_point() or context.shape[-1] != estimator.context_size:
+        raise EstimatorError(
+            f"Expected a floating-point context of width {estimator.context_size} for {who}, but got "
+            f"{context.dtype} of shape {tuple(context.shape)}."
+        )
+    return context
+
+
+def _check_labels(labels: Tensor, num_classes: int, who: str, check_values: bool) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise EstimatorError(
+            f"Expected integer labels for {who}, but got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. For a continuous context build it with `context_size`."
+        )
+    if check_values and labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low < 0 or high >= num_classes:
+            raise EstimatorError(
+                f"Expected labels in [0, {num_classes}) for {who}, but got values from {low} to "
+                f"{high}. Correct `num_classes` or pass `labels=` a callable that maps them."
+            )
+    return labels

@@ -1,0 +1,108 @@
+"""One crossing of one boundary: the graph below, the value passed on, and what is still awaited."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.estimator import Gradient, Installed, Record, Signal
+from lightning_dni.core.stage import Stage
+from lightning_dni.core.target import mix_gradients
+
+
+@dataclass(eq=False)
+class Cut:
+    """State of one crossing between its forward call and the end of the step.
+
+    Attributes:
+        boundary: Name of the boundary.
+        installed: Its estimator.
+        outputs: What the module returned, with the stage's graph; empty once that is let go.
+        leaves: What was passed on instead; empty once the stage above was differentiated.
+        stage: The stage below.
+        factor: A synthetic gradient times this is in units of the user's (scaled) loss.
+        bp_lambda: Weight of the true gradient.
+        waits: Whether the stage is only differentiated when its target has arrived.
+        retained: Whether graph and values stay for the probe.
+        consumer: What differentiates the stage above, for messages.
+        record: What the estimator needs for its loss, until that was taken.
+        awaited: What it still has to be told.
+        synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
+        arrived: What came back from above, in units of the user's loss; None for exactly zero.
+        target: The same in the estimator's units, where somebody asks for it.
+        output: The network's output for these rows.
+        loss: The estimator's loss.
+        param_grads: Gradients of the stage's variables, until they are merged.
+        estimator_grads: Gradients of the estimator's parameters, until they are merged.
+    """
+
+    boundary: str
+    installed: Installed
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+    stage: "Stage[Cut]"
+    factor: float | Tensor
+    bp_lambda: float
+    waits: bool
+    retained: bool
+    consumer: str | None = None
+    record: Record | None = None
+    awaited: set[Signal] = field(default_factory=set)
+    synthetic: Gradient | None = None
+    arrived: list[Tensor] | None = None
+    target: Gradient | None = None
+    output: Tensor | None = None
+    loss: Tensor | None = None
+    param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def take_arrived(self) -> None:
+        """Collect what the stage above left at the boundary tensors."""
+        grads = [leaf.grad for leaf in self.leaves]
+        for leaf in self.leaves:
+            leaf.grad = None
+        if any(g is not None for g in grads):
+            self.arrived = [
+                leaf.new_zeros(leaf.shape) if g is None else g
+                for g, leaf in zip(grads, self.leaves, strict=True)
+            ]
+
+    def target_gradient(self) -> Gradient:
+        """What arrived, in the estimator's units and precision."""
+        dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in self.leaves]
+        if self.arrived is None:
+            return tuple(
+                leaf.new_zeros(leaf.shape, dtype=d) for leaf, d in zip(self.leaves, dtypes, strict=True)
+            )
+        scale = 1.0 / self.factor
+        return tuple(g.to(d) * scale for g, d in zip(self.arrived, dtypes, strict=True))
+
+    def applied_gradient(self) -> list[Tensor] | None:
+        """The gradient for the stage below, in units of the user's loss; None for exactly zero."""
+        if self.arrived is None and (self.synthetic is None or self.bp_lambda == 1.0):
+            return None
+        if self.synthetic is None and not self.waits:
+            return None
+        if self.synthetic is None:
+            assert self.arrived is not None
+            return [mix_gradients(t.new_zeros(()), t, self.bp_lambda) for t in self.arrived]
+        scaled = [(g * self.factor).to(h.dtype) for g, h in zip(self.synthetic, self.outputs, strict=True)]
+        if not self.waits:
+            return scaled
+        targets = self.arrived or [s.new_zeros(()) for s in scaled]
+        return [
+            mix_gradients(s, t.expand_as(s), self.bp_lambda) for s, t in zip(scaled, targets, strict=True)
+        ]
+
+
+def lineage(top: Iterable[Cut]) -> set[Cut]:
+    """The cuts in `top` and all those below, through whose forward calls the loss came back."""
+    found = set(top)
+    queue = list(found)
+    while queue:
+        for parent in queue.pop().stage.parents:
+            if parent not in found:
+                found.add(parent)
+                queue.append(parent)
+    return found

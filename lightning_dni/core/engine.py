@@ -1,0 +1,367 @@
+"""DNIEngine: training with synthetic gradients in one process, for Lightning and for plain torch loops.
+
+One training step, as the engine does it:
+
+1. The forward pass reaches a boundary with activation `h`; a detached copy is passed on.
+2. The boundary's estimator gives SG(h, c). The stage below is differentiated against it at once, its
+   gradients are set aside, its activations freed.
+3. What that leaves at the boundary below is the target gradient there: its estimator's gradient is
+   taken and `h` is released.
+4. The loss is differentiated through the last stage only.
+5. The gradients of every forward pass through which the loss came back are merged into `.grad`; those of
+   other passes are dropped.
+6. The user's optimizer steps, then the estimators'.
+
+With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
+1 that is backprop.
+
+Example: a plain torch loop.
+
+>>> import torch
+>>> from torch import nn
+>>> from lightning_dni.core import DNIEngine
+>>> from lightning_dni.estimators import LinearEstimator
+>>> _ = torch.manual_seed(0)
+>>> x = torch.randn(256, 20)
+>>> y = (x[:, :10].sum(1) > 0).long()
+>>> model = nn.Sequential(
+...     nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+... )
+>>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+>>> engine = DNIEngine(model, ["1", "3"], lambda spec: LinearEstimator(spec, num_classes=2))
+>>> with engine:  # hooks are on the model inside this block only
+...     for _ in range(100):
+...         optimizer.zero_grad()
+...         with engine.training_step((x, y)):
+...             loss = nn.functional.cross_entropy(model(x), y)
+...         engine.backward(loss)
+...         optimizer.step()
+...         engine.update_estimators()
+>>> (model(x).argmax(1) == y).float().mean().item() > 0.9
+True
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
+from lightning_dni.core.context import Labels, find_context
+from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
+from lightning_dni.core.probe import true_gradients
+from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.report import StepReport, report_step
+from lightning_dni.core.step import Step, StepSettings
+from lightning_dni.core.tap import Taps
+from lightning_dni.core.target import Denominator, check_denominator
+from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+
+
+class DNIEngine:
+    """Cuts a model at named boundaries and trains the stages on synthetic gradients.
+
+    Args:
+        model: Any module; it is hooked while the engine is attached and never edited.
+        boundaries: Submodule names or fnmatch patterns, in any order.
+        estimator: Called once per boundary with its `BoundarySpec` when its first activation
+            arrives; or {pattern: factory}.
+        labels: Where the context is in the batch: "auto", an index, a key, a callable, or None.
+        output: Name of the submodule whose output is the network's output; None: `model` itself.
+        estimator_optimizer: Makes the estimators' optimizer from parameters; or {pattern: factory}.
+        estimator_steps: Steps that the estimators take per step of the user's optimizer.
+        bp_lambda: Lambda of BP(lambda), 0 (synthetic only) to 1 (backprop); or {pattern: value}.
+        loss_denominator: What the user's loss is divided by: "batch" (mean over rows), "sum",
+            "elements" (mean over rows and output elements), or a callable of batch and h.
+        rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
+            derived from (seed, boundary below, step).
+        seed: Seed of the engine's own streams; None: torch's initial seed.
+
+    Raises:
+        BoundaryError: A boundary or pattern names no submodule.
+        EstimatorError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        boundaries: Sequence[str],
+        estimator: EstimatorFactory | Mapping[str, EstimatorFactory],
+        *,
+        labels: Labels = "auto",
+        output: str | None = None,
+        estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        estimator_steps: int = 1,
+        bp_lambda: float | Mapping[str, float] = 0.0,
+        loss_denominator: Denominator = "batch",
+        rng: Literal["global", "stage"] = "global",
+        seed: int | None = None,
+    ) -> None:
+        check_denominator(loss_denominator)
+        if rng not in ("global", "stage"):
+            raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
+        self._model = model
+        self._modules = resolve_boundaries(model, boundaries)
+        self._output = _resolve_output(model, output)
+        self._labels = labels
+        self._loss_denominator = loss_denominator
+        self._rng = rng
+        self._seed = torch.initial_seed() if seed is None else seed
+        self._bp_lambda = dict.fromkeys(self._modules, 0.0)
+        self.set_bp_lambda(bp_lambda)
+        self._pool = EstimatorPool(
+            tuple(self._modules),
+            estimator,
+            estimator_optimizer or partial(torch.optim.Adam, lr=1e-3),
+            estimator_steps,
+            self._seed,
+        )
+        self._taps = Taps()
+        self._step: Step | None = None
+        self._in_forward = False
+        self._elements_per_row: int | None = None
+        self._steps = 0
+        self._requested: Literal["nothing", "report", "probe"] = "nothing"
+        self._report: StepReport | None = None
+
+    # ---- what others may see
+
+    @property
+    def boundaries(self) -> tuple[str, ...]:
+        """Names of the boundaries, in the order in which the model registers them."""
+        return tuple(self._modules)
+
+    @property
+    def estimators(self) -> dict[str, GradientEstimator]:
+        """The estimators built so far, by boundary."""
+        return {name: installed.estimator for name, installed in self._pool.installed.items()}
+
+    @property
+    def bp_lambda(self) -> dict[str, float]:
+        """The lambda of BP(lambda) at each boundary."""
+        return dict(self._bp_lambda)
+
+    def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
+        """Change lambda from the next training step on.
+
+        Args:
+            value: One value, or {boundary or pattern: value}.
+
+        Raises:
+            EstimatorError: A value is outside [0, 1].
+            BoundaryError: No pattern matches a boundary.
+        """
+        chosen = {n: float(choose_by_pattern(n, value, "bp_lambda")) for n in self._modules}
+        for name, bp_lambda in chosen.items():
+            if not 0.0 <= bp_lambda <= 1.0:
+                raise EstimatorError(
+                    f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda} for boundary {name!r}."
+                )
+        self._bp_lambda = chosen
+
+    def request_report(self) -> None:
+        """Have the next training step keep its gradients for `last_report`."""
+        if self._requested == "nothing":
+            self._requested = "report"
+
+    def request_probe(self) -> None:
+        """Have the next training step measure the true gradients too."""
+        self._requested = "probe"
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The report of the last step if one was requested for it, else None."""
+        return self._report
+
+    def describe(self) -> dict[str, object]:
+        """The configuration in primitives."""
+        return {
+            "boundaries": list(self._modules),
+            **self._pool.describe(),
+            "bp_lambda": self.bp_lambda,
+            "loss_denominator": str(self._loss_denominator),
+            "rng": self._rng,
+            "seed": self._seed,
+        }
+
+    # ---- hooks
+
+    def attach(self) -> None:
+        """Hook the model. Outside a training step the hooks do nothing.
+
+        Raises:
+            StageError: The engine is attached already.
+        """
+        if self._taps.installed:
+            raise StageError(
+                f"Expected an engine that is not attached, but {type(self._model).__name__} already has "
+                "its hooks. Call `detach()` first."
+            )
+        self._taps.install({m: partial(self._on_boundary, n) for n, m in self._modules.items()})
+        self._taps.install({self._output: self._on_output})
+
+    def detach(self) -> None:
+        """Take every hook off the model and forget the step in progress."""
+        self._taps.remove()
+        self._step, self._in_forward = None, False
+
+    def __enter__(self) -> "DNIEngine":
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _on_boundary(self, name: str, output: Any) -> Any:
+        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+            return None
+        passed_on = self._step.cut(name, output)
+        if self._rng == "stage":
+            crossings = sum(cut.boundary == name for cut in self._step.cuts)
+            torch.manual_seed(derive_seed(self._seed, "stage", name, crossings, self._steps))
+        return passed_on
+
+    def _on_output(self, output: Any) -> None:
+        if self._step is not None and self._in_forward and torch.is_grad_enabled():
+            self._step.see_output(output)
+
+    # ---- one step
+
+    @contextmanager
+    def training_step(
+        self, batch: Any = None, *, accumulate: int = 1, scale: Tensor | None = None
+    ) -> Iterator[None]:
+        """The block in which a training forward pass is cut.
+
+        Args:
+            batch: The user's batch; the context is found in it as `labels` says.
+            accumulate: Number of forward passes whose losses the user averages.
+            scale: What a gradient scaler will multiply the loss with.
+
+        Raises:
+            StageError: The engine is not attached.
+            BoundaryError: A boundary is changed in place by the module above it.
+        """
+        if not self._taps.installed:
+            raise StageError(
+                f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
+                "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
+            )
+        self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
+        self._report, self._requested, self._in_forward = None, "nothing", True
+        staged = seeded(derive_seed(self._seed, "stage", None, 0, self._steps), self._device())
+        try:
+            with staged if self._rng == "stage" else nullcontext():
+                yield
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" in str(error):
+                raise BoundaryError(
+                    f"Expected the output of a boundary in {sorted(self._step.fired)} not to be changed in "
+                    "place by what follows it, but got an in-place operation on it. Choose as boundary "
+                    "the module that makes the change (an inplace=True activation, say), or make it out "
+                    "of place."
+                ) from error
+            raise
+        finally:
+            self._in_forward = False
+            self._elements_per_row = self._step.elements_per_row
+            self._steps += 1
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate `loss` through the last stage and merge every gradient that counts.
+
+        Raises:
+            StageError: No training step precedes.
+            BoundaryError: A boundary did not run, or a path leaks around one.
+            EstimatorError: An estimator was never told the network's output.
+        """
+        self.prepare_backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.finish_backward()
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """First third of `backward`, for whoever differentiates the loss himself: check the way down."""
+        if self._step is None:
+            raise StageError(
+                f"Expected a training step before backward, but got none for a loss of shape "
+                f"{tuple(loss.shape)}. Run the forward pass inside `with engine.training_step(batch):`."
+            )
+        self._step.prepare(loss)
+
+    def finish_backward(self) -> None:
+        """Last third of `backward`: settle what came back and merge it into `.grad`."""
+        assert self._step is not None
+        step, self._step = self._step, None
+        cuts = step.finish()
+        self._pool.remember(step.lessons)
+        if step.settings.report:
+            truths = true_gradients(cuts, step.top) if step.settings.probe else {}
+            names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
+            self._report = report_step(self._steps - 1, cuts, truths, names)
+
+    def update_estimators(self) -> None:
+        """Let each estimator take its steps; call it after the user's optimizer has stepped."""
+        self._pool.update()
+
+    def drop_estimator_gradients(self) -> None:
+        """Forget what the estimators have learnt since their last step, when a step is skipped."""
+        self._pool.drop_gradients()
+
+    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
+        on_cpu = all(p.device.type == "cpu" for p in self._model.parameters())
+        return StepSettings(
+            batch=batch,
+            context=find_context(batch, self._labels),
+            bp_lambda=self._bp_lambda,
+            loss_denominator=self._loss_denominator,
+            elements_per_row=self._elements_per_row,
+            accumulate=accumulate,
+            scale=scale,
+            report=self._requested != "nothing",
+            probe=self._requested == "probe",
+            check_values=on_cpu or self._steps == 0 or self._requested != "nothing",
+            keep_lessons=self._pool.steps > 1,
+        )
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a restart, in tensors and primitives."""
+        return {
+            "version": 1,
+            "steps": self._steps,
+            "seed": self._seed,
+            "bp_lambda": self.bp_lambda,
+            "elements_per_row": self._elements_per_row,
+            **self._pool.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, building the estimators from their saved specs.
+
+        Raises:
+            BoundaryError: The state holds a boundary that this engine does not have.
+            EstimatorError: An estimator's parameters or optimizer do not fit.
+        """
+        self._pool.load_state_dict(state, self._device())
+        self._steps, self._seed = state["steps"], state["seed"]
+        self._elements_per_row = state["elements_per_row"]
+        self.set_bp_lambda(state["bp_lambda"])
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+
+def _resolve_output(model: nn.Module, output: str | None) -> nn.Module:
+    names = [name for name, _ in model.named_modules()]
+    if output is not None and output not in names:
+        raise BoundaryError(
+            f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
+            f"Its children are {[n for n, _ in model.named_children()]}."
+        )
+    return model if output is None else model.get_submodule(output)

@@ -1,0 +1,156 @@
+"""The contract of gradient estimators: what one is asked, what it is told, and what it declares."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+Gradient = tuple[Tensor, ...]
+"""One tensor per leaf of the activation, in units of the per-row loss."""
+
+
+class Signal(Enum):
+    """What an estimator may ask to be told after it has given its gradient."""
+
+    TARGET = "target gradient"
+    OUTPUT = "network output"
+    OUTPUT_GRADIENT = "gradient at the network output"
+    TRUE_GRADIENT = "true gradient"
+    CONSUMER = "consumer of h"
+    NETWORK_INPUT = "network input"
+    ESTIMATOR_ABOVE = "estimator above"
+
+
+class Lock(Enum):
+    """What a stage has to wait for under an estimator (Jaderberg et al. 2017, section 1)."""
+
+    FORWARD = "forward"
+    UPDATE = "update"
+    BACKWARD = "backward"
+
+
+class Record(NamedTuple):
+    """One synthesis: what the estimator saw and what it said.
+
+    Attributes:
+        h: The activation, detached, one tensor per leaf.
+        context: Labels `[batch]` or `[batch, positions]`, or a continuous context, or None.
+        gradient: What was given to the stage; carries the estimator's graph where that was kept.
+            None stands for exactly zero.
+        state: What `synthesize` returned as its state.
+    """
+
+    h: tuple[Tensor, ...]
+    context: Tensor | None
+    gradient: Gradient | None
+    state: Any
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What came back for one synthesis, as far as the estimator's `needs` ask for it.
+
+    Attributes:
+        target: The target gradient, in the estimator's units (per-row loss).
+        output: The network's output for the same rows, detached.
+        output_gradient: Gradient of the loss with respect to that output.
+        true_gradient: The true gradient at this boundary.
+        age: Number of the stage's own updates since the synthesis.
+        row_weights: Weight of each row, `[batch]`.
+        mask: Which positions count.
+        consumer: The module that consumed `h`.
+        network_input: The network's input.
+        above: The estimator of the next boundary.
+    """
+
+    target: Gradient | None = None
+    output: Tensor | None = None
+    output_gradient: Tensor | None = None
+    true_gradient: Gradient | None = None
+    age: Tensor | int = 0
+    row_weights: Tensor | None = None
+    mask: Tensor | None = None
+    consumer: nn.Module | None = None
+    network_input: Tensor | None = None
+    above: "GradientEstimator | None" = None
+
+
+class GradientEstimator(nn.Module, ABC):
+    """Supplies the gradient at a boundary; abstract here, final in its subclasses.
+
+    A subclass is constructed as `Estimator(spec, **options)` with the boundary's `BoundarySpec`.
+    It works in units of the per-row loss: `synthesize` gives the derivative of the summed batch loss
+    with respect to each row, and `loss` is a mean over rows. The engine converts to the user's loss.
+
+    Class facts:
+        needs: What `loss` and `correct` must be told. The engine calls them when all of it is there.
+        locks: What the stage below has to wait for. Empty: the stage is differentiated at once.
+        keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
+            Otherwise `synthesize` runs without a graph and `loss` builds it again.
+        stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    locks: ClassVar[frozenset[Lock]] = frozenset()
+    keeps_graph: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
+
+    num_classes: int | None = None
+    """Number of classes where the context is integer labels."""
+    context_size: int | None = None
+    """Width of the context where it is continuous."""
+
+    @abstractmethod
+    def synthesize(
+        self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
+    ) -> tuple[Gradient | None, Any]:
+        """Give the synthetic gradient for `h`.
+
+        Args:
+            h: The activation, detached, one tensor `[batch, ...]` per leaf.
+            context: Labels or continuous context, already checked against `num_classes` and
+                `context_size`; None where the estimator asks for none.
+            state: What the previous synthesis of a sequence returned; None at its start.
+
+        Returns:
+            One tensor per leaf, of its shape (None for exactly zero), and the state to hand on.
+        """
+
+    def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
+        """The estimator's training loss, averaged over rows; None where nothing is learnt.
+
+        Must give the same value whether or not `record` still carries a graph.
+        """
+        return None
+
+    def correct(self, record: Record, feedback: Feedback) -> Gradient | None:
+        """The gradient to use instead once feedback has arrived; None to keep the synthetic one.
+
+        Only asked where the stage waits for feedback: an update-locked estimator, or `bp_lambda` > 0.
+        """
+        return None
+
+    @property
+    def learns_from_network(self) -> bool:
+        """Whether anything that the network above did ever reaches this estimator."""
+        return bool(self.needs)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether there is anything to train."""
+        return any(True for _ in self.parameters())
+
+
+class Installed(NamedTuple):
+    """An estimator at its boundary, with its parameters at hand."""
+
+    estimator: GradientEstimator
+    parameters: tuple[nn.Parameter, ...]
+
+
+def rows_of(h: Sequence[Tensor]) -> int:
+    """Number of rows of an activation whose leaves are `[batch, ...]`."""
+    return h[0].shape[0]

@@ -1,0 +1,61 @@
+"""The true gradient, from the forward pass that was trained on: once more down the kept graphs."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.cut import Cut
+from lightning_dni.errors import StageError
+
+
+class Truth(NamedTuple):
+    """True gradients at one crossing, in units of the user's loss; None for exactly zero."""
+
+    gradient: Sequence[Tensor] | None
+    weights: Sequence[tuple[Tensor, Tensor]]
+
+
+def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Truth]:
+    """Chain vector-Jacobian products through the stages, from the loss down.
+
+    The graphs are those of the training forward pass, so dropout masks, batch statistics and
+    weights are the same, and nothing is run or drawn again.
+
+    Args:
+        cuts: The cuts that count, topmost first, with their graphs retained.
+        top: Those whose gradient came from the loss itself.
+
+    Raises:
+        StageError: A stage cannot be differentiated twice.
+    """
+    true: dict[Cut, list[Tensor] | None] = {cut: cut.arrived if cut in top else None for cut in cuts}
+    weights: dict[Cut, list[tuple[Tensor, Tensor]]] = {cut: [] for cut in cuts}
+    for cut in cuts:
+        gradient = true[cut]
+        if gradient is None:
+            continue
+        below = [leaf for parent in cut.stage.parents for leaf in parent.leaves]
+        variables = cut.stage.variables
+        found = iter(_differentiate(cut, gradient, [*variables, *below]))
+        weights[cut] = [(v, g) for v, g in zip(variables, found, strict=False) if g is not None]
+        for parent in cut.stage.parents:
+            true[parent] = [
+                leaf.new_zeros(leaf.shape) if g is None else g
+                for leaf, g in zip(parent.leaves, found, strict=False)
+            ]
+    return {cut: Truth(true[cut], weights[cut]) for cut in cuts}
+
+
+def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    if not inputs:
+        return []
+    try:
+        return torch.autograd.grad(cut.outputs, inputs, gradient, allow_unused=True)
+    except RuntimeError as error:
+        raise StageError(
+            f"Expected the stage below boundary {cut.boundary!r} to be differentiable twice on a probe "
+            f"step, but got: {error} Train without probes (GradientMonitor(probe=False)), or replace "
+            "the operation that frees its own graph."
+        ) from error

@@ -1,0 +1,147 @@
+"""Facts of one training step, and the face that the engine shows to callbacks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.cut import Cut
+from lightning_dni.core.estimator import Signal
+from lightning_dni.core.probe import Truth
+
+
+@dataclass(frozen=True)
+class BoundaryReport:
+    """What happened at one boundary in one step; everything detached and on the model's device.
+
+    Gradients are `[rows, features]`, in units of the per-row loss, leaves side by side and forward
+    calls below one another. Weights are one tensor per parameter of the stage below, in units of the
+    step's loss.
+
+    Attributes:
+        synthetic: The synthetic gradient as it was applied.
+        target: The target gradient; None where nothing came back.
+        true: The true gradient, on probe steps.
+        loss: The estimator's training loss; None where it learns nothing.
+        regresses: Whether that loss is the SG loss, whose scale is the variance of the target.
+        applied_weights: Gradients that the stage's weights were given, on probe steps.
+        true_weights: Their true gradients, on probe steps.
+    """
+
+    synthetic: Tensor
+    target: Tensor | None
+    true: Tensor | None
+    loss: Tensor | None
+    regresses: bool
+    applied_weights: Mapping[str, Tensor]
+    true_weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one training step.
+
+    Attributes:
+        step: Number of the engine's training steps before this one.
+        probed: Whether true gradients were measured.
+        boundaries: Facts by boundary name, in forward order.
+    """
+
+    step: int
+    probed: bool
+    boundaries: Mapping[str, BoundaryReport]
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """An engine as callbacks see it: it measures on request and says what it measured."""
+
+    def request_report(self) -> None:
+        """Have the next training step keep its gradients for `last_report`."""
+
+    def request_probe(self) -> None:
+        """Have the next training step measure the true gradients too."""
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The report of the last step if one was requested for it, else None."""
+
+    @property
+    def bp_lambda(self) -> dict[str, float]:
+        """The lambda of BP(lambda) at each boundary."""
+
+    def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
+        """Change lambda from the next training step on, everywhere or by boundary or pattern."""
+
+    def describe(self) -> dict[str, object]:
+        """The configuration in primitives, for a logger's hyperparameters."""
+
+
+@runtime_checkable
+class HasEngine(Protocol):
+    """Whatever exposes an engine: our strategies do."""
+
+    @property
+    def engine(self) -> Observable:
+        """The engine of the running fit."""
+
+
+def report_step(
+    step: int, cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]
+) -> StepReport:
+    """Gather what the cuts of a finished step have kept.
+
+    Args:
+        step: The engine's step number.
+        cuts: The cuts that count, topmost first.
+        truths: The true gradients at each, empty where none were measured.
+        names: Names of the model's parameters.
+    """
+    crossings: dict[str, list[Cut]] = {}
+    for cut in reversed(cuts):
+        crossings.setdefault(cut.boundary, []).append(cut)
+    boundaries = {name: _report(found, truths, names) for name, found in crossings.items()}
+    return StepReport(step=step, probed=bool(truths), boundaries=boundaries)
+
+
+def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]) -> BoundaryReport:
+    needs = cuts[0].installed.estimator.needs
+    losses = [cut.loss for cut in cuts if cut.loss is not None]
+    applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
+    true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]
+    return BoundaryReport(
+        synthetic=torch.cat([_rows(cut, cut.synthetic) for cut in cuts]),
+        target=torch.cat([_rows(cut, cut.target) for cut in cuts]),
+        true=torch.cat([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
+        loss=torch.stack(losses).mean() if losses else None,
+        regresses=Signal.TARGET in needs,
+        applied_weights=_sum_by_name(applied, names),
+        true_weights=_sum_by_name(true, names),
+    )
+
+
+def _unscaled(cut: Cut, truth: Truth) -> Sequence[Tensor] | None:
+    if truth.gradient is None:
+        return None
+    return [g.to(torch.promote_types(g.dtype, torch.float32)) / cut.factor for g in truth.gradient]
+
+
+def _rows(cut: Cut, gradient: Sequence[Tensor] | None) -> Tensor:
+    like = cut.leaves if gradient is None else gradient
+    flat = [g.detach().flatten(1) if g.ndim > 1 else g.detach().unsqueeze(1) for g in like]
+    joined = torch.cat(flat, dim=1) if len(flat) > 1 else flat[0]
+    return torch.zeros_like(joined) if gradient is None else joined
+
+
+def _sum_by_name(
+    gradients: Sequence[tuple[Tensor, Tensor]], names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for variable, gradient in gradients:
+        name = names.get(variable)
+        if name is not None:
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            sums[name] = sums[name] + dense if name in sums else dense
+    return sums

@@ -1,0 +1,56 @@
+"""Forward hooks that are installed together, removed together, and dead on copies of the module."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+OnOutput = Callable[[Any], Any]
+"""Receives a module's output; returns what to pass on instead, or None for the output itself."""
+
+
+def inert(module: nn.Module, args: Any, output: Any) -> None:
+    """What a tap becomes on a copied or pickled module."""
+
+
+class Tap:
+    """A forward hook that belongs to one module object only."""
+
+    def __init__(self, on_output: OnOutput) -> None:
+        self._on_output = on_output
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._on_output(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+def _inert() -> Callable[..., None]:
+    return inert
+
+
+class Taps:
+    """The hooks of one engine."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def installed(self) -> bool:
+        """Whether any hook is on a module."""
+        return bool(self._handles)
+
+    def install(self, callbacks: Mapping[nn.Module, OnOutput]) -> None:
+        """Hook every module with its callback."""
+        for module, on_output in callbacks.items():
+            self._handles.append(module.register_forward_hook(Tap(on_output)))
+
+    def remove(self) -> None:
+        """Take every hook off again; harmless where none is installed."""
+        while self._handles:
+            self._handles.pop().remove()

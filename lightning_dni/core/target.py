@@ -1,0 +1,87 @@
+"""Pure functions of synthetic and target gradients: scale, mixture, loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_dni.core.estimator import rows_of
+from lightning_dni.errors import EstimatorError
+
+Denominator = Literal["batch", "sum", "elements"] | Callable[[Any, Any], float | Tensor]
+DENOMINATORS = ("batch", "sum", "elements")
+
+
+def check_denominator(choice: Denominator) -> None:
+    """Refuse a `loss_denominator` that is neither a known word nor a callable.
+
+    Raises:
+        EstimatorError: It is something else.
+    """
+    if not callable(choice) and choice not in DENOMINATORS:
+        raise EstimatorError(
+            f"Expected `loss_denominator` to be one of {DENOMINATORS} or a callable of batch and h, "
+            f"but got {choice!r}."
+        )
+
+
+def denominator(
+    choice: Denominator, batch: Any, h: Any, rows: int, elements_per_row: int | None
+) -> float | Tensor:
+    """What the user's loss was divided by, so that SG / denominator is in units of that loss.
+
+    Args:
+        choice: `"batch"` (mean over rows), `"sum"`, `"elements"` (mean over rows and over the
+            elements of the network's output, as `nn.MSELoss`), or a callable of `batch` and `h`.
+        batch: The user's batch.
+        h: The boundary's output, as the module returned it.
+        rows: Number of rows of `h`.
+        elements_per_row: Elements of the network's output per row; None before any was seen, when
+            one is assumed (a learned estimator is exactly zero then).
+    """
+    if callable(choice):
+        return choice(batch, h)
+    if choice == "sum":
+        return 1.0
+    return float(rows * (elements_per_row or 1) if choice == "elements" else rows)
+
+
+def mix_gradients(
+    synthetic: Float[Tensor, " *shape"], target: Float[Tensor, " *shape"], bp_lambda: float
+) -> Float[Tensor, " *shape"]:
+    """(1 - lambda) synthetic + lambda target, exact at 0 and at 1 (Jaderberg et al. 2017, supplement A).
+
+    >>> mix_gradients(torch.tensor([1.0]), torch.tensor([3.0]), bp_lambda=0.25)
+    tensor([1.5000])
+    """
+    if bp_lambda == 1.0:
+        return target
+    if bp_lambda == 0.0:
+        return synthetic
+    return synthetic * (1.0 - bp_lambda) + target * bp_lambda
+
+
+def sg_loss(
+    synthetic: Sequence[Tensor], target: Sequence[Tensor], row_weights: Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Squared L2 distance per row, averaged over rows (Czarnecki et al. 2017, section 2).
+
+    Args:
+        synthetic: One tensor `[batch, ...]` per leaf.
+        target: The same shapes; no gradient flows into it.
+        row_weights: Weight of each row, `[batch]`; None counts every row once.
+
+    >>> sg_loss([torch.tensor([[1.0, 2.0], [0.0, 0.0]])], [torch.zeros(2, 2)])
+    tensor(2.5000)
+    """
+    rows = rows_of(synthetic)
+    if row_weights is None:
+        squares = [(s - t).square().sum() for s, t in zip(synthetic, target, strict=True)]
+    else:
+        squares = [
+            ((s - t).square().flatten(1).sum(1) * row_weights).sum()
+            for s, t in zip(synthetic, target, strict=True)
+        ]
+    return torch.stack(squares).sum() / rows if len(squares) > 1 else squares[0] / rows

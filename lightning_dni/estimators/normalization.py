@@ -1,0 +1,44 @@
+"""Batch normalization that can be computed twice for one batch, and for a single row."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over every dimension of `x` but the features.
+
+    An estimator whose graph is built again for its loss must see the same statistics then and count
+    them once, so running averages only follow where no gradient is recorded (when it synthesizes).
+    A single row has no variance: it is normalized by the running averages.
+
+    Args:
+        features: Number of features.
+        feature_dim: 1 for maps `[batch, features, ...]`, -1 for `[batch, ..., features]`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, feature_dim: int = 1) -> None:
+        super().__init__()
+        self._feature_dim = feature_dim
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x` by its own statistics."""
+        flat = x if self._feature_dim == 1 else x.reshape(-1, x.shape[-1])
+        single = flat.numel() == flat.shape[1]
+        counts = not torch.is_grad_enabled() or single
+        normalized = F.batch_norm(
+            flat,
+            self.running_mean if counts else None,
+            self.running_var if counts else None,
+            self.weight,
+            self.bias,
+            training=not single,
+        )
+        return normalized.view(x.shape)

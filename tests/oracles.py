@@ -1,0 +1,70 @@
+"""Naive autograd twins: what the engine claims to compute, written out by hand with nothing shared."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class NaiveLinearDNI:
+    """cDNI with hA + yB + C after every stage but the last, as a hand-written loop.
+
+    Every stage is run on the detached output of the one below, differentiated against its synthetic
+    gradient, and its input's gradient is the target of the estimator below. `bp_lambda` mixes.
+    """
+
+    def __init__(self, stages, widths, num_classes, bp_lambda=0.0, lr=1e-2):
+        dtype = next(stages[0].parameters()).dtype
+        self.stages, self.num_classes, self.bp_lambda = stages, num_classes, bp_lambda
+        self.maps = []
+        for width in widths:
+            linear = nn.Linear(width + num_classes, width, dtype=dtype)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.maps.append(linear)
+        self.optimizer = torch.optim.Adam([p for m in self.maps for p in m.parameters()], lr=lr)
+
+    def predict(self, k, h, y):
+        return self.maps[k](torch.cat([h, F.one_hot(y, self.num_classes).to(h.dtype)], 1))
+
+    def gradients(self, x, y):
+        """Accumulate the stages' gradients and step the estimators; returns the loss."""
+        rows = len(x)
+        inputs, outputs = [x], []
+        for stage in self.stages[:-1]:
+            outputs.append(stage(inputs[-1]))
+            inputs.append(outputs[-1].detach().requires_grad_())
+        loss = F.cross_entropy(self.stages[-1](inputs[-1]), y)
+        loss.backward()
+        incoming = inputs[-1].grad
+        self.optimizer.zero_grad()
+        for k in reversed(range(len(outputs))):
+            synthetic = self.predict(k, inputs[k + 1].detach(), y)
+            target = incoming * rows
+            ((synthetic - target) ** 2).sum(1).mean().backward()
+            mixed = (1 - self.bp_lambda) * synthetic.detach() / rows + self.bp_lambda * incoming
+            outputs[k].backward(mixed)
+            incoming = inputs[k].grad
+        self.optimizer.step()
+        return loss.detach()
+
+
+def mlp_stages(widths, num_classes, batch_norm, dtype=torch.float64):
+    """Stages (linear, [batch norm,] ReLU) and a linear one on top."""
+    stages = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        norm = [nn.BatchNorm1d(b)] if batch_norm else []
+        stages.append(nn.Sequential(nn.Linear(a, b), *norm, nn.ReLU()))
+    stages.append(nn.Linear(widths[-1], num_classes))
+    return nn.Sequential(*stages).to(dtype)
+
+
+def true_gradients(stages, x, y):
+    """dL/dh of the summed loss at the output of every stage but the last, by plain backprop."""
+    hs = []
+    h = x
+    for stage in stages[:-1]:
+        h = stage(h)
+        h.retain_grad()
+        hs.append(h)
+    F.cross_entropy(stages[-1](h), y, reduction="sum").backward()
+    return [h.grad for h in hs]
