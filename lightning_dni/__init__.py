@@ -1,1 +1,6 @@
 """Train Lightning modules with synthetic gradients (Decoupled Neural Interfaces)."""
+
+from lightning_dni.strategies import DNIStrategy
+
+__version__ = "0.1.0"
+__all__ = ["DNIStrategy"]

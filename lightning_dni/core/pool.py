@@ -131,7 +131,8 @@ class EstimatorPool:
             if spec["name"] not in self.installed:
                 self._build(BoundarySpec.from_state_dict(spec, device))
             self._load(spec["name"], state["estimators"][spec["name"]])
-        self.optimizers.load_state_dict(state["optimizers"])
+        if "optimizers" in state:  # absent where only weights were saved
+            self.optimizers.load_state_dict(state["optimizers"])
 
     def _load(self, name: str, state: Mapping[str, Tensor]) -> None:
         estimator = self.installed[name].estimator

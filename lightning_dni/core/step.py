@@ -285,9 +285,9 @@ def _estimating(h: Tensor, grad: bool) -> Iterator[None]:
     """Run an estimator in its own precision, with or without a graph."""
     device = h.device.type
     autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        with torch.set_grad_enabled(grad):
-            yield
+    precision = torch.autocast(device, enabled=False) if autocast else nullcontext()
+    with precision, torch.set_grad_enabled(grad):
+        yield
 
 
 def _check_gradient(

@@ -15,12 +15,13 @@ def inert(module: nn.Module, args: Any, output: Any) -> None:
 
 
 class Tap:
-    """A forward hook that belongs to one module object only."""
+    """A forward hook that belongs to one module object: copies and pickles of it are inert."""
 
     def __init__(self, on_output: OnOutput) -> None:
         self._on_output = on_output
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Hand `output` over; its replacement goes on."""
         return self._on_output(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:

@@ -50,7 +50,7 @@ class _GradientMetric(Metric):
             # not in place: a state reset under inference mode could not be changed outside of it
             setattr(self, name, state + statistic.to(state.dtype))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> torch.nn.Module:  # noqa: ANN401
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> torch.nn.Module:
         """Move the states, keep their dtype: `module.to(torch.bfloat16)` would round the sums."""
         if self._dtype_convert:  # torchmetrics' mark of a call to `set_dtype`
             return super()._apply(fn, exclude_state)

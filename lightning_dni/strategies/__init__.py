@@ -1,0 +1,13 @@
+"""Lightning's view of the engine; importing this registers the strategies by name."""
+
+from lightning_dni.strategies._compat import StrategyRegistry
+from lightning_dni.strategies.single_device import DNIStrategy
+
+StrategyRegistry.register(
+    DNIStrategy.strategy_name,
+    DNIStrategy,
+    description="Synthetic gradients (decoupled neural interfaces) on one device",
+    override=True,  # importing twice is no mistake
+)
+
+__all__ = ["DNIStrategy"]

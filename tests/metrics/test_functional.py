@@ -161,7 +161,13 @@ def test_a_row_with_nan_is_not_a_zero_row():
 @each_distance
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float16, 2.0**12), (torch.float32, 2.0**-120), (torch.float32, 2.0**120)],
+    [
+        (torch.float16, 2.0**12),
+        (torch.float32, 2.0**-120),
+        (torch.float32, 2.0**120),
+        (torch.float64, 2.0**-400),
+        (torch.float64, 2.0**400),
+    ],
     ids=str,
 )
 def test_neither_overflows_nor_vanishes(function, dtype, scale):

@@ -43,13 +43,14 @@ def zero_count(metric):
 
 
 def make_batches(dtype=torch.float32):
-    """Five batches of unequal size and scale; the third has a zero true gradient, the last a row."""
+    """Five unequal batches; the third has a zero true gradient, the last one a zero row."""
     generator = torch.Generator().manual_seed(3)
     batches = []
     for k, rows in enumerate([4, 1, 3, 6, 2]):
         true = torch.randn(rows, 2, 3, generator=generator, dtype=torch.float64) * 2.0**k
         synthetic = true + torch.randn(rows, 2, 3, generator=generator, dtype=torch.float64)
         batches.append((synthetic.to(dtype), true.to(dtype)))
+    batches[1][0].copy_(-batches[1][1])  # all wrong is not the same as nothing to compare
     batches[2][1].zero_()
     batches[4][1][0].zero_()
     return batches

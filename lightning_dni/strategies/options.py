@@ -1,0 +1,59 @@
+"""The engine's options as a strategy holds them, from its constructor or from the user's module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_dni.core.context import Labels
+from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.pool import EstimatorFactory
+from lightning_dni.core.target import Denominator
+from lightning_dni.strategies._compat import MisconfigurationException
+
+
+@dataclass(frozen=True)
+class DNIOptions:
+    """What `DNIEngine` is built with; the fields are its arguments."""
+
+    boundaries: list[str]
+    estimator: EstimatorFactory | Mapping[str, EstimatorFactory]
+    labels: Labels = "auto"
+    output: str | None = None
+    estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None
+    estimator_steps: int = 1
+    bp_lambda: float | Mapping[str, float] = 0.0
+    loss_denominator: Denominator = "batch"
+    rng: Literal["global", "stage"] = "global"
+
+    def build(self, model: nn.Module) -> DNIEngine:
+        """An engine for `model`."""
+        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def options_from(module: pl.LightningModule) -> DNIOptions:
+    """The options that `module.configure_dni()` returns.
+
+    Raises:
+        MisconfigurationException: The hook is missing, or returns something else than these options.
+    """
+    hook = getattr(module, "configure_dni", None)
+    known = [f.name for f in fields(DNIOptions)]
+    children = [name for name, _ in module.named_children()]
+    if hook is None:
+        raise MisconfigurationException(
+            f"Expected boundaries for {type(module).__name__}, but got none: the strategy was built without "
+            f"`boundaries` and the module has no `configure_dni()`. Pass DNIStrategy(boundaries=[...], "
+            f"estimator=...), or define `configure_dni` returning them. The module's children are {children}."
+        )
+    options: Any = hook()
+    if not isinstance(options, Mapping) or not {"boundaries", "estimator"} <= set(options) <= set(known):
+        got = sorted(options) if isinstance(options, Mapping) else type(options).__name__
+        raise MisconfigurationException(
+            f"Expected {type(module).__name__}.configure_dni() to return a dict with 'boundaries' and "
+            f"'estimator' and otherwise only keys of {known}, but got {got}."
+        )
+    return DNIOptions(**options)

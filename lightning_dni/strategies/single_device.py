@@ -1,0 +1,263 @@
+"""DNIStrategy: train an unedited LightningModule on synthetic gradients, on one device."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_dni.core.context import Labels
+from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.pool import EstimatorFactory
+from lightning_dni.core.target import Denominator
+from lightning_dni.strategies._compat import (
+    MisconfigurationException,
+    Precision,
+    TrainerFn,
+    rank_zero_warn,
+)
+from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.table import describe
+
+CHECKPOINT_KEY = "lightning_dni"
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+
+
+class DNIStrategy(SingleDeviceStrategy):
+    """Cuts the module at `boundaries`; each stage below one learns from its gradient estimator.
+
+    The module, its optimizer and its checkpoints stay what they are under any other strategy. Without
+    `boundaries`, the options come from the module's `configure_dni()`, which returns them as a dict.
+
+    Args:
+        boundaries: Submodule names or fnmatch patterns, in any order.
+        estimator: Called once per boundary with its spec; or {pattern: factory}.
+        labels: Where labels are in the batch: "auto", an index, a key, a callable, or None.
+        output: Name of the submodule whose output is the network's output; None: the module's own
+            `forward`.
+        estimator_optimizer: Makes the estimators' optimizer; or {pattern: factory}. None: Adam, 1e-3.
+        estimator_steps: Steps of the estimators per step of the user's optimizer.
+        bp_lambda: 0 (synthetic gradients only) to 1 (backprop); or {pattern: value}.
+        loss_denominator: What the training loss is divided by: "batch", "sum", "elements", or a
+            callable of batch and h.
+        rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
+        checkpoint_io: As in any strategy.
+        precision_plugin: As in any strategy.
+
+    Raises:
+        MisconfigurationException: At setup, where the Trainer asks for what is not supported.
+        BoundaryError: At setup, where a boundary names no submodule.
+    """
+
+    strategy_name = "dni"
+
+    def __init__(
+        self,
+        boundaries: list[str] | None = None,
+        estimator: EstimatorFactory | Mapping[str, EstimatorFactory] | None = None,
+        labels: Labels = "auto",
+        output: str | None = None,
+        estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        estimator_steps: int = 1,
+        bp_lambda: float | Mapping[str, float] = 0.0,
+        loss_denominator: Denominator = "batch",
+        rng: Literal["global", "stage"] = "global",
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        if (boundaries is None) != (estimator is None):
+            raise MisconfigurationException(
+                f"Expected `boundaries` and `estimator` together, or neither (the module's `configure_dni` "
+                f"gives them then), but got boundaries={boundaries!r} and estimator={estimator!r}."
+            )
+        self._options = (
+            None
+            if boundaries is None or estimator is None
+            else DNIOptions(
+                boundaries=boundaries,
+                estimator=estimator,
+                labels=labels,
+                output=output,
+                estimator_optimizer=estimator_optimizer,
+                estimator_steps=estimator_steps,
+                bp_lambda=bp_lambda,
+                loss_denominator=loss_denominator,
+                rng=rng,
+            )
+        )
+        self._engine: DNIEngine | None = None
+        self._engine_of: pl.LightningModule | None = None
+        self._restored: dict[str, Any] | None = None
+        self._resumes = False
+
+    # ---- what others may see
+
+    @property
+    def engine(self) -> DNIEngine:
+        """The engine of the fit that runs, or of the last one.
+
+        Raises:
+            AttributeError: Before the first fit is set up.
+        """
+        if self._engine is None:
+            raise AttributeError(f"{type(self).__name__} has no engine before `fit` has set it up.")
+        return self._engine
+
+    def describe(self, module: pl.LightningModule | None = None) -> None:
+        """Print the stages of `module` (or of the module being trained) without training it."""
+        target = module or self.lightning_module
+        if target is None:
+            raise MisconfigurationException(
+                f"Expected a module to describe, but {type(self).__name__} is not connected to any yet. Call "
+                "`strategy.describe(module)`."
+            )
+        describe(target, self._options_for(target))
+
+    def _options_for(self, module: pl.LightningModule) -> DNIOptions:
+        return self._options or options_from(module)
+
+    # ---- devices: the accelerator connector hands these to whatever strategy has them
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The one device, in the form in which Lightning assigns it."""
+        return [self._root_device]
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices and len(devices) > 1:
+            raise MisconfigurationException(
+                f"Expected one device for strategy='dni', but got {len(devices)}. Pass `Trainer(devices=1)`."
+            )
+        if devices:
+            self._root_device = devices[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """Always one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes != 1:
+            raise MisconfigurationException(
+                f"Expected one node for strategy='dni', but got {num_nodes}. Pass `Trainer(num_nodes=1)`."
+            )
+
+    # ---- life of a fit
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        module = self.lightning_module
+        if trainer.state.fn != TrainerFn.FITTING or module is None:
+            return
+        _refuse_unsupported(trainer, module, self.optimizers)
+        if self._engine is None or self._engine_of is not module:
+            self._engine, self._engine_of = self._options_for(module).build(module), module
+        if self._restored is not None:
+            self._engine.load_state_dict(self._restored)
+        elif self._resumes:
+            rank_zero_warn(
+                "The checkpoint holds no gradient estimators (it was written under another strategy): they "
+                "start afresh."
+            )
+        self._restored, self._resumes = None, False
+        self._engine.attach()
+
+    @override
+    def teardown(self) -> None:
+        if self._engine is not None:
+            self._engine.detach()
+        super().teardown()
+
+    # ---- one step
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self.lightning_module is not None
+        batch = args[0] if args else None
+        accumulate = self.lightning_module.trainer.accumulate_grad_batches
+        with self.engine.training_step(batch, accumulate=accumulate):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        module = self.lightning_module
+        assert module is not None
+        self.engine.prepare_backward(closure_loss)
+        # as Strategy.backward, but merged before on_after_backward, whose hooks see all gradients
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        self.engine.finish_backward()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "pl.LightningModule | torch.nn.Module | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.engine.update_estimators()
+        return output
+
+    # ---- checkpoints: the estimators live in one key of their own
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        if self._engine is not None:
+            state = self._engine.state_dict()
+            if "optimizer_states" not in checkpoint:  # save_weights_only
+                del state["optimizers"]
+            checkpoint[CHECKPOINT_KEY] = state
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # before setup: the engine does not exist yet; after it (the learning rate finder): it does
+        self._restored, self._resumes = checkpoint.get(CHECKPOINT_KEY), True
+        if self._engine is not None and self._restored is not None:
+            self._engine.load_state_dict(self._restored)
+
+
+def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"Expected automatic optimization under strategy='dni', but {name}.automatic_optimization is "
+            "False. Let Lightning run the optimizer, or use DNIEngine in your own loop."
+        )
+    if len(optimizers) != 1:
+        raise MisconfigurationException(
+            f"Expected one optimizer under strategy='dni', but {name}.configure_optimizers gave "
+            f"{len(optimizers)}. Merge them into parameter groups of one."
+        )
+    if isinstance(optimizers[0], LBFGS):
+        raise MisconfigurationException(
+            "Expected an optimizer that evaluates its closure once under strategy='dni', but got "
+            f"{type(optimizers[0]).__name__}, which evaluates it several times. Use SGD or Adam, for example."
+        )
+    if str(trainer.precision) not in PRECISIONS:
+        raise MisconfigurationException(
+            f"Expected a precision of {PRECISIONS} under strategy='dni', but got {trainer.precision!r}. Pass "
+            "`Trainer(precision=...)` one of them."
+        )
