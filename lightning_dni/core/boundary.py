@@ -96,6 +96,8 @@ class BoundarySpec:
 def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Find the submodules of `model` that the names or fnmatch patterns in `patterns` mean.
 
+    A wildcard stays on its level: `net.*` means the children of `net`, not what is inside them.
+
     Returns:
         Submodule by name, in the order in which the model registers them.
 
@@ -110,7 +112,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        matches = [name for name in names if matches_levels(name, pattern)]
         if not matches:
             raise BoundaryError(_unknown(model, pattern, names))
         chosen.update(matches)
@@ -125,6 +127,16 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
             )
         found[name] = module
     return found
+
+
+def matches_levels(name: str, pattern: str) -> bool:
+    """Whether the dotted `name` matches `pattern` level by level.
+
+    >>> matches_levels("net.3", "net.*"), matches_levels("net.3.bias", "net.*")
+    (True, False)
+    """
+    levels, patterns = name.split("."), pattern.split(".")
+    return len(levels) == len(patterns) and all(map(fnmatchcase, levels, patterns))
 
 
 def _unknown(model: nn.Module, pattern: str, names: Sequence[str]) -> str:
