@@ -1,7 +1,7 @@
 """Find the context of a batch (usually its labels) and check it against what an estimator expects."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.errors import EstimatorError
 
-Labels = str | int | Hashable | Callable[[Any], Tensor | None] | None
+Labels = str | int | Callable[[Any], Tensor | None] | None
 """Where the context is in a batch: `"auto"`, an index, a key, a callable, or None."""
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
