@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.errors import EstimatorError
 
 Labels = str | int | Callable[[Any], Tensor | None] | None
@@ -80,33 +79,37 @@ def _fields(batch: Any) -> dict[Any, Any]:
 
 
 def check_context(
-    context: Tensor | None, estimator: GradientEstimator, boundary: str, check_values: bool
+    context: Tensor | None,
+    num_classes: int | None,
+    context_size: int | None,
+    who: str,
+    check_values: bool,
 ) -> Tensor | None:
-    """The context that `estimator` shall see, or None where it asks for none.
+    """The context that an estimator shall see, or None where it asks for none.
 
     Args:
         context: What `find_context` gave.
-        estimator: Its `num_classes` and `context_size` say what it expects.
-        boundary: Named in errors.
+        num_classes: Number of classes it expects labels of, if any.
+        context_size: Width of the continuous context it expects, if any.
+        who: The estimator, named in errors.
         check_values: Whether to look at the label values, which waits for an accelerator.
 
     Raises:
         EstimatorError: Context is needed but absent, of the wrong kind or width, or out of range.
     """
-    if estimator.num_classes is None and estimator.context_size is None:
+    if num_classes is None and context_size is None:
         return None
-    who = f"{type(estimator).__name__} at boundary {boundary!r}"
     if context is None:
         raise EstimatorError(
             f"Expected labels or a context for {who}, but got none from the batch. Pass `labels=` (an "
             "index, a key or a callable), or build the estimator without `num_classes` and "
             "`context_size`."
         )
-    if estimator.num_classes is not None:
-        return _check_labels(context, estimator.num_classes, who, check_values)
-    if not context.is_floating_point() or context.shape[-1] != estimator.context_size:
+    if num_classes is not None:
+        return _check_labels(context, num_classes, who, check_values)
+    if not context.is_floating_point() or not context.ndim or context.shape[-1] != context_size:
         raise EstimatorError(
-            f"Expected a floating-point context of width {estimator.context_size} for {who}, but got "
+            f"Expected a floating-point context of width {context_size} for {who}, but got "
             f"{context.dtype} of shape {tuple(context.shape)}."
         )
     return context

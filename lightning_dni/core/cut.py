@@ -57,6 +57,11 @@ class Cut:
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    @property
+    def who(self) -> str:
+        """The estimator by kind and place, for messages."""
+        return f"{type(self.installed.estimator).__name__} at boundary {self.boundary!r}"
+
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
         grads = [leaf.grad for leaf in self.leaves]
@@ -68,15 +73,16 @@ class Cut:
                 for g, leaf in zip(grads, self.leaves, strict=True)
             ]
 
-    def target_gradient(self) -> Gradient:
-        """What arrived, in the estimator's units and precision."""
+    def target_gradient(self, reuse: bool) -> Gradient:
+        """What arrived, in the estimator's units and precision; in the same memory where `reuse`."""
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in self.leaves]
         if self.arrived is None:
             return tuple(
                 leaf.new_zeros(leaf.shape, dtype=d) for leaf, d in zip(self.leaves, dtypes, strict=True)
             )
         scale = 1.0 / self.factor
-        return tuple(g.to(d) * scale for g, d in zip(self.arrived, dtypes, strict=True))
+        converted = [g.to(d) for g, d in zip(self.arrived, dtypes, strict=True)]
+        return tuple(g.mul_(scale) if reuse else g * scale for g in converted)
 
     def applied_gradient(self) -> list[Tensor] | None:
         """The gradient for the stage below, in units of the user's loss; None for exactly zero."""

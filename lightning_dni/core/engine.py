@@ -117,10 +117,11 @@ class DNIEngine:
         self._pool = EstimatorPool(
             tuple(self._modules),
             estimator,
-            estimator_optimizer or partial(torch.optim.Adam, lr=1e-3),
+            estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
             estimator_steps,
             self._seed,
         )
+        self._device = _device_of(model)
         self._taps = Taps()
         self._step: Step | None = None
         self._in_forward = False
@@ -202,6 +203,7 @@ class DNIEngine:
                 f"Expected an engine that is not attached, but {type(self._model).__name__} already has "
                 "its hooks. Call `detach()` first."
             )
+        self._device = _device_of(self._model)
         self._taps.install({m: partial(self._on_boundary, n) for n, m in self._modules.items()})
         self._taps.install({self._output: self._on_output})
 
@@ -254,7 +256,7 @@ class DNIEngine:
             )
         self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
         self._report, self._requested, self._in_forward = None, "nothing", True
-        staged = seeded(derive_seed(self._seed, "stage", None, 0, self._steps), self._device())
+        staged = seeded(derive_seed(self._seed, "stage", None, 0, self._steps), self._device)
         try:
             with staged if self._rng == "stage" else nullcontext():
                 yield
@@ -313,7 +315,7 @@ class DNIEngine:
         self._pool.drop_gradients()
 
     def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
-        on_cpu = all(p.device.type == "cpu" for p in self._model.parameters())
+        on_cpu = self._device.type == "cpu"
         return StepSettings(
             batch=batch,
             context=find_context(batch, self._labels),
@@ -348,13 +350,15 @@ class DNIEngine:
             BoundaryError: The state holds a boundary that this engine does not have.
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
-        self._pool.load_state_dict(state, self._device())
+        self._device = _device_of(self._model)
+        self._pool.load_state_dict(state, self._device)
         self._steps, self._seed = state["steps"], state["seed"]
         self._elements_per_row = state["elements_per_row"]
         self.set_bp_lambda(state["bp_lambda"])
 
-    def _device(self) -> torch.device:
-        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _resolve_output(model: nn.Module, output: str | None) -> nn.Module:

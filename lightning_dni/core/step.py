@@ -1,7 +1,8 @@
 """One decoupled training step: cut on the way up, settle on the way down."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,7 @@ class Step:
         self.lessons: list[Lesson] = []
         self.elements_per_row = settings.elements_per_row
         self._install = install
+        self._contexts: dict[tuple[int | None, int | None], Tensor | None] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
     # ---- on the way up
@@ -79,16 +81,15 @@ class Step:
             The same structure, with boundary tensors in place of those that carried a gradient.
         """
         self.fired.add(boundary)
+        if isinstance(output, Tensor):  # most often
+            return self._cross(boundary, [output], output)[0] if output.requires_grad else output
         flat, structure = pytree.tree_flatten(output)
         places = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
         if not places:
             return output
-        crossing = self._open(boundary, [flat[i] for i in places], output)
-        for place, leaf in zip(places, crossing.leaves, strict=True):
+        passed_on = self._cross(boundary, [flat[i] for i in places], output)
+        for place, leaf in zip(places, passed_on, strict=True):
             flat[place] = leaf
-        self._synthesize(crossing)
-        if not crossing.waits:
-            self._settle(crossing)
         return pytree.tree_unflatten(flat, structure)
 
     def see_output(self, output: Any) -> None:
@@ -103,6 +104,14 @@ class Step:
             if Signal.OUTPUT in crossing.awaited:
                 crossing.output = tensors[0].detach()
                 self._arrived(crossing, Signal.OUTPUT)
+
+    def _cross(self, boundary: str, outputs: list[Tensor], value: Any) -> list[Tensor]:
+        crossing = self._open(boundary, outputs, value)
+        passed_on = crossing.leaves
+        self._synthesize(crossing)
+        if not crossing.waits:
+            self._settle(crossing)
+        return passed_on
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
         strange = next((h.dtype for h in outputs if h.is_complex()), None)
@@ -153,7 +162,7 @@ class Step:
 
     def _synthesize(self, crossing: Cut) -> None:
         s, estimator = self.settings, crossing.installed.estimator
-        context = check_context(s.context, estimator, crossing.boundary, s.check_values)
+        context = self._context_for(crossing)
         h = tuple(
             leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in crossing.leaves
         )
@@ -169,6 +178,15 @@ class Step:
             crossing.record = Record(h, context, gradient, state)
             crossing.awaited = set(estimator.needs)
             self._arrived(crossing)
+
+    def _context_for(self, crossing: Cut) -> Tensor | None:
+        estimator = crossing.installed.estimator
+        expected = (estimator.num_classes, estimator.context_size)
+        if expected not in self._contexts:
+            self._contexts[expected] = check_context(
+                self.settings.context, *expected, crossing.who, self.settings.check_values
+            )
+        return self._contexts[expected]
 
     # ---- settling: everything that is due as soon as something has arrived
 
@@ -198,7 +216,7 @@ class Step:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
         if Signal.TARGET in crossing.awaited or self.settings.report:
-            crossing.target = crossing.target_gradient()
+            crossing.target = crossing.target_gradient(reuse=not (crossing.waits or self.settings.report))
         if crossing.waits and crossing.record is not None:
             feedback = Feedback(target=crossing.target, output=crossing.output)
             corrected = crossing.installed.estimator.correct(crossing.record, feedback)
@@ -271,8 +289,7 @@ class Step:
         for crossing in valid:
             if Signal.OUTPUT in crossing.awaited:
                 raise EstimatorError(
-                    f"Expected the network's output for {type(crossing.installed.estimator).__name__} "
-                    f"at boundary {crossing.boundary!r}, but the output module did not run above it. "
+                    f"Expected the network's output for {crossing.who}, but the output module did not run above it. "
                     "Pass `output=` the name of the submodule whose output is the network's output."
                 )
             accumulate(crossing.param_grads)
@@ -280,30 +297,36 @@ class Step:
         return valid
 
 
-@contextmanager
-def _estimating(h: Tensor, grad: bool) -> Iterator[None]:
+def _estimating(h: Tensor, grad: bool) -> AbstractContextManager[object]:
     """Run an estimator in its own precision, with or without a graph."""
     device = h.device.type
-    autocast = torch.is_autocast_enabled(device)
-    precision = torch.autocast(device, enabled=False) if autocast else nullcontext()
-    with precision, torch.set_grad_enabled(grad):
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False) if grad else _no_grad_in_full_precision(device)
+    return nullcontext() if grad and torch.is_grad_enabled() else torch.set_grad_enabled(grad)
+
+
+@contextmanager
+def _no_grad_in_full_precision(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False), torch.no_grad():
         yield
 
 
 def _check_gradient(
     gradient: Sequence[Tensor], h: Sequence[Tensor], crossing: Cut, check_values: bool
 ) -> None:
-    who = f"{type(crossing.installed.estimator).__name__} at boundary {crossing.boundary!r}"
-    expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
-    if expected != got:
+    if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
+        expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
         raise EstimatorError(
-            f"Expected {who} to give one gradient per activation, of shapes {expected}, but got {got}."
+            f"Expected {crossing.who} to give one gradient per activation, of shapes {expected}, but got "
+            f"{got}."
         )
     # a sum is finite unless a term is not, or unless it overflows: only then look closer
-    if check_values and not all(g.detach().sum().isfinite() or g.isfinite().all() for g in gradient):
+    if check_values and not all(
+        math.isfinite(g.detach().sum().item()) or bool(g.isfinite().all()) for g in gradient
+    ):
         raise EstimatorError(
-            f"Expected {who} to give finite gradients, but got some that are not. Lower the learning "
-            "rate of `estimator_optimizer`, or of the network."
+            f"Expected {crossing.who} to give finite gradients, but got some that are not. Lower the "
+            "learning rate of `estimator_optimizer`, or of the network."
         )
 
 
@@ -311,7 +334,6 @@ def _check_zero(crossing: Cut) -> None:
     assert crossing.synthetic is not None
     if any(bool(g.any()) for g in crossing.synthetic):
         raise EstimatorError(
-            f"Expected {type(crossing.installed.estimator).__name__} at boundary "
-            f"{crossing.boundary!r} to start at exactly zero, because loss_denominator='elements' is "
+            f"Expected {crossing.who} to start at exactly zero, because loss_denominator='elements' is "
             "only known after the first forward pass. Pass a callable `loss_denominator` instead."
         )

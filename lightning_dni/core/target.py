@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.errors import EstimatorError
@@ -78,10 +79,10 @@ def sg_loss(
     """
     rows = rows_of(synthetic)
     if row_weights is None:
-        squares = [(s - t).square().sum() for s, t in zip(synthetic, target, strict=True)]
+        sums = [F.mse_loss(s, t, reduction="sum") for s, t in zip(synthetic, target, strict=True)]
     else:
-        squares = [
+        sums = [
             ((s - t).square().flatten(1).sum(1) * row_weights).sum()
             for s, t in zip(synthetic, target, strict=True)
         ]
-    return torch.stack(squares).sum() / rows if len(squares) > 1 else squares[0] / rows
+    return sum(sums[1:], start=sums[0]) / rows
