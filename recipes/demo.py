@@ -1,0 +1,161 @@
+"""Train the digits recipes one after the other, print one table, draw one picture (`make demo`)."""
+
+import os
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import wandb
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dni.callbacks import GradientMonitor
+from lightning_dni.cli import run
+
+RECIPES = Path(__file__).parent
+COMPARED = ("digits_backprop", "digits_dni", "digits_critic")
+LAST_PROBES = 10
+
+
+class Curve(pl.Callback):
+    """Keeps the validation accuracy of every epoch and the time of every step."""
+
+    def __init__(self) -> None:
+        self.accuracy: list[tuple[int, float]] = []
+        self._ends: list[list[float]] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """A new row of step ends: validation lies between epochs."""
+        self._ends.append([])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """One more step."""
+        self._ends[-1].append(time.perf_counter())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One more point."""
+        if not trainer.sanity_checking:
+            self.accuracy.append((trainer.global_step, float(trainer.callback_metrics["val_accuracy"])))
+
+    @property
+    def step_time(self) -> float:
+        """Median seconds per step; the few steps that are probed do not move it."""
+        return statistics.median(b - a for ends in self._ends for a, b in pairwise(ends))
+
+
+@dataclass
+class Result:
+    """What one recipe gave."""
+
+    recipe: str
+    test_accuracy: float
+    learns: str
+    curve: Curve
+    monitor: GradientMonitor | None
+    wandb_file: str
+
+    def last(self, quantity: str) -> str:
+        """Mean over boundaries and the last probes."""
+        if self.monitor is None:
+            return "-"
+        probes = self.monitor.history[-LAST_PROBES:]
+        return f"{statistics.mean(v for p in probes for v in getattr(p, quantity).values()):.2f}"
+
+
+def train(recipe: str) -> Result:
+    """Fit and test one recipe."""
+    curve = Curve()
+    cli = run(["fit", "--config", str(RECIPES / f"{recipe}.yaml")], callbacks=[curve])
+    test = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    engine = getattr(cli.trainer.strategy, "engine", None)
+    learns = (
+        "(backprop)"
+        if engine is None
+        else ", ".join(sorted({"yes" if e.learns_from_network else "no" for e in engine.estimators.values()}))
+    )
+    monitors = [c for c in cli.trainer.callbacks if isinstance(c, GradientMonitor)]
+    file = cli.trainer.logger.experiment.settings.sync_file
+    wandb.finish()
+    return Result(recipe, test["test_accuracy"], learns, curve, monitors[0] if monitors else None, file)
+
+
+def show(results: list[Result]) -> None:
+    """Print the table."""
+    table = Table(title="scikit-learn digits, 3 hidden layers of 256 units, cut after each")
+    for heading in (
+        "recipe",
+        "learns from the\nnetwork above",
+        "test\naccuracy",
+        "step time,\nms",
+        "SG\nerror",
+        "cosine",
+    ):
+        table.add_column(heading, no_wrap=True)
+    for r in results:
+        table.add_row(
+            r.recipe,
+            r.learns,
+            f"{r.test_accuracy:.3f}",
+            f"{r.curve.step_time * 1e3:.1f}",
+            r.last("error"),
+            r.last("cosine"),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "SG error: norm of (synthetic - true gradient) over norm of true, 0 is perfect; cosine: of the two; "
+        f"both averaged over boundaries and the last {LAST_PROBES} probes.\n"
+        "A low cosine does not mean that a stage does not learn; compare the accuracies. On one device "
+        "synthetic gradients cost time: they save it where stages run on different devices."
+    )
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Accuracy of every recipe, and cosine at the boundaries of those with synthetic gradients."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, cosine = figure.subplots(1, 2)
+    for r in results:
+        accuracy.plot(*zip(*r.curve.accuracy, strict=True), label=r.recipe, marker=".")
+        for style, name in zip(
+            ("-", "--", ":"), r.monitor.history[0].cosine if r.monitor else (), strict=False
+        ):
+            points = [(p.step, p.cosine[name]) for p in r.monitor.history]
+            cosine.plot(*zip(*points, strict=True), style, label=f"{r.recipe}, {name}")
+    accuracy.set(title="validation accuracy", xlabel="step", ylim=(0, 1))
+    cosine.set(title="cosine of synthetic and true gradient", xlabel="step", ylim=(-1, 1))
+    for axes in (accuracy, cosine):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run everything."""
+    warnings.filterwarnings("ignore", module="lightning|torch")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    torch.set_num_threads(1)
+    results = [train(recipe) for recipe in COMPARED]
+    picture = Path("runs/demo.png")
+    draw(results, picture)
+    show(results)
+    console = Console(soft_wrap=True)
+    console.print(f"Picture: {picture}")
+    for r in results:
+        console.print(f"W&B run of {r.recipe}, offline: {r.wandb_file}")
+    console.print(
+        "Look at one in the terminal with `wandb leet FILE`, or upload it with `wandb sync FOLDER`."
+    )
+
+
+if __name__ == "__main__":
+    main()
