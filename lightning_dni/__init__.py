@@ -1,6 +1,7 @@
 """Train Lightning modules with synthetic gradients (Decoupled Neural Interfaces)."""
 
+from lightning_dni.callbacks import BPLambdaScheduler, GradientMonitor
 from lightning_dni.strategies import DNIStrategy
 
 __version__ = "0.1.0"
-__all__ = ["DNIStrategy"]
+__all__ = ["BPLambdaScheduler", "DNIStrategy", "GradientMonitor"]

@@ -123,18 +123,17 @@ def draw(results: list[Result], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, cosine = figure.subplots(1, 2)
-    for r in results:
-        accuracy.plot(*zip(*r.curve.accuracy, strict=True), label=r.recipe, marker=".")
-        for style, name in zip(
-            ("-", "--", ":"), r.monitor.history[0].cosine if r.monitor else (), strict=False
-        ):
-            points = [(p.step, p.cosine[name]) for p in r.monitor.history]
-            cosine.plot(*zip(*points, strict=True), style, label=f"{r.recipe}, {name}")
+    for k, r in enumerate(results):
+        accuracy.plot(*zip(*r.curve.accuracy, strict=True), color=f"C{k}", label=r.recipe, marker=".")
+        history = r.monitor.history if r.monitor else []
+        for style, name in zip(("-", "--", ":"), history[0].cosine if history else (), strict=False):
+            points = [(p.step, p.cosine[name]) for p in history]
+            cosine.plot(*zip(*points, strict=True), style, color=f"C{k}", label=f"{r.recipe}, {name}")
     accuracy.set(title="validation accuracy", xlabel="step", ylim=(0, 1))
     cosine.set(title="cosine of synthetic and true gradient", xlabel="step", ylim=(-1, 1))
     for axes in (accuracy, cosine):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,5 +1,7 @@
 """Naive autograd twins: what the engine claims to compute, written out by hand with nothing shared."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -51,7 +53,7 @@ class NaiveLinearDNI:
 def mlp_stages(widths, num_classes, batch_norm, dtype=torch.float64):
     """Stages (linear, [batch norm,] ReLU) and a linear one on top."""
     stages = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         norm = [nn.BatchNorm1d(b)] if batch_norm else []
         stages.append(nn.Sequential(nn.Linear(a, b), *norm, nn.ReLU()))
     stages.append(nn.Linear(widths[-1], num_classes))
@@ -68,3 +70,58 @@ def true_gradients(stages, x, y):
         hs.append(h)
     F.cross_entropy(stages[-1](h), y, reduction="sum").backward()
     return [h.grad for h in hs]
+
+
+def decoupled_backward(stages, x, loss_of, synthetic, lambdas, denominators=None):
+    """Gradients of a chain of stages under any synthetic gradients and lambdas, cut by cut.
+
+    Args:
+        stages: Modules run one after another, each on the detached output of the one below.
+        x: Input of the first.
+        loss_of: Loss of the last output.
+        synthetic: For every cut a function of `h` that gives SG(h), or None for no gradient.
+        lambdas: For every cut its lambda.
+        denominators: For every cut what SG(h) is divided by; None: the number of rows.
+
+    Returns:
+        The loss, and for every cut what came back from above, in units of the loss (None for nothing).
+    """
+    inputs, outputs = [x], []
+    for stage in stages[:-1]:
+        outputs.append(stage(inputs[-1]))
+        inputs.append(outputs[-1].detach().requires_grad_())
+    loss = loss_of(stages[-1](inputs[-1]))
+    loss.backward()
+    arrived = [None] * len(outputs)
+    for k in reversed(range(len(outputs))):
+        arrived[k] = inputs[k + 1].grad
+        back = torch.zeros_like(outputs[k]) if arrived[k] is None else arrived[k]
+        given = None if synthetic[k] is None else synthetic[k](outputs[k].detach())
+        if given is None and (lambdas[k] == 0 or arrived[k] is None):
+            continue
+        given = torch.zeros_like(back) if given is None else given
+        divisor = len(x) if denominators is None else denominators[k]
+        outputs[k].backward((1 - lambdas[k]) * given / divisor + lambdas[k] * back)
+    return loss.detach(), arrived
+
+
+def plain_gradients(model, x, loss_of, boundaries):
+    """Loss and dL/dh at the named modules, by backprop through an uncut forward pass.
+
+    The weights' gradients are in `.grad`.
+    """
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, h, name=name: seen.setdefault(name, []).append(h)
+        )
+        for name in boundaries
+    ]
+    loss = loss_of(model(x))
+    for handle in handles:
+        handle.remove()
+    hs = [h for found in seen.values() for h in found]
+    for h in hs:
+        h.retain_grad()
+    loss.backward()
+    return loss.detach(), {name: torch.cat([h.grad for h in found]) for name, found in seen.items()}

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Signal
@@ -112,9 +113,9 @@ def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Ten
     applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
     true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]
     return BoundaryReport(
-        synthetic=torch.cat([_rows(cut, cut.synthetic) for cut in cuts]),
-        target=torch.cat([_rows(cut, cut.target) for cut in cuts]),
-        true=torch.cat([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
+        synthetic=_below([_rows(cut, cut.synthetic) for cut in cuts]),
+        target=_below([_rows(cut, cut.target) for cut in cuts]),
+        true=_below([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
         loss=torch.stack(losses).mean() if losses else None,
         regresses=Signal.TARGET in needs,
         applied_weights=_sum_by_name(applied, names),
@@ -135,6 +136,12 @@ def _rows(cut: Cut, gradient: Sequence[Tensor] | None) -> Tensor:
     return torch.zeros_like(joined) if gradient is None else joined
 
 
+def _below(calls: Sequence[Tensor]) -> Tensor:
+    """The rows of all calls below one another; shorter ones (shorter sequences) end in zeros."""
+    width = max(rows.shape[1] for rows in calls)
+    return torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in calls])
+
+
 def _sum_by_name(
     gradients: Sequence[tuple[Tensor, Tensor]], names: Mapping[Tensor, str]
 ) -> dict[str, Tensor]:
@@ -142,6 +149,7 @@ def _sum_by_name(
     for variable, gradient in gradients:
         name = names.get(variable)
         if name is not None:
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            # a copy: the tensor itself may be the parameter's `.grad`, to be clipped and added to in place
+            dense = gradient.to_dense() if gradient.is_sparse else gradient.clone()
             sums[name] = sums[name] + dense if name in sums else dense
     return sums

@@ -1,24 +1,30 @@
 """What an estimator adds for its context: a trained vector per class, or a linear map of a continuous one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators.layers import check_sizes
 
 
 class Conditioning(nn.Module):
-    """Adds to `x` a linear function of the context, starting at exactly zero.
+    """A linear function of the context, to be added to a linear function of `h`.
 
-    For labels it is the product of a weight and the one-hot label, computed by looking the row up;
-    so `x W + y V` is the linear estimator of Czarnecki et al. 2017, section 2, without building `[x, y]`.
+    For labels it is the product of the one-hot label and a weight, computed by looking the row up; so
+    `hA + yB` of Czarnecki et al. 2017, section 2, needs no `[h, y]`.
 
     Args:
-        features: Width of `x`.
+        spec: The boundary's spec.
+        features: Width of what it is added to.
         num_classes: Number of classes, for labels `[batch]` or `[batch, positions]`.
         context_size: Width of a continuous context `[batch, context_size]` or
             `[batch, positions, context_size]`.
+        zero: Whether it starts at zero. Otherwise it starts with about as much weight as the whole of
+            an `h` of unit scale has in `nn.Linear`; as one feature among many it would hardly count.
 
     Raises:
         EstimatorError: Both kinds of context are asked for, or one of no size.
@@ -26,31 +32,64 @@ class Conditioning(nn.Module):
 
     weight: nn.Parameter | None
 
-    def __init__(self, features: int, num_classes: int | None, context_size: int | None) -> None:
+    def __init__(
+        self,
+        spec: BoundarySpec,
+        features: int,
+        num_classes: int | None,
+        context_size: int | None,
+        zero: bool = True,
+    ) -> None:
         super().__init__()
         if num_classes is not None and context_size is not None:
             raise EstimatorError(
-                f"Expected `num_classes` or `context_size`, but got both ({num_classes}, {context_size})."
+                f"Expected `num_classes` or `context_size` for boundary {spec.name!r}, but got both "
+                f"({num_classes}, {context_size})."
             )
-        size = context_size if num_classes is None else num_classes
-        if size is not None and size < 1:
-            raise EstimatorError(
-                f"Expected `num_classes` and `context_size` to be at least 1, but got {size}."
-            )
+        self._boundary = spec.name
         self._continuous = num_classes is None
-        self.weight = None if size is None else nn.Parameter(torch.zeros(size, features))
+        size = context_size if num_classes is None else num_classes
+        if size is None:
+            self.weight = None
+            return
+        check_sizes("context_size" if self._continuous else "num_classes", [size])
+        self.weight = nn.Parameter(torch.zeros(size, features))
+        if not zero:
+            nn.init.normal_(self.weight, std=size**-0.5 if self._continuous else 1.0)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """`x` of shape `[batch, ..., features]` plus what the context adds to every position."""
+    def forward(self, context: Tensor | None, h: Tensor) -> Tensor | None:
+        """What to add at every position of `h` `[batch, ..., features]`; None for nothing."""
         if self.weight is None or context is None:
-            return x
+            return None
         if self._continuous:
-            added = context.to(x.dtype) @ self.weight
+            check_aligned(context.shape[:-1], h.shape[:-1], self._boundary)
+            added = context.to(h.dtype) @ self.weight
         else:
-            added = F.embedding(context, self.weight)
-        while added.ndim < x.ndim:
+            check_aligned(context.shape, h.shape[:-1], self._boundary)
+            added = F.embedding(context.long(), self.weight)
+        while added.ndim < h.ndim:
             added = added.unsqueeze(-2)
-        return x + added
+        return added
+
+
+def check_aligned(context: Sequence[int], rows: Sequence[int], boundary: str) -> None:
+    """Refuse a context that would be broadcast in a way that nobody meant.
+
+    Args:
+        context: Its shape, without the width of a continuous one.
+        rows: Batch size, and number of positions where a context may be given for each.
+        boundary: Named in the error.
+
+    Raises:
+        EstimatorError: `context` is no non-empty beginning of `rows`.
+    """
+    allowed = [tuple(rows[:n]) for n in range(1, len(rows) + 1)]
+    if tuple(context) not in allowed:
+        raise EstimatorError(
+            f"Expected a label or context for each row or position at boundary {boundary!r}, of shape "
+            f"{' or '.join(map(str, allowed))}, but got {tuple(context)}. Pass `labels=` a callable that "
+            "gives that shape."
+        )
 
 
 def joint_width(spec: BoundarySpec) -> int:

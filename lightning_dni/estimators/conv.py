@@ -1,7 +1,7 @@
 """The convolutional estimator of Jaderberg et al. 2017, appendix C: labels are extra input planes."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
-from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.mlp import check_widths, start_at_zero
+from lightning_dni.estimators.conditioning import check_aligned
+from lightning_dni.estimators.layers import Stack, check_sizes
 from lightning_dni.estimators.normalization import BatchNorm
+from lightning_dni.estimators.regression import regression_loss
 
 _CONVOLUTIONS = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
 
@@ -47,46 +48,42 @@ class ConvEstimator(GradientEstimator):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        check_widths("hidden_channels", hidden_channels)
+        check_sizes("hidden_channels", hidden_channels)
+        check_sizes("num_classes", [] if num_classes is None else [num_classes])
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise EstimatorError(f"Expected `kernel_size` to be odd, but got {kernel_size}.")
+            raise EstimatorError(f"Expected `kernel_size` to be odd and positive, but got {kernel_size}.")
         if len(spec.shape) not in _CONVOLUTIONS:
             raise EstimatorError(
                 f"Expected feature maps [batch, channels, ...] at boundary {spec.name!r}, but got rows of "
                 f"shape {spec.shape}. Use LinearEstimator or MLPEstimator there."
             )
         self.num_classes = num_classes
+        self._boundary = spec.name
         convolution = _CONVOLUTIONS[len(spec.shape)]
         channels = spec.shape[0]
-        sizes = [channels + (num_classes or 0), *hidden_channels, channels]
-        self.layers = nn.ModuleList(
-            convolution(a, b, kernel_size, padding=kernel_size // 2) for a, b in pairwise(sizes)
+        self.stack = Stack(
+            partial(convolution, kernel_size=kernel_size, padding=kernel_size // 2),
+            [channels + (num_classes or 0), *hidden_channels, channels],
+            BatchNorm,
         )
-        self.norms = nn.ModuleList(BatchNorm(size) for size in hidden_channels)
-        start_at_zero(self.layers[-1])
 
-    def _predict(self, h: Tensor, context: Tensor | None) -> Tensor:
-        if context is not None and self.num_classes is not None:
-            if context.ndim != 1:
-                raise EstimatorError(
-                    f"Expected one label per sample, [batch], but got labels of shape {tuple(context.shape)}."
-                )
-            one_hot = F.one_hot(context, self.num_classes).to(h.dtype)
-            planes = one_hot.view(*one_hot.shape, *[1] * (h.ndim - 2))
-            h = torch.cat([h, planes.expand(-1, -1, *h.shape[2:])], dim=1)
-        x: Tensor = self.layers[0](h)
-        for norm, layer in zip(self.norms, list(self.layers)[1:], strict=True):
-            x = layer(F.relu(norm(x)))
-        return x
+    def _predict(self, h: tuple[Tensor, ...], context: Tensor | None, track: bool = False) -> Gradient:
+        return (self.stack(self._with_planes(h[0], context), track=track),)
+
+    def _with_planes(self, h: Tensor, context: Tensor | None) -> Tensor:
+        if context is None or self.num_classes is None:
+            return h
+        check_aligned(context.shape, h.shape[:1], self._boundary)
+        one_hot = F.one_hot(context.long(), self.num_classes).to(h.dtype)
+        planes = one_hot.view(*one_hot.shape, *[1] * (h.ndim - 2))
+        return torch.cat([h, planes.expand(-1, -1, *h.shape[2:])], dim=1)
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
     ) -> tuple[Gradient | None, Any]:
         """The network's prediction."""
-        return (self._predict(h[0], context),), None
+        return self._predict(h, context, track=True), None
 
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """SG loss: squared distance to the target per row, averaged over rows."""
-        assert feedback.target is not None
-        prediction = (self._predict(record.h[0], record.context),)
-        return sg_loss(prediction, feedback.target, feedback.row_weights)
+        return regression_loss(self._predict, record, feedback)

@@ -1,15 +1,16 @@
 """A small classifier on an activation, whose loss has a derivative with respect to that activation."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.estimator import Record, rows_of
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.mlp import check_widths, start_at_zero
+from lightning_dni.estimators.conditioning import check_aligned
+from lightning_dni.estimators.layers import Stack, check_sizes
 
 _MAX_GRID = 4
 """Feature maps are averaged to at most this many cells a side, so that the head stays small."""
@@ -18,9 +19,9 @@ _MAX_GRID = 4
 class ClassHead(nn.Module):
     """Predicts class scores from one activation; its last layer starts at exactly zero.
 
-    `[batch, features]` goes in as it is; `[batch, positions, features]` position by position, averaged
-    over positions where there is one label per sample; `[batch, channels, height, width]` averaged
-    to a grid of at most 4 x 4.
+    `[batch, features]` goes in as it is. `[batch, positions, features]` goes in position by position;
+    one label per sample meets the average of the positions' scores, one label per position its own
+    score. `[batch, channels, height, width]` is averaged to a grid of at most 4 x 4.
 
     Args:
         spec: The boundary's spec.
@@ -33,29 +34,53 @@ class ClassHead(nn.Module):
 
     def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise EstimatorError(f"Expected `num_classes` to be at least 2, but got {num_classes}.")
-        check_widths("hidden_sizes", hidden_sizes)
+        check_sizes("num_classes", [num_classes], at_least=2)
+        check_sizes("hidden_sizes", hidden_sizes)
         shape = spec.shape
         if len(shape) not in (1, 2, 3):
             raise EstimatorError(
                 f"Expected vectors, sequences or two-dimensional feature maps at boundary {spec.name!r}, "
                 f"but got rows of shape {shape}. Choose another estimator or boundary."
             )
+        self._boundary = spec.name
         self._grid = (min(shape[1], _MAX_GRID), min(shape[2], _MAX_GRID)) if len(shape) == 3 else None
         width = shape[0] * self._grid[0] * self._grid[1] if self._grid else shape[-1]
-        sizes = [width, *hidden_sizes, num_classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        start_at_zero(self.layers[-1])
+        self.stack = Stack(nn.Linear, [width, *hidden_sizes, num_classes])
 
     def forward(self, h: Tensor, per_position: bool) -> Tensor:
         """Class scores `[batch, classes]`, or `[batch, positions, classes]` where `per_position`."""
-        if self._grid is not None:
-            h = F.adaptive_avg_pool2d(h, self._grid).flatten(1)
-        x: Tensor = self.layers[0](h)
-        for layer in list(self.layers)[1:]:
-            x = layer(F.relu(x))
+        x: Tensor = self.stack(h if self._grid is None else average_to_grid(h, self._grid).flatten(1))
         return x.mean(1) if x.ndim == 3 and not per_position else x
+
+    def gradient(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative of the labels' cross-entropy with respect to `h`, and the scores.
+
+        The cross-entropy is summed over rows and positions. The scores keep their graph where the caller
+        records one.
+
+        Raises:
+            EstimatorError: There is not one label for each row or position.
+        """
+        check_aligned(labels.shape, h.shape[: 2 if h.ndim == 3 else 1], self._boundary)
+        keeps = torch.is_grad_enabled()
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            scores = self(h, per_position=labels.ndim > 1)
+            loss = summed_cross_entropy(scores, labels)
+            (derivative,) = torch.autograd.grad(loss, h, retain_graph=keeps)
+        return derivative, scores if keeps else scores.detach()
+
+    def loss(self, record: Record, target: Tensor) -> Tensor:
+        """Cross-entropy of the scores in `record` on `target`, averaged over rows.
+
+        Args:
+            record: Its state is the scores that `gradient` gave; made again where their graph was not kept.
+            target: Labels, or probabilities of the classes.
+        """
+        scores: Tensor = record.state
+        if not scores.requires_grad:
+            scores = self(record.h[0], per_position=scores.ndim == 3)
+        return summed_cross_entropy(scores, target) / rows_of(record.h)
 
 
 def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
@@ -65,22 +90,25 @@ def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
         scores: `[..., classes]`.
         target: Labels `[...]`, or probabilities `[..., classes]`.
     """
-    flat = scores.reshape(-1, scores.shape[-1])
-    flat_target = target.reshape(flat.shape) if target.shape == scores.shape else target.reshape(-1)
+    flat = scores.flatten(0, -2)
+    flat_target = target.flatten(0, -2) if target.is_floating_point() else target.flatten().long()
     return F.cross_entropy(flat, flat_target, reduction="sum")
 
 
-def loss_and_derivative(head: ClassHead, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The head's loss on the labels, and its derivative with respect to `h`.
+def average_to_grid(h: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling as two products, which unlike torch's is deterministic on every device.
 
-    Returns:
-        Summed cross-entropy, the scores, and the derivative. Loss and scores keep their graph
-        where the caller records one.
+    Args:
+        h: Maps `[batch, channels, height, width]`.
+        grid: Cells along height and width.
     """
-    keeps = torch.is_grad_enabled()
-    with torch.enable_grad():
-        h = h.detach().requires_grad_()
-        scores = head(h, per_position=labels.ndim > 1)
-        loss = summed_cross_entropy(scores, labels)
-        (derivative,) = torch.autograd.grad(loss, h, retain_graph=keeps)
-    return loss, scores, derivative
+    rows, columns = (_averages(size, cells, h) for size, cells in zip(h.shape[2:], grid, strict=True))
+    return torch.einsum("ih,bchw,jw->bcij", rows, h, columns)
+
+
+def _averages(size: int, cells: int, like: Tensor) -> Tensor:
+    place = torch.arange(size, device=like.device)
+    cell = torch.arange(cells, device=like.device).unsqueeze(1)
+    first, end = cell * size // cells, -((cell + 1) * -size // cells)
+    inside = ((place >= first) & (place < end)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)

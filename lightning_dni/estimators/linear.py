@@ -6,21 +6,25 @@ from torch import Tensor, nn
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
-from lightning_dni.core.target import sg_loss
 from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, split
+from lightning_dni.estimators.layers import start_at_zero
+from lightning_dni.estimators.regression import regression_loss
 
 
 @final
 class LinearEstimator(GradientEstimator):
     """SG(h, y) = hA + yB + C, all zero at first (Czarnecki et al. 2017, section 2).
 
+    Several leaves are one `h`, laid side by side.
+
     Args:
-        spec: The boundary's spec; `h` is `[batch, ..., features]`, positions share the map.
+        spec: The boundary's spec; `h` is `[batch, ..., features]`, positions share the map. For feature
+            maps `[batch, channels, ...]` there is ConvEstimator.
         num_classes: Number of classes where labels are the context.
         context_size: Width of a continuous context.
 
     Raises:
-        EstimatorError: The activations have no common feature dimension, or both contexts are given.
+        EstimatorError: The activations have no common feature dimension, or a context does not fit.
     """
 
     needs = frozenset({Signal.TARGET})
@@ -32,12 +36,13 @@ class LinearEstimator(GradientEstimator):
         self.num_classes, self.context_size = num_classes, context_size
         width = joint_width(spec)
         self.map = nn.Linear(width, width)
-        nn.init.zeros_(self.map.weight)
-        nn.init.zeros_(self.map.bias)
-        self.conditioning = Conditioning(width, num_classes, context_size)
+        self.conditioning = Conditioning(spec, width, num_classes, context_size)
+        start_at_zero(self.map)
 
     def _predict(self, h: tuple[Tensor, ...], context: Tensor | None) -> Gradient:
-        return split(self.conditioning(self.map(join(h)), context), h)
+        x = join(h)
+        added = self.conditioning(context, x)
+        return split(self.map(x) if added is None else self.map(x) + added, h)
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
@@ -47,8 +52,4 @@ class LinearEstimator(GradientEstimator):
 
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """SG loss: squared distance to the target per row, averaged over rows."""
-        assert feedback.target is not None
-        prediction = record.gradient
-        if prediction is None or not prediction[0].requires_grad:
-            prediction = self._predict(record.h, record.context)
-        return sg_loss(prediction, feedback.target, feedback.row_weights)
+        return regression_loss(self._predict, record, feedback)

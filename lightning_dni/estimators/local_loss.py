@@ -6,23 +6,25 @@ from typing import Any, final
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, rows_of
-from lightning_dni.estimators.head import ClassHead, loss_and_derivative, summed_cross_entropy
+from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record
+from lightning_dni.estimators.head import ClassHead
 
 
 @final
 class LocalLossEstimator(GradientEstimator):
     """SG(h, y) = d CE(head(h), y) / dh, the head trained on the labels (Belilovsky et al. 2020).
 
-    No gradient and no output of the network above ever reaches it.
+    No gradient and no output of the network above ever reaches it. It assumes that the network's loss
+    is a cross-entropy summed over rows (and over positions, where labels are per position).
 
     Args:
-        spec: The boundary's spec; vectors, sequences or two-dimensional feature maps.
+        spec: The boundary's spec; vectors, sequences or two-dimensional feature maps, as ClassHead
+            takes them.
         num_classes: Number of classes; labels `[batch]`, or `[batch, positions]`.
         hidden_sizes: Widths of the head's hidden layers.
 
     Raises:
-        EstimatorError: The activation or a size does not fit.
+        EstimatorError: The activation, the labels or a size does not fit.
     """
 
     def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
@@ -35,14 +37,10 @@ class LocalLossEstimator(GradientEstimator):
     ) -> tuple[Gradient | None, Any]:
         """The derivative of the head's loss on the labels."""
         assert context is not None
-        loss, _, derivative = loss_and_derivative(self.head, h[0], context)
-        return (derivative,), loss
+        derivative, scores = self.head.gradient(h[0], context)
+        return (derivative,), scores
 
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """Cross-entropy of the head on the labels, averaged over rows."""
         assert record.context is not None
-        summed: Tensor = record.state
-        if not summed.requires_grad:
-            scores = self.head(record.h[0], per_position=record.context.ndim > 1)
-            summed = summed_cross_entropy(scores, record.context)
-        return summed / rows_of(record.h)
+        return self.head.loss(record, record.context)

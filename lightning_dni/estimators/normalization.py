@@ -8,9 +8,9 @@ from torch.nn import functional as F
 class BatchNorm(nn.Module):
     """Batch normalization over every dimension of `x` but the features.
 
-    An estimator whose graph is built again for its loss must see the same statistics then and count
-    them once, so running averages only follow where no gradient is recorded (when it synthesizes).
-    A single row has no variance: it is normalized by the running averages.
+    A batch is normalized by its own statistics, whether or not the running averages take note of it;
+    so an estimator whose graph is built again for its loss sees the same numbers and counts them once.
+    A single row has no variance: it is normalized by the running averages, and they stay.
 
     Args:
         features: Number of features.
@@ -28,15 +28,15 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` by its own statistics."""
+    def forward(self, x: Tensor, track: bool = False) -> Tensor:
+        """Normalize `x`; the running averages follow where `track`."""
         flat = x if self._feature_dim == 1 else x.reshape(-1, x.shape[-1])
         single = flat.numel() == flat.shape[1]
-        counts = not torch.is_grad_enabled() or single
+        averages = track or single
         normalized = F.batch_norm(
             flat,
-            self.running_mean if counts else None,
-            self.running_var if counts else None,
+            self.running_mean if averages else None,
+            self.running_var if averages else None,
             self.weight,
             self.bias,
             training=not single,

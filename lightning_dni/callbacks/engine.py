@@ -1,0 +1,32 @@
+"""Find the engine behind a trainer's strategy, whatever strategy it is."""
+
+import lightning.pytorch as pl
+
+from lightning_dni.callbacks._compat import MisconfigurationException
+from lightning_dni.core.report import HasEngine, Observable
+
+
+def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
+    """The engine that `callback` is to work with.
+
+    Raises:
+        MisconfigurationException: The strategy has none.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, HasEngine) and isinstance(strategy.engine, Observable):
+        return strategy.engine
+    who = type(callback).__name__
+    raise MisconfigurationException(
+        f"Expected a strategy with synthetic gradients for {who}, but got {type(strategy).__name__}, which "
+        "exposes no `engine`. Pass Trainer(strategy=DNIStrategy(boundaries=[...], estimator=...)), or take "
+        f"{who} out of `callbacks` for plain training."
+    )
+
+
+def key_of(metric: str, boundary: str) -> str:
+    """The key of `metric` at `boundary` in loggers, one section per metric.
+
+    >>> key_of("dni_sg_error", "net.3")
+    'dni_sg_error/net_3'
+    """
+    return f"{metric}/{boundary.replace('.', '_')}"

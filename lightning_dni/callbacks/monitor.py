@@ -1,0 +1,254 @@
+"""GradientMonitor: log how far each synthetic gradient is from the true one, and how fast training runs."""
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dni.callbacks._compat import forget_logged, rank_zero_info, rank_zero_warn, row_interval
+from lightning_dni.callbacks.configuration import describe_run
+from lightning_dni.callbacks.engine import engine_of, key_of
+from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
+from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
+from lightning_dni.callbacks.wandb_report import WandbReport
+from lightning_dni.callbacks.window import BoundaryWindow
+from lightning_dni.core.report import Observable
+
+SUMMARIZED = 10
+"""Summaries are the mean of this many last probes."""
+
+COSINE, ERROR = "dni_true_gradient_cosine", "dni_sg_error"
+
+
+class GradientMonitor(pl.Callback):
+    """Measures every n-th optimizer step and logs it through `log_dict`, to every logger.
+
+    The measured steps are those at which Lightning writes rows (the n-th, 2n-th, ...: rows n-1, 2n-1,
+    ...), so `every_n_train_steps` should be a multiple of the Trainer's `log_every_n_steps`. The
+    gradients of an accumulated batch are those of the joint batch. On all other steps the monitor
+    reads a clock, no more. It changes no number of the run.
+
+    Keys are `dni_<metric>/<boundary>`; `dni_mean_cosine` and `dni_worst_error` over all boundaries; and
+    of the steps since the last row without the measured one, `dni_step_time` (seconds per optimizer step,
+    with data loading, without validation), `dni_samples_per_second` and `dni_peak_memory` (bytes; CUDA's
+    allocator, whose peak is then reset, or the whole process on a CPU). Loggers also get the run's
+    configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
+    picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
+
+    Args:
+        every_n_train_steps: Optimizer steps from one measured step to the next.
+        probe: Measure true gradients, too, which costs another backward pass on those steps; else only
+            what is compared with target gradients is logged, and there is no picture.
+        recipe: Name of the recipe, for the run's configuration.
+
+    Attributes:
+        history: The probes so far; saved in checkpoints.
+
+    Raises:
+        ValueError: `every_n_train_steps` is not a positive integer.
+        MisconfigurationException: When training starts under a strategy without an engine.
+    """
+
+    def __init__(self, every_n_train_steps: int = 50, probe: bool = True, recipe: str | None = None) -> None:
+        every_n = every_n_train_steps
+        if isinstance(every_n, bool) or not isinstance(every_n, int) or every_n < 1:
+            raise ValueError(
+                f"Expected `every_n_train_steps` to be an integer of at least 1, but got {every_n!r}. Leave "
+                "the callback out to measure nothing."
+            )
+        self._every_n = every_n
+        self._probe = probe
+        self._recipe = recipe
+        self.history: list[Probe] = []
+        self._recent: dict[str, deque[float]] = {}
+        self._engine: Observable | None = None
+        self._wandb: WandbReport | None = None
+        self._clock = StepClock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._windows: dict[str, BoundaryWindow] = {}
+        self._memory: dict[str, float] = {}
+        self._logged: tuple[str, ...] = ()
+        self._described = False
+        self._measured = False
+        self._step = 0
+        self._due = False
+
+    # ---- around the fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._engine = engine_of(trainer, self)
+        self._clear()
+        self._clock.reset()
+        self._wandb = WandbReport(trainer)
+        self._warn_of_dropped_rows(trainer)
+        self._describe(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle_row(trainer)
+        if self._described and not self._measured:
+            rank_zero_warn(
+                f"GradientMonitor measured nothing: fit ended at step {trainer.global_step}, and the monitor "
+                f"waits for every {self._every_n}th. Pass a smaller `every_n_train_steps`."
+            )
+        if self.history:
+            self._show(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._engine = self._wandb = None
+
+    def _describe(self, trainer: pl.Trainer) -> None:
+        assert self._engine is not None
+        configuration = describe_run(trainer, self._engine, self._recipe)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(configuration)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        assert self._wandb is not None
+        self._wandb.show(self.history, self.history[-1].step)
+        others = [each for each in trainer.loggers if not isinstance(each, WandbLogger)]
+        if trainer.is_global_zero and (others or not trainer.loggers):
+            directories = [each.log_dir or each.save_dir for each in others]
+            path = Path(next(filter(None, directories), trainer.default_root_dir)) / FILE_NAME
+            write_heatmap(self.history, path)
+            rank_zero_info(f"GradientMonitor has drawn cosine and error of the gradients: {path}")
+
+    def _warn_of_dropped_rows(self, trainer: pl.Trainer) -> None:
+        every = row_interval(trainer)
+        if not trainer.loggers or (every and self._every_n % every == 0):
+            return
+        rank_zero_warn(
+            f"GradientMonitor(every_n_train_steps={self._every_n}) measures steps at which "
+            f"Trainer(log_every_n_steps={every}) writes no row: those measurements reach no logger. Pass "
+            f"`Trainer(log_every_n_steps={self._every_n})`, or a number that divides {self._every_n}."
+        )
+
+    # ---- one step
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._settle_row(trainer)
+        self._step = trainer.global_step
+        self._due = (self._step + 1) % self._every_n == 0
+        if not self._due:
+            self._clock.run()
+            return
+        if not self._windows:
+            self._clock.stop(pl_module.device)
+            self._memory = peak_memory(pl_module.device)
+        assert self._engine is not None
+        if self._probe:
+            self._engine.request_probe()
+        else:
+            self._engine.request_report()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        stepped = trainer.global_step > self._step
+        if self._due:
+            self._observe()
+        else:
+            self._clock.count(samples_in(batch), stepped)
+        if stepped and not self._described:
+            # the first step builds the estimators: only now are they known, and it is timed for no row
+            self._described = True
+            self._describe(trainer)
+            self._clock.reset()
+        if stepped and self._windows:
+            self._log(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.stop(pl_module.device)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.stop(pl_module.device)
+
+    def _observe(self) -> None:
+        assert self._engine is not None
+        report = self._engine.last_report
+        if report is None:  # no loss came out of this micro-batch
+            return
+        for name, facts in report.boundaries.items():
+            self._windows.setdefault(name, BoundaryWindow()).update(facts)
+
+    def _log(self, pl_module: pl.LightningModule) -> None:
+        measured = {name: window.compute() for name, window in self._windows.items()}
+        values = {key_of(metric, n): v for n, found in measured.items() for metric, v in found.items()}
+        values |= _over_boundaries(measured)
+        timing = self._clock.read()
+        self._remember(measured, values, timing)
+        row = {**values, **timing, **self._memory}
+        pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
+        self._logged = tuple(row)
+        self._measured, self._windows = True, {}
+        self._clock.reset()
+        reset_peak_memory(pl_module.device)
+
+    def _remember(
+        self,
+        measured: Mapping[str, Mapping[str, Tensor]],
+        values: Mapping[str, Tensor],
+        timing: Mapping[str, float],
+    ) -> None:
+        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        for key, number in (numbers | dict(timing)).items():
+            self._recent.setdefault(key, deque(maxlen=SUMMARIZED)).append(number)
+        probed = [name for name, found in measured.items() if COSINE in found]
+        if probed:
+            cosine = {name: numbers[key_of(COSINE, name)] for name in probed}
+            error = {name: numbers[key_of(ERROR, name)] for name in probed}
+            self.history.append(Probe(self._step, cosine, error))
+
+    def _settle_row(self, trainer: pl.Trainer) -> None:
+        """Once the row of a measured step is written: no other shall repeat it, and summaries take it in."""
+        if not self._logged:
+            return
+        forget_logged(trainer, self._logged)
+        self._logged = ()
+        if self._wandb is not None:
+            self._wandb.summarize({key: sum(last) / len(last) for key, last in self._recent.items()})
+
+    # ---- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [probe.state_dict() for probe in self.history],
+            "recent": {key: list(last) for key, last in self._recent.items()},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Probe(**probe) for probe in state_dict["history"]]
+        self._recent = {key: deque(last, maxlen=SUMMARIZED) for key, last in state_dict["recent"].items()}
+
+
+def _over_boundaries(measured: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean cosine and the worst error of all boundaries, where any was probed."""
+    cosines = [found[COSINE] for found in measured.values() if COSINE in found]
+    errors = [found[ERROR] for found in measured.values() if ERROR in found]
+    if not cosines:
+        return {}
+    return {"dni_mean_cosine": torch.stack(cosines).mean(), "dni_worst_error": torch.stack(errors).max()}

@@ -1,0 +1,48 @@
+"""What Weights & Biases gets beyond a logger's rows: axes, summaries and the picture of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_dni.callbacks.heatmap import Probe, heatmap_pixels
+
+AXIS = "trainer/global_step"
+"""The key under which Lightning's logger writes its steps."""
+
+PICTURE = "dni_gradients"
+
+
+class WandbReport:
+    """The W&B runs of a trainer, or none; on every rank but the first there are none.
+
+    A run is the one that the logger has opened: with `WandbLogger(id=...)` of an earlier run it is
+    continued, and nothing here starts another.
+
+    Args:
+        trainer: Its loggers are searched for `WandbLogger`.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        self._runs: list[Any] = [each.experiment for each in loggers if isinstance(each, WandbLogger)]
+        for run in self._runs:
+            run.define_metric(AXIS)
+            run.define_metric("dni_*", step_metric=AXIS, step_sync=True)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Set summaries; call it after the row is written, which sets them to the row's values."""
+        for run in self._runs:
+            run.summary.update(dict(values))
+
+    def show(self, probes: Sequence[Probe], step: int) -> None:
+        """Log the picture of `probes` at `step`."""
+        if not self._runs or not probes:
+            return
+        import wandb  # takes a second, and only here is it needed
+
+        pixels = heatmap_pixels(probes)
+        for run in self._runs:
+            image = wandb.Image(pixels, caption="cosine and relative error of the synthetic gradients")
+            run.log({PICTURE: image, AXIS: step})

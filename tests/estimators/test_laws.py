@@ -1,0 +1,552 @@
+"""Laws of the estimator contract, each over every row of the table that it speaks of."""
+
+import copy
+
+import pytest
+import torch
+from tables import (
+    CLASSES,
+    ESTIMATORS,
+    Row,
+    batch_for,
+    each,
+    gradients_of,
+    linear,
+    loss_of,
+    network,
+    record_of,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_dni import estimators
+from lightning_dni.core import DNIEngine, GradientEstimator, Signal
+from lightning_dni.errors import EstimatorError
+
+LEARNED = [row for row in ESTIMATORS if row.learned]
+ROWWISE = [row for row in ESTIMATORS if row.rowwise]
+REGRESSORS = [row for row in LEARNED if row.is_regressor()]
+HEADS = [row for row in LEARNED if not row.is_regressor()]
+BATCH_NORM = [row for row in LEARNED if not row.rowwise]
+CONDITIONED = [row for row in ESTIMATORS if row.context != "none"]
+POSITIONWISE = [row for row in ESTIMATORS if row.kind == "sequence" and row.positionwise]
+
+
+def exact(a, b):
+    assert_close(a, b, rtol=0, atol=0)
+
+
+def synthesize(estimator, h, context):
+    gradient, _ = estimator.synthesize(h, context, None)
+    return None if gradient is None else tuple(g.detach() for g in gradient)
+
+
+def lesson(estimator, h, context, feedback, graph=None):
+    """Loss and its parameter gradients, as the engine would take them."""
+    loss = estimator.loss(record_of(estimator, h, context, graph), feedback)
+    return loss.detach(), gradients_of(estimator, loss)
+
+
+def feedback_like(feedback, pick):
+    """The same feedback for other rows."""
+    return type(feedback)(target=tuple(pick(t) for t in feedback.target), output=pick(feedback.output))
+
+
+def engine_for(row, dtype=torch.float32, stirred=False, **options):
+    """A network of the row's kind, an engine with the row's estimator twice, and a batch."""
+    model, inputs = network(row, dtype)
+    factory = (lambda spec: row.stirred()) if stirred else row.make
+    engine = DNIEngine(model, ["0", "1"], factory, labels=1, **options)
+    return model, engine, batch_for(row, inputs, dtype=dtype)
+
+
+def step(model, engine, batch, accumulate=1):
+    """Forward and backward, as a user's loop does; nobody steps."""
+    with engine.training_step(batch[:2], accumulate=accumulate):
+        loss = loss_of(model(batch[0]), batch[2]) / accumulate
+    engine.backward(loss)
+    return loss.detach()
+
+
+# ---- the table
+
+
+def test_every_public_estimator_has_a_row():
+    covered = {type(row.build()) for row in ESTIMATORS}
+    assert covered == {getattr(estimators, name) for name in estimators.__all__}
+    assert len({row.id for row in ESTIMATORS}) == len(ESTIMATORS)
+
+
+def test_the_table_notices_a_public_name_without_a_row(monkeypatch):
+    monkeypatch.setattr(estimators, "__all__", [*estimators.__all__, "GradientEstimator"])
+    monkeypatch.setattr(estimators, "GradientEstimator", GradientEstimator, raising=False)
+    with pytest.raises(AssertionError):
+        test_every_public_estimator_has_a_row()
+
+
+@each(ESTIMATORS)
+def test_declares_what_it_is(row):
+    estimator = row.build()
+    assert estimator.is_learned == row.learned
+    assert estimator.learns_from_network == row.learns_from_network
+    assert not estimator.locks
+    assert (estimator.num_classes is not None) == row.context.endswith("labels")
+    assert (estimator.context_size is not None) == row.context.endswith("vectors")
+
+
+@each(ESTIMATORS)
+def test_is_final(row):
+    cls = type(row.build())
+    assert cls.__mro__[1] is GradientEstimator
+    assert cls.__final__
+
+
+# ---- what it gives
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each(ESTIMATORS)
+def test_keeps_shape_and_dtype(row, dtype):
+    h, context, _ = row.sample(dtype=dtype)
+    gradient = synthesize(row.stirred(dtype=dtype), h, context)
+    if row.learned:
+        assert [(g.shape, g.dtype) for g in gradient] == [(leaf.shape, dtype) for leaf in h]
+    else:
+        assert gradient is None
+
+
+@each(ESTIMATORS)
+def test_starts_at_exactly_zero(row):
+    h, context, _ = row.sample()
+    for graph in (True, False):
+        gradient = record_of(row.build(), h, context, graph).gradient
+        assert gradient is None or all(torch.equal(g, torch.zeros_like(g)) for g in gradient)
+
+
+@each(LEARNED)
+def test_does_not_stay_at_zero(row):
+    h, context, _ = row.sample()
+    assert all(bool(g.any()) for g in synthesize(row.stirred(), h, context))
+
+
+@each(ESTIMATORS)
+def test_neither_changes_nor_aliases_what_it_is_shown(row):
+    estimator, (h, context, feedback) = row.stirred(), row.sample()
+    shown = [*h, *feedback.target, feedback.output] + ([] if context is None else [context])
+    before = [t.clone() for t in shown]
+    record = record_of(estimator, h, context)
+    loss = estimator.loss(record, feedback)
+    if loss is not None:
+        loss.backward()
+    exact(shown, before)
+    own = {t.untyped_storage().data_ptr() for t in [*shown, *estimator.parameters()]}
+    assert all(g.untyped_storage().data_ptr() not in own for g in record.gradient or ())
+
+
+@each(ESTIMATORS)
+def test_is_deterministic_and_draws_no_random_number(row):
+    h, context, feedback = row.sample()
+    results = []
+    for _ in range(2):
+        estimator, before = row.stirred(), torch.get_rng_state()
+        record = record_of(estimator, h, context)
+        loss = estimator.loss(record, feedback)
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append([*(record.gradient or ()), *([] if loss is None else [loss])])
+    exact(results[0], results[1])
+
+
+@each(ESTIMATORS)
+def test_state_dict_restores_it(row):
+    h, context, _ = row.sample()
+    estimator, other = row.stirred(seed=1), row.build(seed=2)
+    synthesize(estimator, h, context)
+    other.load_state_dict(estimator.state_dict())
+    exact(synthesize(other, h, context), synthesize(estimator, h, context))
+    state, restored = estimator.state_dict(), other.state_dict()
+    exact(list(state.values()), list(restored.values()))
+
+
+@each(ESTIMATORS)
+def test_copies_are_independent(row):
+    h, context, _ = row.sample()
+    estimator = row.stirred()
+    twin, before = copy.deepcopy(estimator), synthesize(estimator, h, context)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            parameter.zero_()
+    exact(synthesize(twin, h, context), before)
+
+
+@each(ESTIMATORS)
+def test_accepts_any_batch_size(row):
+    estimator = row.stirred()
+    for batch in (4, 1, 7):
+        h, context, feedback = row.sample(batch)
+        record = record_of(estimator, h, context)
+        loss = estimator.loss(record, feedback)
+        for g, leaf in zip(record.gradient or h, h, strict=True):
+            assert g.shape == leaf.shape
+            assert g.isfinite().all()
+        assert loss is None or loss.isfinite()
+
+
+# ---- rows and positions
+
+
+@each(ROWWISE)
+def test_a_row_depends_on_that_row_alone(row):
+    estimator, (h, context, _) = row.stirred(), row.sample()
+    whole = synthesize(estimator, h, context)
+    alone = synthesize(estimator, tuple(t[2:3] for t in h), None if context is None else context[2:3])
+    if whole is not None:
+        assert_close(alone, tuple(g[2:3] for g in whole))
+
+
+@each(POSITIONWISE)
+def test_a_position_depends_on_that_position_alone(row):
+    estimator, (h, context, _) = row.stirred(), row.sample()
+    whole = synthesize(estimator, h, context)
+    permuted = torch.tensor([2, 0, 3, 1])
+    if row.context.startswith("token"):
+        context = context[:, permuted]
+    moved = synthesize(estimator, (h[0][:, permuted],), context)
+    assert_close(moved[0], whole[0][:, permuted])
+    (changed,) = h
+    changed = changed.clone()
+    changed[:, permuted[0]] += 1.0
+    after = synthesize(estimator, (changed,), row.sample()[1])
+    others = [p for p in range(h[0].shape[1]) if p != permuted[0]]
+    assert_close(after[0][:, others], whole[0][:, others])
+    assert not torch.allclose(after[0][:, permuted[0]], whole[0][:, permuted[0]])
+
+
+@each([row for row in HEADS if row.kind == "sequence" and not row.positionwise])
+def test_one_label_for_a_whole_sequence_couples_its_positions(row):
+    estimator, (h, context, _) = row.stirred(), row.sample()
+    whole = synthesize(estimator, h, context)
+    (changed,) = (t.clone() for t in h)
+    changed[:, 0] += 1.0
+    assert not torch.allclose(synthesize(estimator, (changed,), context)[0][:, 1:], whole[0][:, 1:])
+
+
+@each([row for row in ESTIMATORS if row.kind == "sequence"])
+def test_accepts_sequences_of_any_length(row):
+    estimator, (h, context, feedback) = row.stirred(), row.sample()
+    shorter = tuple(t[:, :2] for t in h)
+    tokens = row.context.startswith("token")
+    output = feedback.output[:, :2] if tokens else feedback.output
+    short = type(feedback)(target=tuple(t[:, :2] for t in feedback.target), output=output)
+    record = record_of(estimator, shorter, context[:, :2] if tokens else context)
+    assert record.gradient[0].shape == shorter[0].shape
+    assert estimator.loss(record, short).isfinite()
+
+
+@each([row for row in ESTIMATORS if row.kind == "map"])
+def test_accepts_maps_of_any_size(row):
+    estimator, (h, context, _) = row.stirred(), row.sample()
+    larger = (torch.cat([h[0], h[0]], 2),)
+    assert synthesize(estimator, larger, context)[0].shape == larger[0].shape
+
+
+@each(LEARNED)
+def test_loss_is_a_mean_over_rows(row):
+    """Batch norm too: the statistics of a doubled batch are those of the batch."""
+    h, context, feedback = row.sample(dtype=torch.float64)
+    loss, gradients = lesson(row.stirred(dtype=torch.float64), h, context, feedback)
+    assert loss.shape == ()
+
+    def doubled(t):
+        return torch.cat([t, t])
+
+    twice = lesson(
+        row.stirred(dtype=torch.float64),
+        tuple(doubled(t) for t in h),
+        None if context is None else doubled(context),
+        feedback_like(feedback, doubled),
+    )
+    assert_close(twice, (loss, gradients))
+
+
+@each(LEARNED)
+def test_synthetic_gradient_does_not_shrink_with_the_batch(row):
+    h, context, _ = row.sample()
+    once = synthesize(row.stirred(), h, context)
+    twice = synthesize(
+        row.stirred(),
+        tuple(torch.cat([t, t]) for t in h),
+        None if context is None else torch.cat([context, context]),
+    )
+    assert_close(tuple(g[: len(h[0])] for g in twice), once)
+    assert_close(tuple(g[len(h[0]) :] for g in twice), once)
+
+
+# ---- what it learns
+
+
+@each(LEARNED)
+def test_loss_is_the_same_rebuilt(row):
+    h, context, feedback = row.sample(dtype=torch.float64)
+    kept = lesson(row.stirred(dtype=torch.float64), h, context, feedback, graph=True)
+    rebuilt = lesson(row.stirred(dtype=torch.float64), h, context, feedback, graph=False)
+    assert_close(kept, rebuilt, rtol=1e-12, atol=1e-12)
+
+
+@each(LEARNED)
+def test_loss_can_be_taken_several_times_from_one_record(row):
+    h, context, feedback = row.sample()
+    estimator = row.stirred()
+    record = record_of(estimator, h, context, graph=False)
+    losses = [estimator.loss(record, feedback) for _ in range(3)]
+    gradients = [gradients_of(estimator, loss) for loss in losses]
+    exact(losses[1:], losses[:-1])
+    exact(gradients[1:], gradients[:-1])
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@each(BATCH_NORM)
+def test_running_averages_count_a_batch_once(row, graph):
+    h, context, feedback = row.sample()
+    estimator, once = row.stirred(), row.stirred()
+    synthesize(once, h, context)
+    before = dict(row.stirred().named_buffers())
+    record = record_of(estimator, h, context, graph)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            estimator.loss(record, feedback)
+    exact(dict(estimator.named_buffers()), dict(once.named_buffers()))
+    assert all(not torch.equal(b, before[n]) for n, b in estimator.named_buffers())
+
+
+@each(REGRESSORS)
+def test_regressor_learns_the_squared_distance_to_its_target(row):
+    h, context, feedback = row.sample(dtype=torch.float64)
+    estimator, twin = row.stirred(dtype=torch.float64), row.stirred(dtype=torch.float64)
+    prediction, _ = twin.synthesize(h, context, None)
+    error = [(p - t).flatten(1) for p, t in zip(prediction, feedback.target, strict=True)]
+    expected = torch.cat(error, 1).pow(2).sum(1).mean()
+    loss, gradients = lesson(estimator, h, context, feedback)
+    assert_close((loss, gradients), (expected.detach(), gradients_of(twin, expected)))
+
+
+@each(REGRESSORS)
+def test_regressor_weighs_rows(row):
+    h, context, feedback = row.sample(dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.5], dtype=torch.float64)
+    weighed = type(feedback)(target=feedback.target, row_weights=weights)
+    estimator, twin = row.stirred(dtype=torch.float64), row.stirred(dtype=torch.float64)
+    prediction, _ = twin.synthesize(h, context, None)
+    error = [(p - t).flatten(1).pow(2).sum(1) for p, t in zip(prediction, feedback.target, strict=True)]
+    expected = (sum(error) * weights).mean()
+    assert_close(lesson(estimator, h, context, weighed), (expected.detach(), gradients_of(twin, expected)))
+
+
+@each(HEADS)
+def test_head_gives_the_derivative_of_its_summed_loss(row):
+    """Central differences of rows times the labels' mean loss."""
+    h, context, _ = row.sample(dtype=torch.float64)
+    estimator, eps = row.stirred(dtype=torch.float64), 1e-6
+    (gradient,) = synthesize(estimator, h, context)
+    labels_only = nn.functional.one_hot(context, CLASSES).double()
+
+    def summed(h):
+        scores = estimator.head(h, per_position=context.ndim > 1)
+        return -(scores.log_softmax(-1) * labels_only).sum()
+
+    direction = torch.randn(h[0].shape, dtype=torch.float64)
+    slope = (summed(h[0] + eps * direction) - summed(h[0] - eps * direction)) / (2 * eps)
+    assert_close((gradient * direction).sum(), slope.detach(), rtol=1e-6, atol=1e-8)
+
+
+@each(LEARNED)
+def test_uses_only_what_it_asked_for(row):
+    """A local loss is told nothing; a critic no target; a regressor no output."""
+    h, context, feedback = row.sample()
+    told = type(feedback)(
+        target=feedback.target if Signal.TARGET in row.build().needs else None,
+        output=feedback.output if Signal.OUTPUT in row.build().needs else None,
+    )
+    exact(lesson(row.stirred(), h, context, told), lesson(row.stirred(), h, context, feedback))
+
+
+# ---- context
+
+
+@each(CONDITIONED)
+def test_context_conditions(row):
+    """From its own first steps on, not only with weights that a test has stirred."""
+    h, context, feedback = row.sample()
+    estimator = row.build()
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        estimator.loss(record_of(estimator, h, context), feedback).backward()
+        optimizer.step()
+    other = (context + 1) % CLASSES if row.context.endswith("labels") else context.flip(0)
+    pairs = zip(synthesize(estimator, h, context), synthesize(estimator, h, other), strict=True)
+    assert all(not torch.allclose(a, b) for a, b in pairs)
+
+
+@each([row for row in CONDITIONED if row.context.endswith("labels")])
+def test_accepts_labels_of_any_integer_type(row):
+    h, context, feedback = row.sample()
+    expected = lesson(row.stirred(), h, context, feedback)
+    for dtype in (torch.uint8, torch.int32):
+        exact(synthesize(row.stirred(), h, context.to(dtype)), synthesize(row.stirred(), h, context))
+        exact(lesson(row.stirred(), h, context.to(dtype), feedback), expected)
+
+
+@each(CONDITIONED)
+def test_refuses_a_context_that_would_be_broadcast(row):
+    h, context, _ = row.sample()
+    for wrong in (context.unsqueeze(1), context[:1], torch.cat([context, context])):
+        with pytest.raises(EstimatorError, match=r"at boundary 'net.1', of shape \(6,.* but got \("):
+            row.stirred().synthesize(h, wrong, None)
+
+
+# ---- in the engine, at two boundaries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each(ESTIMATORS)
+def test_trains_in_an_engine(row, dtype):
+    model, engine, batch = engine_for(row, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with engine:
+        for _ in range(3):
+            optimizer.zero_grad()
+            assert step(model, engine, batch).isfinite()
+            for estimator in engine.estimators.values():
+                for name, parameter in estimator.named_parameters():
+                    assert parameter.dtype == dtype
+                    assert parameter.grad is not None, name
+            optimizer.step()
+            engine.update_estimators()
+    assert list(engine.estimators) == ["0", "1"]
+
+
+@each(LEARNED)
+def test_takes_several_steps_on_one_lesson(row):
+    """The network stands still here, so a lesson learnt twice is two steps with one lesson each."""
+    found = []
+    for steps in (1, 2):
+        model, engine, batch = engine_for(row, torch.float64, stirred=True, estimator_steps=steps)
+        with engine:
+            for _ in range(2 // steps):
+                step(model, engine, batch)
+                engine.update_estimators()
+        found.append([p.detach() for p in engine.estimators["1"].parameters()])
+    assert_close(found[1], found[0])
+
+
+@each(ESTIMATORS)
+def test_nothing_but_the_synthetic_gradient_reaches_the_stage(row):
+    model, engine, batch = engine_for(row, torch.float64, stirred=True)
+    with engine:
+        step(model, engine, batch)
+        model.zero_grad()
+        twins = copy.deepcopy(engine.estimators)
+        step(model, engine, batch)
+    engine_gradients = {n: p.grad for n, p in model.named_parameters()}
+    below = batch[0]
+    for name, twin in twins.items():
+        stage = model.get_submodule(name)
+        outputs = stage(below)
+        leaves = outputs if isinstance(outputs, tuple) else (outputs,)
+        h = tuple(leaf.detach() for leaf in leaves)
+        synthetic = synthesize(twin, h, batch[1] if row.context != "none" else None)
+        for parameter_name, parameter in stage.named_parameters():
+            given = engine_gradients[f"{name}.{parameter_name}"]
+            if synthetic is None:
+                assert given is None
+                continue
+            expected = torch.autograd.grad(
+                leaves, parameter, [g / len(h[0]) for g in synthetic], retain_graph=True, allow_unused=True
+            )
+            assert_close(given, expected[0])
+        below = h if isinstance(outputs, tuple) else h[0]
+
+
+@each(ROWWISE)
+def test_accumulated_batches_are_one_batch(row):
+    """As far as boundary batch statistics allow; every gradient, of stages and of estimators."""
+    found = []
+    for parts in (1, 2):
+        model, engine, batch = engine_for(row, torch.float64, stirred=True)
+        size = len(batch[0]) // parts
+        with engine:
+            for k in range(parts):
+                some = slice(k * size, (k + 1) * size)
+                step(model, engine, [None if t is None else t[some] for t in batch], accumulate=parts)
+        modules = [model, *engine.estimators.values()]
+        found.append([p.grad for m in modules for p in m.parameters() if p.grad is not None])
+    assert_close(found[1], found[0])
+
+
+@each(LEARNED)
+def test_only_what_learns_from_the_network_sees_it(row):
+    """Another network above the last boundary: no bit of a local loss may differ."""
+    found = []
+    for seed in (0, 1):
+        model, engine, batch = engine_for(row, estimator_optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
+        top = model[2].scores
+        with torch.no_grad():
+            top.weight.copy_(torch.randn(top.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with engine:
+            for _ in range(2):
+                optimizer.zero_grad()
+                step(model, engine, batch)
+                optimizer.step()
+                engine.update_estimators()
+        found.append([t for e in engine.estimators.values() for t in e.state_dict().values()])
+    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert same != row.learns_from_network
+
+
+@each(ESTIMATORS)
+def test_building_and_running_leaves_the_global_generator_alone(row):
+    model, engine, batch = engine_for(row)
+    before = torch.get_rng_state()
+    with engine:
+        step(model, engine, batch)
+        engine.update_estimators()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each(ESTIMATORS)
+def test_a_resumed_engine_goes_on_bit_for_bit(row):
+    def go(engine, model, batch, steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with engine:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                step(model, engine, batch)
+                optimizer.step()
+                engine.update_estimators()
+
+    model, engine, batch = engine_for(row)
+    go(engine, model, batch, 2)
+    resumed_model, resumed, _ = engine_for(row)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(engine.state_dict()))
+    go(engine, model, batch, 2)
+    go(resumed, resumed_model, batch, 2)
+    for name, estimator in engine.estimators.items():
+        exact(dict(resumed.estimators[name].state_dict()), dict(estimator.state_dict()))
+    exact(dict(resumed_model.state_dict()), dict(model.state_dict()))
+
+
+def test_a_law_can_fail():
+    """The leak and row laws are not vacuous: a row whose promise is false is caught."""
+    coupled = next(row for row in ESTIMATORS if row.id == "mlp-labels")
+    with pytest.raises(AssertionError):
+        test_a_row_depends_on_that_row_alone(coupled)
+    with pytest.raises(AssertionError):
+        test_starts_at_exactly_zero(Row("one", _one))
+
+
+def _one(spec):
+    estimator = linear(spec)
+    nn.init.ones_(estimator.map.bias)
+    return estimator

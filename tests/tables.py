@@ -1,0 +1,243 @@
+"""One row per estimator and variant: all laws run over all rows. A new estimator adds a row here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Record, Signal
+from lightning_dni.estimators import (
+    ConvEstimator,
+    CriticEstimator,
+    LinearEstimator,
+    LocalLossEstimator,
+    MLPEstimator,
+    ZeroEstimator,
+)
+
+CLASSES, CONTEXT_SIZE, POSITIONS = 3, 2, 4
+
+SHAPES = {
+    "vector": [(5,)],
+    "sequence": [(POSITIONS, 5)],
+    "signal": [(3, 7)],
+    "map": [(3, 6, 5)],
+    "leaves": [(5,), (2,)],
+}
+"""Shapes of a row, by kind of activation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An estimator and what is promised about it.
+
+    Attributes:
+        id: Name of the row.
+        make: The user's factory.
+        kind: Kind of activation, a key of SHAPES.
+        context: "none", "labels", "token labels" (per position), "vectors" or "token vectors".
+        learned: Whether it has anything to train.
+        learns_from_network: Whether anything of the network above ever reaches it.
+        rowwise: Whether a row's gradient depends on that row alone (no batch norm).
+        positionwise: Whether a position's gradient depends on that position alone.
+    """
+
+    id: str
+    make: Callable[[BoundarySpec], GradientEstimator]
+    kind: str = "vector"
+    context: str = "none"
+    learned: bool = True
+    learns_from_network: bool = True
+    rowwise: bool = True
+    positionwise: bool = True
+
+    @property
+    def spec(self):
+        leaves = tuple(LeafSpec(shape, torch.float32) for shape in SHAPES[self.kind])
+        return BoundarySpec(name="net.1", leaves=leaves)
+
+    def build(self, seed=0, dtype=torch.float32):
+        """The estimator as built, with the weights of `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make(self.spec).to(dtype)
+
+    def stirred(self, seed=0, dtype=torch.float32):
+        """An estimator that no longer gives zero: every parameter has moved a little."""
+        estimator, generator = self.build(seed, dtype), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in estimator.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        return estimator
+
+    def sample(self, batch=6, seed=0, dtype=torch.float32):
+        """An activation, its context, and what the network might answer."""
+        generator = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=generator, dtype=dtype)
+        h = tuple(draw(batch, *shape) for shape in SHAPES[self.kind])
+        rows = (batch, POSITIONS) if self.context.startswith("token") else (batch,)
+        context = None
+        if self.context.endswith("labels"):
+            context = torch.randint(CLASSES, rows, generator=generator)
+        elif self.context.endswith("vectors"):
+            context = draw(*rows, CONTEXT_SIZE)
+        target = tuple(draw(leaf.shape) for leaf in h)
+        return h, context, Feedback(target=target, output=draw(*rows, CLASSES))
+
+    def is_regressor(self):
+        return Signal.TARGET in self.build().needs
+
+
+def record_of(estimator, h, context, graph=None):
+    """What the engine would keep of one synthesis; `graph` overrides what the estimator asks for."""
+    with torch.set_grad_enabled(estimator.keeps_graph if graph is None else graph):
+        gradient, state = estimator.synthesize(h, context, None)
+    return Record(h, context, gradient, state)
+
+
+def gradients_of(estimator, loss):
+    """Gradients of `loss` by parameter name, zero for a parameter that it does not reach."""
+    names, parameters = zip(*estimator.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)
+    }
+
+
+linear = LinearEstimator
+mlp = partial(MLPEstimator, hidden_sizes=(7, 6))
+plain_mlp = partial(mlp, batch_norm=False)
+conv = partial(ConvEstimator, hidden_channels=(4,), kernel_size=3)
+local_loss = partial(LocalLossEstimator, num_classes=CLASSES)
+critic = partial(CriticEstimator, num_classes=CLASSES)
+labels, vectors = {"num_classes": CLASSES}, {"context_size": CONTEXT_SIZE}
+
+
+def head_rows(name, make, learns_from_network):
+    """A head on every kind of activation, with hidden layers and without."""
+    variants = [
+        ("", (), "vector", "labels", True),
+        ("-hidden", (8,), "vector", "labels", True),
+        ("-sequence", (), "sequence", "labels", False),
+        ("-sequence-hidden", (8, 6), "sequence", "labels", False),
+        ("-tokens", (), "sequence", "token labels", True),
+        ("-tokens-hidden", (8,), "sequence", "token labels", True),
+        ("-map", (), "map", "labels", True),
+        ("-map-hidden", (8,), "map", "labels", True),
+    ]
+    return [
+        Row(
+            name + suffix,
+            partial(make, hidden_sizes=sizes),
+            kind,
+            context,
+            learns_from_network=learns_from_network,
+            positionwise=positionwise,
+        )
+        for suffix, sizes, kind, context, positionwise in variants
+    ]
+
+
+ESTIMATORS = [
+    *(
+        Row(f"zero-{kind}", ZeroEstimator, kind, learned=False, learns_from_network=False)
+        for kind in ("vector", "leaves")
+    ),
+    Row("linear", linear),
+    Row("linear-labels", partial(linear, **labels), context="labels"),
+    Row("linear-vectors", partial(linear, **vectors), context="vectors"),
+    Row("linear-leaves", partial(linear, **labels), "leaves", "labels"),
+    Row("linear-sequence", linear, "sequence"),
+    Row("linear-sequence-labels", partial(linear, **labels), "sequence", "labels"),
+    Row("linear-tokens", partial(linear, **labels), "sequence", "token labels"),
+    Row("linear-token-vectors", partial(linear, **vectors), "sequence", "token vectors"),
+    Row("mlp-plain", plain_mlp),
+    Row("mlp-plain-labels", partial(plain_mlp, **labels), context="labels"),
+    Row("mlp-plain-vectors", partial(plain_mlp, **vectors), context="vectors"),
+    Row("mlp-plain-leaves", partial(plain_mlp, **labels), "leaves", "labels"),
+    Row("mlp-plain-tokens", partial(plain_mlp, **labels), "sequence", "token labels"),
+    Row("mlp-shallow-labels", partial(mlp, hidden_sizes=(), **labels), context="labels"),
+    Row("mlp", mlp, rowwise=False),
+    Row("mlp-labels", partial(mlp, **labels), context="labels", rowwise=False),
+    Row("mlp-vectors", partial(mlp, **vectors), context="vectors", rowwise=False),
+    Row("mlp-leaves", mlp, "leaves", rowwise=False),
+    Row("mlp-sequence", partial(mlp, **labels), "sequence", "labels", rowwise=False, positionwise=False),
+    Row("mlp-tokens", partial(mlp, **labels), "sequence", "token labels", rowwise=False, positionwise=False),
+    Row("conv1d", conv, "signal", rowwise=False),
+    Row("conv1d-labels", partial(conv, **labels), "signal", "labels", rowwise=False),
+    Row("conv2d", conv, "map", rowwise=False),
+    Row("conv2d-labels", partial(conv, **labels), "map", "labels", rowwise=False),
+    Row("conv2d-shallow-labels", partial(conv, hidden_channels=(), **labels), "map", "labels"),
+    *head_rows("local_loss", local_loss, learns_from_network=False),
+    *head_rows("critic", critic, learns_from_network=True),
+]
+
+
+def each(rows):
+    """Run a law over `rows`, as its argument `row`."""
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in rows])
+
+
+class TwoLeaves(nn.Module):
+    """A joint state, as of an LSTM: what crosses is a pair of tensors."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 5), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = torch.cat(x, 1) if isinstance(x, tuple) else x
+        return torch.tanh(self.first(x)), torch.tanh(self.second(x))
+
+
+class Classify(nn.Module):
+    """Scores of what crosses: per position or per row, whatever its form."""
+
+    def __init__(self, width, pool):
+        super().__init__()
+        self.pool, self.scores = pool, nn.Linear(width, CLASSES)
+
+    def forward(self, x):
+        return self.scores(self.pool(torch.cat(x, 1) if isinstance(x, tuple) else x))
+
+
+def network(row, dtype=torch.float32, seed=0):
+    """A network with boundaries "0" and "1" of the row's kind, and its input's shape without rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if row.kind == "leaves":
+            stages, inputs = [TwoLeaves(6), TwoLeaves(7)], (6,)
+        elif row.kind in ("signal", "map"):
+            convolution = nn.Conv1d if row.kind == "signal" else nn.Conv2d
+            stages = [nn.Sequential(convolution(c, 3, 3, padding=1), nn.Tanh()) for c in (2, 3)]
+            inputs = (2, *SHAPES[row.kind][0][1:])
+        else:
+            stages = [nn.Sequential(nn.Linear(w, 5), nn.Tanh()) for w in (6, 5)]
+            inputs = (*SHAPES[row.kind][0][:-1], 6)
+        return nn.Sequential(*stages, Classify(*_pooling(row))).to(dtype), inputs
+
+
+def _pooling(row):
+    if row.kind in ("signal", "map"):
+        return 3, lambda x: x.flatten(2).mean(2)
+    if row.kind == "sequence" and not row.context.startswith("token"):
+        return 5, lambda x: x.mean(1)
+    return sum(shape[-1] for shape in SHAPES[row.kind]), lambda x: x
+
+
+def batch_for(row, inputs, batch=6, seed=0, dtype=torch.float32):
+    """A batch (x, context, classes) for `network`; the context is what the estimator sees."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, *inputs, generator=generator, dtype=dtype)
+    _, context, feedback = row.sample(batch, seed, dtype)
+    classes = context if row.context.endswith("labels") else feedback.output.argmax(-1)
+    return x, context, classes
+
+
+def loss_of(scores, classes):
+    """Cross-entropy summed over rows and positions, over the number of rows."""
+    return F.cross_entropy(scores.flatten(0, -2), classes.flatten(), reduction="sum") / len(classes)
