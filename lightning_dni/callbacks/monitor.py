@@ -199,7 +199,7 @@ class GradientMonitor(pl.Callback):
         values |= _over_boundaries(measured)
         timing = self._clock.read()
         self._remember(measured, values, timing)
-        row = {**values, **timing, **self._memory}
+        row: dict[str, Tensor | float] = {**values, **timing, **self._memory}
         pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
         self._logged = tuple(row)
         self._measured, self._windows = True, {}

@@ -112,7 +112,8 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in names if matches_levels(name, pattern)]
+        matches = [name for name in names if name == pattern]
+        matches = matches or [name for name in names if matches_levels(name, pattern)]
         if not matches:
             raise BoundaryError(_unknown(model, pattern, names))
         chosen.update(matches)

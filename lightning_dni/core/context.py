@@ -35,16 +35,16 @@ def find_context(batch: Any, labels: Labels = "auto") -> Tensor | None:
         return None
     if callable(labels):
         found = labels(batch)
-    elif labels == "auto":
-        return _search(batch)
     else:
-        found = _take(batch, labels)
-    if found is not None and not isinstance(found, Tensor):
+        found = _search(batch) if labels == "auto" else _take(batch, labels)
+    if found is None:
+        return None
+    if not isinstance(found, Tensor):
         raise EstimatorError(
             f"Expected `labels={labels!r}` to give a tensor from the batch, but got "
             f"{type(found).__name__}. Pass a callable that returns the label tensor."
         )
-    return found
+    return found.detach() if found.requires_grad else found
 
 
 def _search(batch: Any) -> Tensor | None:
@@ -82,6 +82,7 @@ def check_context(
     context: Tensor | None,
     num_classes: int | None,
     context_size: int | None,
+    rows: int,
     who: str,
     check_values: bool,
 ) -> Tensor | None:
@@ -91,6 +92,7 @@ def check_context(
         context: What `find_context` gave.
         num_classes: Number of classes it expects labels of, if any.
         context_size: Width of the continuous context it expects, if any.
+        rows: Number of rows of the activation.
         who: The estimator, named in errors.
         check_values: Whether to look at the label values, which waits for an accelerator.
 
@@ -105,9 +107,14 @@ def check_context(
             "index, a key or a callable), or build the estimator without `num_classes` and "
             "`context_size`."
         )
+    if not context.ndim or context.shape[0] != rows:
+        raise EstimatorError(
+            f"Expected labels or a context of {rows} rows for {who}, but got a tensor of shape "
+            f"{tuple(context.shape)}. Pass `labels=` a callable that gives one row per row of the activation."
+        )
     if num_classes is not None:
         return _check_labels(context, num_classes, who, check_values)
-    if not context.is_floating_point() or not context.ndim or context.shape[-1] != context_size:
+    if not context.is_floating_point() or context.shape[-1] != context_size:
         raise EstimatorError(
             f"Expected a floating-point context of width {context_size} for {who}, but got "
             f"{context.dtype} of shape {tuple(context.shape)}."

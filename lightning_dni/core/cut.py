@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dni.core.estimator import Gradient, Installed, Record, Signal
+from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
+
+Lesson = tuple[Installed, Record, Feedback, float]
+"""What an estimator learns from and with what share, kept where it takes several steps on it."""
 
 
 @dataclass(eq=False)
@@ -24,15 +27,19 @@ class Cut:
         factor: A synthetic gradient times this is in units of the user's (scaled) loss.
         bp_lambda: Weight of the true gradient.
         waits: Whether the stage is only differentiated when its target has arrived.
-        retained: Whether graph and values stay for the probe.
+        elements_unknown: Whether `factor` still lacks the number of output elements.
         consumer: What differentiates the stage above, for messages.
-        record: What the estimator needs for its loss, until that was taken.
-        awaited: What it still has to be told.
+        record: What the estimator said, until its loss and its correction were taken.
+        awaited: What the estimator still has to be told.
+        learned: Whether its loss was taken.
+        delivered: Whether the stage above was differentiated.
+        closed: Whether the stage below was differentiated.
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
         loss: The estimator's loss.
+        lesson: What further steps of the estimator learn from.
         param_grads: Gradients of the stage's variables, until they are merged.
         estimator_grads: Gradients of the estimator's parameters, until they are merged.
     """
@@ -45,15 +52,19 @@ class Cut:
     factor: float | Tensor
     bp_lambda: float
     waits: bool
-    retained: bool
+    elements_unknown: bool
     consumer: str | None = None
     record: Record | None = None
     awaited: set[Signal] = field(default_factory=set)
+    learned: bool = False
+    delivered: bool = False
+    closed: bool = False
     synthetic: Gradient | None = None
     arrived: list[Tensor] | None = None
     target: Gradient | None = None
     output: Tensor | None = None
     loss: Tensor | None = None
+    lesson: Lesson | None = None
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -62,8 +73,15 @@ class Cut:
         """The estimator by kind and place, for messages."""
         return f"{type(self.installed.estimator).__name__} at boundary {self.boundary!r}"
 
+    @property
+    def due(self) -> bool:
+        """Whether a stage that waited can be differentiated now."""
+        hears_first = bool(self.installed.estimator.locks)
+        return self.waits and self.delivered and not self.closed and not (hears_first and self.awaited)
+
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
+        self.delivered = True
         grads = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
@@ -73,33 +91,31 @@ class Cut:
                 for g, leaf in zip(grads, self.leaves, strict=True)
             ]
 
-    def target_gradient(self, reuse: bool) -> Gradient:
-        """What arrived, in the estimator's units and precision; in the same memory where `reuse`."""
+    def target_gradient(self) -> Gradient:
+        """What arrived, in the estimator's units and precision."""
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in self.leaves]
         if self.arrived is None:
             return tuple(
                 leaf.new_zeros(leaf.shape, dtype=d) for leaf, d in zip(self.leaves, dtypes, strict=True)
             )
         scale = 1.0 / self.factor
-        converted = [g.to(d) for g, d in zip(self.arrived, dtypes, strict=True)]
-        return tuple(g.mul_(scale) if reuse else g * scale for g in converted)
+        return tuple(g.to(d) * scale for g, d in zip(self.arrived, dtypes, strict=True))
 
     def applied_gradient(self) -> list[Tensor] | None:
         """The gradient for the stage below, in units of the user's loss; None for exactly zero."""
-        if self.arrived is None and (self.synthetic is None or self.bp_lambda == 1.0):
-            return None
-        if self.synthetic is None and not self.waits:
-            return None
-        if self.synthetic is None:
-            assert self.arrived is not None
-            return [mix_gradients(t.new_zeros(()), t, self.bp_lambda) for t in self.arrived]
-        scaled = [(g * self.factor).to(h.dtype) for g, h in zip(self.synthetic, self.outputs, strict=True)]
-        if not self.waits:
-            return scaled
-        targets = self.arrived or [s.new_zeros(()) for s in scaled]
-        return [
-            mix_gradients(s, t.expand_as(s), self.bp_lambda) for s, t in zip(scaled, targets, strict=True)
-        ]
+        bp_lambda = self.bp_lambda
+        synthetic = None
+        if self.synthetic is not None and bp_lambda < 1.0:
+            synthetic = [
+                (g * self.factor).to(h.dtype) for g, h in zip(self.synthetic, self.outputs, strict=True)
+            ]
+        if not self.waits or bp_lambda == 0.0:
+            return synthetic
+        if self.arrived is None:
+            return synthetic and [g * (1.0 - bp_lambda) for g in synthetic]
+        if synthetic is None:
+            return [g if bp_lambda == 1.0 else g * bp_lambda for g in self.arrived]
+        return [mix_gradients(s, t, bp_lambda) for s, t in zip(synthetic, self.arrived, strict=True)]
 
 
 def lineage(top: Iterable[Cut]) -> set[Cut]:

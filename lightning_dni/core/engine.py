@@ -57,7 +57,8 @@ from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.probe import true_gradients
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
-from lightning_dni.core.step import Step, StepSettings
+from lightning_dni.core.settings import StepSettings
+from lightning_dni.core.step import Step
 from lightning_dni.core.tap import Taps
 from lightning_dni.core.target import Denominator, check_denominator
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
@@ -111,7 +112,6 @@ class DNIEngine:
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
-        self._seed = torch.initial_seed() if seed is None else seed
         self._bp_lambda = dict.fromkeys(self._modules, 0.0)
         self.set_bp_lambda(bp_lambda)
         self._pool = EstimatorPool(
@@ -119,7 +119,7 @@ class DNIEngine:
             estimator,
             estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
             estimator_steps,
-            self._seed,
+            torch.initial_seed() if seed is None else seed,
         )
         self._device = _device_of(model)
         self._taps = Taps()
@@ -187,7 +187,7 @@ class DNIEngine:
             "bp_lambda": self.bp_lambda,
             "loss_denominator": str(self._loss_denominator),
             "rng": self._rng,
-            "seed": self._seed,
+            "seed": self._pool.seed,
         }
 
     # ---- hooks
@@ -224,8 +224,9 @@ class DNIEngine:
             return None
         passed_on = self._step.cut(name, output)
         if self._rng == "stage":
-            crossings = sum(cut.boundary == name for cut in self._step.cuts)
-            torch.manual_seed(derive_seed(self._seed, "stage", name, crossings, self._steps))
+            torch.manual_seed(
+                derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
+            )
         return passed_on
 
     def _on_output(self, output: Any) -> None:
@@ -256,12 +257,12 @@ class DNIEngine:
             )
         self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
         self._report, self._requested, self._in_forward = None, "nothing", True
-        staged = seeded(derive_seed(self._seed, "stage", None, 0, self._steps), self._device)
+        staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
         try:
             with staged if self._rng == "stage" else nullcontext():
                 yield
         except RuntimeError as error:
-            if "leaf Variable that requires grad" in str(error):
+            if "leaf Variable that requires grad" in str(error) and self._step.fired:
                 raise BoundaryError(
                     f"Expected the output of a boundary in {sorted(self._step.fired)} not to be changed in "
                     "place by what follows it, but got an in-place operation on it. Choose as boundary "
@@ -300,11 +301,11 @@ class DNIEngine:
         assert self._step is not None
         step, self._step = self._step, None
         cuts = step.finish()
-        self._pool.remember(step.lessons)
         if step.settings.report:
             truths = true_gradients(cuts, step.top) if step.settings.probe else {}
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             self._report = report_step(self._steps - 1, cuts, truths, names)
+        self._pool.remember(step.merge(cuts))
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
@@ -315,6 +316,8 @@ class DNIEngine:
         self._pool.drop_gradients()
 
     def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
+        if accumulate < 1:
+            raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
         on_cpu = self._device.type == "cpu"
         return StepSettings(
             batch=batch,
@@ -337,7 +340,6 @@ class DNIEngine:
         return {
             "version": 1,
             "steps": self._steps,
-            "seed": self._seed,
             "bp_lambda": self.bp_lambda,
             "elements_per_row": self._elements_per_row,
             **self._pool.state_dict(),
@@ -347,12 +349,12 @@ class DNIEngine:
         """Restore `state_dict`, building the estimators from their saved specs.
 
         Raises:
-            BoundaryError: The state holds a boundary that this engine does not have.
+            BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
         self._device = _device_of(self._model)
         self._pool.load_state_dict(state, self._device)
-        self._steps, self._seed = state["steps"], state["seed"]
+        self._steps = state["steps"]
         self._elements_per_row = state["elements_per_row"]
         self.set_bp_lambda(state["bp_lambda"])
 

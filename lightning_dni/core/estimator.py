@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_dni.core.randomness import RandomStream
+
 Gradient = tuple[Tensor, ...]
 """One tensor per leaf of the activation, in units of the per-row loss."""
 
@@ -145,10 +147,11 @@ class GradientEstimator(nn.Module, ABC):
 
 
 class Installed(NamedTuple):
-    """An estimator at its boundary, with its parameters at hand."""
+    """An estimator at its boundary, with its parameters at hand and its stream if it draws from one."""
 
     estimator: GradientEstimator
     parameters: tuple[nn.Parameter, ...]
+    stream: RandomStream | None = None
 
 
 def rows_of(h: Sequence[Tensor]) -> int:

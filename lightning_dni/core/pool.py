@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
+from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import GradientEstimator, Installed, Signal
 from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory
-from lightning_dni.core.randomness import derive_seed, seeded
-from lightning_dni.core.step import Lesson
+from lightning_dni.core.randomness import RandomStream, derive_seed, seeded
+from lightning_dni.core.synthesis import learn
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 EstimatorFactory = Callable[[BoundarySpec], GradientEstimator]
@@ -45,28 +46,40 @@ class EstimatorPool:
         if steps < 1:
             raise EstimatorError(f"Expected `estimator_steps` to be at least 1, but got {steps}.")
         self._factories = {n: choose_by_pattern(n, factory, "estimator") for n in boundaries}
+        self._boundaries = tuple(boundaries)
+        self._optimizer = optimizer
         self.optimizers = EstimatorOptimizers(optimizer, boundaries)
         self.steps = steps
-        self._seed = seed
+        self.seed = seed
         self._specs: dict[str, BoundarySpec] = {}
         self.installed: dict[str, Installed] = {}
+        self._restored: set[str] = set()
         self._lessons: list[Lesson] = []
 
     def install(self, name: str, outputs: Sequence[Tensor]) -> Installed:
         """The estimator of boundary `name`, built from its activations `outputs` if it is new."""
         if name not in self.installed:
             self._build(BoundarySpec.of(name, outputs))
+        elif name in self._restored:
+            self._restored.discard(name)
+            _check_width(self._specs[name], BoundarySpec.of(name, outputs))
         return self.installed[name]
 
     def _build(self, spec: BoundarySpec) -> None:
-        with seeded(derive_seed(self._seed, "estimator", spec.name), spec.device):
+        with seeded(derive_seed(self.seed, "estimator", spec.name), spec.device):
             estimator = self._factories[spec.name](spec)
         _check(estimator, spec)
         dtype = torch.float32
         for leaf in spec.leaves:
             dtype = torch.promote_types(dtype, leaf.dtype)
         estimator.to(device=spec.device, dtype=dtype)
-        installed = Installed(estimator, tuple(p for p in estimator.parameters() if p.requires_grad))
+        installed = Installed(
+            estimator,
+            tuple(p for p in estimator.parameters() if p.requires_grad),
+            RandomStream(derive_seed(self.seed, "stream", spec.name), spec.device)
+            if estimator.stochastic
+            else None,
+        )
         self._specs[spec.name], self.installed[spec.name] = spec, installed
         self.optimizers.add(spec.name, installed)
 
@@ -78,10 +91,10 @@ class EstimatorPool:
         """Step with the accumulated gradients, then again on the same lessons as often as asked."""
         self.optimizers.step()
         for _ in range(self.steps - 1):
-            for (estimator, _), record, feedback, share in self._lessons:
-                loss = estimator.loss(record, feedback)
+            for installed, record, feedback, share in self._lessons:
+                loss = learn(installed, record, feedback, share)
                 if loss is not None:
-                    (loss * share).backward()  # type: ignore[no-untyped-call]
+                    loss.backward()  # type: ignore[no-untyped-call]
             self.optimizers.step()
         self._lessons.clear()
 
@@ -106,31 +119,44 @@ class EstimatorPool:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Specs, parameters and optimizers, in tensors and primitives."""
+        """Specs, parameters, streams and optimizers, in tensors and primitives."""
         return {
+            "boundaries": list(self._boundaries),
+            "seed": self.seed,
             "specs": [spec.state_dict() for spec in self._specs.values()],
             "estimators": {n: i.estimator.state_dict() for n, i in self.installed.items()},
+            "streams": {n: i.stream.state_dict() for n, i in self.installed.items() if i.stream is not None},
             "optimizers": self.optimizers.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Build the saved estimators on `device` and load them.
+        """Become the saved pool: its estimators are built on `device` in place of those here.
 
         Raises:
-            BoundaryError: The state holds a boundary that is not here.
+            BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator or an optimizer does not fit.
         """
-        names = [spec["name"] for spec in state["specs"]]
-        unknown = [name for name in names if name not in self._factories]
-        if unknown:
+        if sorted(state["boundaries"]) != sorted(self._boundaries):
             raise BoundaryError(
-                f"Expected the state of boundaries among {list(self._factories)}, but got {unknown} too. "
-                "Resume with the `boundaries` of the saved run, or start its estimators afresh."
+                f"Expected the state of boundaries {list(self._boundaries)}, but got that of "
+                f"{list(state['boundaries'])}. Resume with the `boundaries` of the saved run, or start its "
+                "estimators afresh."
             )
-        for spec in state["specs"]:
-            if spec["name"] not in self.installed:
-                self._build(BoundarySpec.from_state_dict(spec, device))
-            self._load(spec["name"], state["estimators"][spec["name"]])
+        here, self._specs, self.installed = self._specs, {}, {}
+        self.seed = state["seed"]
+        self._lessons.clear()
+        self.optimizers = EstimatorOptimizers(self._optimizer, self._boundaries)
+        for saved in state["specs"]:
+            spec = BoundarySpec.from_state_dict(saved, device)
+            if spec.name in here:
+                _check_width(spec, here[spec.name])
+            self._build(spec)
+            self._load(spec.name, state["estimators"][spec.name])
+            self._restored.add(spec.name)
+        for name, stream in state["streams"].items():
+            installed = self.installed[name]
+            if installed.stream is not None:
+                installed.stream.load_state_dict(stream)
         if "optimizers" in state:  # absent where only weights were saved
             self.optimizers.load_state_dict(state["optimizers"])
 
@@ -141,8 +167,21 @@ class EstimatorPool:
         except RuntimeError as error:
             raise EstimatorError(
                 f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got one "
-                f"that does not fit: {error} Resume with the `estimator` of the saved run."
+                f"that does not fit: {' '.join(str(error).split())} Resume with the `estimator` of the saved run."
             ) from error
+
+
+def _check_width(saved: BoundarySpec, here: BoundarySpec) -> None:
+    """Refuse the state of another width; lengths of sequences and sizes of maps may differ."""
+    widths = [
+        [leaf.shape if len(leaf.shape) < 2 else len(leaf.shape) for leaf in s.leaves] for s in (saved, here)
+    ]
+    if widths[0] != widths[1]:
+        raise EstimatorError(
+            f"Expected the state of an estimator for rows of shapes {[leaf.shape for leaf in here.leaves]} at "
+            f"boundary {here.name!r}, but got one for {[leaf.shape for leaf in saved.leaves]}. Resume with the "
+            "model of the saved run, or start the estimators afresh."
+        )
 
 
 def _check(estimator: GradientEstimator, spec: BoundarySpec) -> None:

@@ -130,8 +130,10 @@ def _unscaled(cut: Cut, truth: Truth) -> Sequence[Tensor] | None:
 
 
 def _rows(cut: Cut, gradient: Sequence[Tensor] | None) -> Tensor:
-    like = cut.leaves if gradient is None else gradient
-    flat = [g.detach().flatten(1) if g.ndim > 1 else g.detach().unsqueeze(1) for g in like]
+    like = [g.detach() for g in (cut.leaves if gradient is None else gradient)]
+    if len({g.shape[0] for g in like}) > 1:  # an LSTM's output beside its [layers, batch, ...] state
+        like = [g.reshape(1, -1) for g in like]
+    flat = [g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in like]
     joined = torch.cat(flat, dim=1) if len(flat) > 1 else flat[0]
     return torch.zeros_like(joined) if gradient is None else joined
 

@@ -55,8 +55,8 @@ def trace_stage(
     """
     variables: list[Tensor] = []
     parents: list[Owner] = []
-    stack: list[Node] = [get_gradient_edge(h).node for h in outputs]
-    seen: set[Node] = set(stack)
+    seen: set[Node] = {get_gradient_edge(h).node for h in outputs}
+    stack: list[Node] = list(seen)
     while stack:
         node = stack.pop()
         if type(node) is _AccumulateGrad:
@@ -139,5 +139,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     for variable, gradient in gradients:
         if variable.grad is None:
             variable.grad = gradient
+        elif variable.grad.is_sparse and not gradient.is_sparse:
+            variable.grad = gradient + variable.grad
         else:
-            variable.grad = variable.grad + gradient if gradient.is_sparse else variable.grad.add_(gradient)
+            variable.grad = variable.grad.add_(gradient)

@@ -1,9 +1,8 @@
 """One decoupled training step: cut on the way up, settle on the way down."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,45 +11,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from lightning_dni.core.context import check_context
-from lightning_dni.core.cut import Cut, lineage
-from lightning_dni.core.estimator import Feedback, Installed, Lock, Record, Signal, rows_of
+from lightning_dni.core.cut import Cut, Lesson, lineage
+from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
+from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.target import Denominator, denominator
+from lightning_dni.core.synthesis import learn, synthesize
+from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
-Lesson = tuple[Installed, Record, Feedback, float]
-"""What an estimator learns from and with what share, kept where it takes several steps on it."""
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What holds for one whole step.
-
-    Attributes:
-        batch: The user's batch, for a callable `loss_denominator`.
-        context: What was found in it for the estimators.
-        bp_lambda: Lambda of BP(lambda) by boundary.
-        loss_denominator: What the user's loss is divided by.
-        elements_per_row: Elements of the network's output per row, if one was seen.
-        accumulate: Number of forward passes whose losses the user averages.
-        scale: What a gradient scaler multiplies the loss with; None for one.
-        report: Keep gradients for the report.
-        probe: Keep graphs for the true gradients.
-        check_values: Look at labels and synthetic gradients, which waits for an accelerator.
-        keep_lessons: Keep what the estimators learnt from, for further steps on it.
-    """
-
-    batch: Any
-    context: Tensor | None
-    bp_lambda: Mapping[str, float]
-    loss_denominator: Denominator = "batch"
-    elements_per_row: int | None = None
-    accumulate: int = 1
-    scale: Tensor | None = None
-    report: bool = False
-    probe: bool = False
-    check_values: bool = True
-    keep_lessons: bool = False
+Context = Tensor | None
 
 
 class Step:
@@ -64,12 +33,11 @@ class Step:
     def __init__(self, settings: StepSettings, install: Callable[[str, Sequence[Tensor]], Installed]) -> None:
         self.settings = settings
         self.cuts: list[Cut] = []
-        self.fired: set[str] = set()
+        self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
-        self.lessons: list[Lesson] = []
         self.elements_per_row = settings.elements_per_row
         self._install = install
-        self._contexts: dict[tuple[int | None, int | None], Tensor | None] = {}
+        self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
     # ---- on the way up
@@ -79,18 +47,23 @@ class Step:
 
         Returns:
             The same structure, with boundary tensors in place of those that carried a gradient.
+
+        Raises:
+            BoundaryError: The output cannot be cut, or a path leaks around a boundary.
+            EstimatorError: The estimator cannot be asked, or gives something unusable.
         """
-        self.fired.add(boundary)
-        if isinstance(output, Tensor):  # most often
-            return self._cross(boundary, [output], output)[0] if output.requires_grad else output
-        flat, structure = pytree.tree_flatten(output)
-        places = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
+        self.fired[boundary] += 1
+        flat, structure = ([output], None) if type(output) is Tensor else open_value(boundary, output)
+        places = differentiable(flat, boundary)
         if not places:
             return output
-        passed_on = self._cross(boundary, [flat[i] for i in places], output)
-        for place, leaf in zip(places, passed_on, strict=True):
+        crossing = self._open(boundary, [flat[i] for i in places], output)
+        for place, leaf in zip(places, crossing.leaves, strict=True):
             flat[place] = leaf
-        return pytree.tree_unflatten(flat, structure)
+        self._synthesize(crossing)
+        if not crossing.waits:
+            self._settle(crossing)
+        return flat[0] if structure is None else close_value(flat, structure)
 
     def see_output(self, output: Any) -> None:
         """Take note of the network's `output`, and tell the estimators below that ask for it."""
@@ -100,26 +73,17 @@ class Step:
         self.elements_per_row = tensors[0].numel() // max(1, tensors[0].shape[0])
         if not any(Signal.OUTPUT in crossing.awaited for crossing in self.cuts):
             return
-        for crossing in lineage(trace_stage(tensors, self._owner_of).parents):
+        for crossing in self._counted(trace_stage(tensors, self._owner_of).parents):
             if Signal.OUTPUT in crossing.awaited:
                 crossing.output = tensors[0].detach()
-                self._arrived(crossing, Signal.OUTPUT)
-
-    def _cross(self, boundary: str, outputs: list[Tensor], value: Any) -> list[Tensor]:
-        crossing = self._open(boundary, outputs, value)
-        passed_on = crossing.leaves
-        self._synthesize(crossing)
-        if not crossing.waits:
-            self._settle(crossing)
-        return passed_on
+                self._told(crossing, Signal.OUTPUT)
+                if crossing.due:
+                    self._settle(crossing)
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
-        strange = next((h.dtype for h in outputs if h.is_complex()), None)
-        if strange is not None:
-            raise BoundaryError(
-                f"Expected real activations at boundary {boundary!r}, but got {strange}. Choose a "
-                "module whose output is real."
-            )
+        if torch.is_autocast_enabled(outputs[0].device.type):
+            # its cache hands one cast of a weight to every stage, which would tie their graphs together
+            torch.clear_autocast_cache()
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
         self._consume(stage, f"boundary {boundary!r}")
         installed = self._install(boundary, outputs)
@@ -130,10 +94,10 @@ class Step:
             outputs=outputs,
             leaves=[h.detach().requires_grad_() for h in outputs],
             stage=stage,
-            factor=self._factor(outputs, value),
+            factor=self.settings.factor(outputs, value, self.elements_per_row),
             bp_lambda=bp_lambda,
-            waits=bp_lambda > 0 or Lock.UPDATE in installed.estimator.locks,
-            retained=self.settings.probe,
+            waits=bp_lambda > 0 or bool(installed.estimator.locks),
+            elements_unknown=self.settings.counts_elements and self.elements_per_row is None,
         )
         for leaf in crossing.leaves:
             self._owners[id(leaf)] = (TensorWeakRef(leaf), crossing)
@@ -154,34 +118,19 @@ class Step:
                 )
             parent.consumer = consumer
 
-    def _factor(self, outputs: Sequence[Tensor], value: Any) -> float | Tensor:
-        s = self.settings
-        divisor = denominator(s.loss_denominator, s.batch, value, rows_of(outputs), self.elements_per_row)
-        factor = 1.0 / (divisor * s.accumulate)
-        return factor if s.scale is None else factor * s.scale
-
     def _synthesize(self, crossing: Cut) -> None:
-        s, estimator = self.settings, crossing.installed.estimator
-        context = self._context_for(crossing)
-        h = tuple(
-            leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in crossing.leaves
-        )
-        learned = bool(crossing.installed.parameters)
-        with _estimating(h[0], grad=learned and estimator.keeps_graph and not s.keep_lessons):
-            gradient, state = estimator.synthesize(h, context, None)
-        if gradient is not None:
-            _check_gradient(gradient, h, crossing, s.check_values)
-            crossing.synthetic = tuple(g.detach() for g in gradient)
-            if s.loss_denominator == "elements" and self.elements_per_row is None:
-                _check_zero(crossing)
-        if learned or crossing.waits:
-            crossing.record = Record(h, context, gradient, state)
-            crossing.awaited = set(estimator.needs)
-            self._arrived(crossing)
-
-    def _context_for(self, crossing: Cut) -> Tensor | None:
         estimator = crossing.installed.estimator
-        expected = (estimator.num_classes, estimator.context_size)
+        record = synthesize(crossing, self._context_for(crossing), self.settings)
+        if record.gradient is not None:
+            crossing.synthetic = tuple(g.detach() for g in record.gradient)
+        if crossing.installed.parameters or crossing.waits:
+            crossing.record = record
+            crossing.awaited = set(estimator.needs)
+            self._told(crossing)
+
+    def _context_for(self, crossing: Cut) -> Context:
+        estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
+        expected = (estimator.num_classes, estimator.context_size, rows)
         if expected not in self._contexts:
             self._contexts[expected] = check_context(
                 self.settings.context, *expected, crossing.who, self.settings.check_values
@@ -195,59 +144,75 @@ class Step:
         due = [crossing]
         while due:
             current = due.pop()
-            gradients = current.applied_gradient()
-            if gradients is not None:
-                current.param_grads = local_gradients(
-                    current.outputs, gradients, current.stage.variables, current.retained
-                )
-            self._let_go(current)
+            self._differentiate(current)
             for parent in current.stage.parents:
                 self._deliver(parent)
-                if parent.waits:
+                if parent.due:
                     due.append(parent)
 
-    def _let_go(self, crossing: Cut) -> None:
-        if not self.settings.report:
-            crossing.synthetic = crossing.arrived = None
-        if not crossing.retained:
+    def _differentiate(self, crossing: Cut) -> None:
+        crossing.closed = True
+        if crossing.waits and crossing.record is not None:
+            corrected = crossing.installed.estimator.correct(crossing.record, self._feedback(crossing))
+            crossing.synthetic = corrected if corrected is not None else crossing.synthetic
+        gradients = crossing.applied_gradient()
+        if gradients is not None:
+            device = crossing.outputs[0].device.type
+            autocast = torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False) if autocast else nullcontext():
+                crossing.param_grads = local_gradients(
+                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
+                )
+        if not self.settings.probe:
             crossing.outputs = []
+        self._let_go(crossing)
 
     def _deliver(self, crossing: Cut) -> None:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
-        if Signal.TARGET in crossing.awaited or self.settings.report:
-            crossing.target = crossing.target_gradient(reuse=not (crossing.waits or self.settings.report))
-        if crossing.waits and crossing.record is not None:
-            feedback = Feedback(target=crossing.target, output=crossing.output)
-            corrected = crossing.installed.estimator.correct(crossing.record, feedback)
-            crossing.synthetic = corrected if corrected is not None else crossing.synthetic
-        self._arrived(crossing, Signal.TARGET)
+        if crossing.elements_unknown:
+            crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
+        if self.settings.report or Signal.TARGET in crossing.awaited:
+            crossing.target = crossing.target_gradient()
+        self._told(crossing, Signal.TARGET)
         if not self.settings.report:
-            crossing.target = None
-            if not crossing.waits:
-                crossing.arrived = None
-        if not (crossing.retained or self.settings.report):
             crossing.leaves = []
 
-    def _arrived(self, crossing: Cut, signal: Signal | None = None) -> None:
-        """Let the estimator learn once all that it asked for is there."""
+    def _feedback(self, crossing: Cut) -> Feedback:
+        return Feedback(target=crossing.target, output=crossing.output)
+
+    def _told(self, crossing: Cut, signal: Signal | None = None) -> None:
+        """Let the estimator learn once it has been told all that it asked for."""
         crossing.awaited.discard(signal)
-        if crossing.awaited or crossing.record is None:
+        if crossing.record is not None and not crossing.awaited and not crossing.learned:
+            crossing.learned = True
+            self._learn(crossing, self._feedback(crossing))
+        self._let_go(crossing)
+
+    def _learn(self, crossing: Cut, feedback: Feedback) -> None:
+        record, share = crossing.record, 1.0 / self.settings.accumulate
+        assert record is not None
+        loss = learn(crossing.installed, record, feedback, share)
+        if loss is None:
             return
-        feedback = Feedback(target=crossing.target, output=crossing.output)
-        record, crossing.record, crossing.output = crossing.record, None, None
-        share = 1.0 / self.settings.accumulate
-        with _estimating(record.h[0], grad=True):
-            loss = crossing.installed.estimator.loss(record, feedback)
-            if loss is None:
-                return
-            crossing.estimator_grads = local_gradients(
-                [loss if share == 1.0 else loss * share], None, crossing.installed.parameters
-            )
+        crossing.estimator_grads = local_gradients([loss], None, crossing.installed.parameters)
         if self.settings.report:
-            crossing.loss = loss.detach()
+            crossing.loss = loss.detach() / share
         if self.settings.keep_lessons:
-            self.lessons.append((crossing.installed, record, feedback, share))
+            crossing.lesson = (crossing.installed, record, feedback, share)
+
+    def _let_go(self, crossing: Cut) -> None:
+        """Drop what neither the estimator nor the stage needs any more."""
+        if crossing.learned and (crossing.closed or not crossing.waits):
+            crossing.record = crossing.output = None
+        if self.settings.report:
+            return
+        if crossing.closed:
+            crossing.synthetic = None
+            if crossing.delivered:
+                crossing.arrived = None
+                if crossing.learned or crossing.record is None:
+                    crossing.target = None
 
     # ---- on the way down
 
@@ -262,6 +227,7 @@ class Step:
         stage = trace_stage([loss], self._owner_of, "the loss")
         self._consume(stage, "the loss")
         absent = [name for name in self.settings.bp_lambda if name not in self.fired]
+        absent += self._bypassed(lineage(stage.parents))
         if absent:
             raise BoundaryError(
                 f"Expected every boundary to run in the forward pass that reached the loss, but "
@@ -271,8 +237,14 @@ class Step:
             )
         self.top = stage.parents
 
+    def _bypassed(self, counted: set[Cut]) -> list[str]:
+        """Boundaries that only ran in a forward pass for nothing, on top of others that did count."""
+        reached = {crossing.boundary for crossing in counted}
+        dropped = {c.boundary: c for c in self.cuts if c.boundary not in reached}
+        return [n for n, c in dropped.items() if any(p.boundary in reached for p in c.stage.parents)]
+
     def finish(self) -> list[Cut]:
-        """Settle what the differentiated loss left at the topmost cuts, and merge all gradients.
+        """Settle what the differentiated loss left at the topmost cuts.
 
         Returns:
             The cuts that count, topmost first.
@@ -282,58 +254,24 @@ class Step:
         """
         for crossing in self.top:
             self._deliver(crossing)
-            if crossing.waits:
+            if crossing.due:
                 self._settle(crossing)
-        counted = lineage(self.top)
-        valid = [crossing for crossing in reversed(self.cuts) if crossing in counted]
-        for crossing in valid:
+        counted = self._counted(self.top)
+        for crossing in counted:
             if Signal.OUTPUT in crossing.awaited:
                 raise EstimatorError(
-                    f"Expected the network's output for {crossing.who}, but the output module did not run above it. "
-                    "Pass `output=` the name of the submodule whose output is the network's output."
+                    f"Expected the network's output for {crossing.who}, but the output module did not run "
+                    "above it. Pass `output=` the name of the submodule whose output is the network's output."
                 )
+        return counted
+
+    def merge(self, counted: Sequence[Cut]) -> list[Lesson]:
+        """Add the gradients of the cuts that count to `.grad`; returns what to learn from again."""
+        for crossing in counted:
             accumulate(crossing.param_grads)
             accumulate(crossing.estimator_grads)
-        return valid
+        return [crossing.lesson for crossing in counted if crossing.lesson is not None]
 
-
-def _estimating(h: Tensor, grad: bool) -> AbstractContextManager[object]:
-    """Run an estimator in its own precision, with or without a graph."""
-    device = h.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False) if grad else _no_grad_in_full_precision(device)
-    return nullcontext() if grad and torch.is_grad_enabled() else torch.set_grad_enabled(grad)
-
-
-@contextmanager
-def _no_grad_in_full_precision(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False), torch.no_grad():
-        yield
-
-
-def _check_gradient(
-    gradient: Sequence[Tensor], h: Sequence[Tensor], crossing: Cut, check_values: bool
-) -> None:
-    if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
-        expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
-        raise EstimatorError(
-            f"Expected {crossing.who} to give one gradient per activation, of shapes {expected}, but got "
-            f"{got}."
-        )
-    # a sum is finite unless a term is not, or unless it overflows: only then look closer
-    if check_values and not all(
-        math.isfinite(g.detach().sum().item()) or bool(g.isfinite().all()) for g in gradient
-    ):
-        raise EstimatorError(
-            f"Expected {crossing.who} to give finite gradients, but got some that are not. Lower the "
-            "learning rate of `estimator_optimizer`, or of the network."
-        )
-
-
-def _check_zero(crossing: Cut) -> None:
-    assert crossing.synthetic is not None
-    if any(bool(g.any()) for g in crossing.synthetic):
-        raise EstimatorError(
-            f"Expected {crossing.who} to start at exactly zero, because loss_denominator='elements' is "
-            "only known after the first forward pass. Pass a callable `loss_denominator` instead."
-        )
+    def _counted(self, top: Sequence[Cut]) -> list[Cut]:
+        counted = lineage(top)
+        return [crossing for crossing in reversed(self.cuts) if crossing in counted]

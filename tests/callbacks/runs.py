@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -43,14 +44,25 @@ def rows_with(rows, key):
     return sorted(step for step, row in rows.items() if key in row)
 
 
+def read_run(path, timeout_s=30):
+    """The run in a file, once it is there to its end: W&B's service writes it, and `finish` may be ahead."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        run = WandbRun(path)
+        if run.ended:
+            return run
+        time.sleep(0.05)
+    raise TimeoutError(f"{path} has no exit record after {timeout_s} s")
+
+
 class WandbRun:
     """A run file: its id, config, summary, metric definitions and history."""
 
     def __init__(self, path):
         from wandb.proto import wandb_internal_pb2 as pb
 
-        self.id, self.config, self.summary, self.axes, self.rows = None, {}, {}, {}, []
-        for frame in frames(path):
+        self.id, self.config, self.summary, self.axes, self.rows, self.ended = None, {}, {}, {}, [], False
+        for frame in frames(path) if Path(path).exists() else []:
             record = pb.Record()
             record.ParseFromString(frame)
             self._read(record.WhichOneof("record_type"), record)
@@ -67,6 +79,8 @@ class WandbRun:
             self.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
         elif kind == "history":
             self.rows.append(items(record.history.item))
+        elif kind == "exit":
+            self.ended = True
 
     def by_step(self):
         """Rows by trainer step, merged."""
@@ -84,6 +98,8 @@ def items(found):
 def frames(path):
     """The records of a LevelDB log: blocks of 32 KiB, each record with checksum, length and type."""
     data = Path(path).read_bytes()
+    if len(data) < 7:
+        return
     assert struct.unpack("<4sHB", data[:7])[:2] == (b":W&B", 0xBEE1)
     position, parts = 7, b""
     while position + HEADER.size <= len(data):
@@ -93,6 +109,8 @@ def frames(path):
             continue
         checksum, length, kind = HEADER.unpack(data[position : position + HEADER.size])
         chunk = data[position + HEADER.size : position + HEADER.size + length]
+        if len(chunk) < length:  # still being written
+            return
         position += HEADER.size + length
         assert zlib.crc32(chunk, zlib.crc32(bytes([kind]))) == checksum
         parts = chunk if kind in (FULL, FIRST) else parts + chunk

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from callbacks.runs import AGGREGATES, KEYS, SPEED, WandbRun, csv_rows, rows_with
+from callbacks.runs import AGGREGATES, KEYS, SPEED, csv_rows, read_run, rows_with
 from fits import BOUNDARIES, dni, fit, loader, net
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
@@ -37,7 +37,7 @@ def trained(logger, max_epochs=2, ckpt_path=None, callbacks=(), **options):
     )
     run = next(each for each in trainer.loggers if isinstance(each, WandbLogger)).experiment
     wandb.finish()
-    return WandbRun(run.settings.sync_file), trainer
+    return read_run(run.settings.sync_file), trainer
 
 
 def test_run_holds_rows_axes_configuration_summaries_and_picture():
@@ -80,7 +80,7 @@ def test_defaults_of_monitor_trainer_and_loggers_line_up():
         fit(net(), dni(), loader(1600, batch_size=16), **options)
     run = logger.experiment
     wandb.finish()
-    rows = WandbRun(run.settings.sync_file).by_step()
+    rows = read_run(run.settings.sync_file).by_step()
     assert [step for step, row in rows.items() if "dni_mean_cosine" in row] == [49, 99]
     assert rows_with(csv_rows(csv), "dni_mean_cosine") == [49, 99]
 

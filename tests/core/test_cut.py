@@ -74,9 +74,9 @@ def test_a_leaf_that_nothing_came_back_to_counts_as_zero():
 
 def test_the_target_is_in_units_of_the_row_and_in_single_precision_at_least():
     made = cut(arrived=ARRIVED)
-    torch.testing.assert_close(made.target_gradient(reuse=False)[0], ARRIVED * 4, rtol=0, atol=1e-15)
+    torch.testing.assert_close(made.target_gradient()[0], ARRIVED * 4, rtol=0, atol=1e-15)
     made.leaves, made.arrived = [H.bfloat16().requires_grad_()], [ARRIVED.bfloat16()]
-    assert made.target_gradient(reuse=False)[0].dtype == torch.float32
+    assert made.target_gradient()[0].dtype == torch.float32
 
 
 def test_lineage_is_everything_below_the_top():

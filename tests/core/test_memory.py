@@ -32,7 +32,7 @@ class Meter:
 
     def __enter__(self):
         self.hooks = [m.register_forward_hook(lambda module, args, h: self.add(h)) for m in self.passed_on]
-        self.saving = torch.autograd.graph.saved_tensors_hooks(self.add, lambda h: h)
+        self.saving = torch.autograd.graph.saved_tensors_hooks(lambda h: self.add(h).detach(), lambda h: h)
         self.saving.__enter__()
         return self
 

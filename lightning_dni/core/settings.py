@@ -1,0 +1,52 @@
+"""What holds for one whole training step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.target import Denominator, denominator
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What holds for one whole step.
+
+    Attributes:
+        batch: The user's batch, for a callable `loss_denominator`.
+        context: What was found in it for the estimators.
+        bp_lambda: Lambda of BP(lambda) by boundary.
+        loss_denominator: What the user's loss is divided by.
+        elements_per_row: Elements of the network's output per row, if one was seen before this step.
+        accumulate: Number of forward passes whose losses the user averages.
+        scale: What a gradient scaler multiplies the loss with; None for one.
+        report: Keep gradients for the report.
+        probe: Keep graphs for the true gradients.
+        check_values: Look at labels and synthetic gradients, which waits for an accelerator.
+        keep_lessons: Keep what the estimators learnt from, for further steps on it.
+    """
+
+    batch: Any
+    context: Tensor | None
+    bp_lambda: Mapping[str, float]
+    loss_denominator: Denominator = "batch"
+    elements_per_row: int | None = None
+    accumulate: int = 1
+    scale: Tensor | None = None
+    report: bool = False
+    probe: bool = False
+    check_values: bool = True
+    keep_lessons: bool = False
+
+    @property
+    def counts_elements(self) -> bool:
+        """Whether the denominator is only known once the network's output was seen."""
+        return self.loss_denominator == "elements" and self.elements_per_row is None
+
+    def factor(self, h: Sequence[Tensor], value: Any, elements_per_row: int | None) -> float | Tensor:
+        """What turns a gradient in units of the per-row loss into one of the user's scaled loss."""
+        divisor = denominator(self.loss_denominator, self.batch, value, rows_of(h), elements_per_row)
+        factor = 1.0 / (divisor * self.accumulate)
+        return factor if self.scale is None else factor * self.scale

@@ -1,0 +1,85 @@
+"""Ask an estimator, in its own precision and random stream, and check what it says."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.cut import Cut
+from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record
+from lightning_dni.core.settings import StepSettings
+from lightning_dni.errors import EstimatorError
+
+
+def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Record:
+    """Have the estimator give its gradient for what `cut` passes on.
+
+    Raises:
+        EstimatorError: The gradient has the wrong shape, or is not finite.
+    """
+    installed = cut.installed
+    h = tuple(leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in cut.leaves)
+    learns = bool(installed.parameters) and not settings.keep_lessons
+    with estimating(installed, h[0], grad=learns and installed.estimator.keeps_graph):
+        gradient, state = installed.estimator.synthesize(h, context, None)
+    if gradient is not None:
+        check_gradient(gradient, h, cut.who, settings.check_values)
+        if settings.counts_elements and cut.elements_unknown:
+            _check_zero(gradient, cut)
+    return Record(h, context, gradient, state)
+
+
+def learn(installed: Installed, record: Record, feedback: Feedback, share: float) -> Tensor | None:
+    """The estimator's loss, times the `share` of this forward pass in the user's step."""
+    with estimating(installed, record.h[0], grad=True):
+        loss = installed.estimator.loss(record, feedback)
+        return loss if loss is None or share == 1.0 else loss * share
+
+
+def estimating(installed: Installed, h: Tensor, grad: bool) -> AbstractContextManager[object]:
+    """Run an estimator in full precision, with or without a graph, in its own stream if it draws."""
+    if installed.stream is None and not torch.is_autocast_enabled(h.device.type):  # most often
+        return nullcontext() if grad and torch.is_grad_enabled() else torch.set_grad_enabled(grad)
+    return _apart(installed, h.device.type, grad)
+
+
+@contextmanager
+def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if installed.stream is not None:
+            stack.enter_context(installed.stream)
+        yield
+
+
+def check_gradient(gradient: Gradient, h: Sequence[Tensor], who: str, check_values: bool) -> None:
+    """Refuse a gradient that does not fit `h`, or (where `check_values`) is not finite.
+
+    Raises:
+        EstimatorError: Naming `who` gave it.
+    """
+    if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
+        expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
+        raise EstimatorError(
+            f"Expected {who} to give one gradient per activation, of shapes {expected}, but got {got}."
+        )
+    # a sum is finite unless a term is not, or unless it overflows: only then look closer
+    if check_values and not all(
+        math.isfinite(g.detach().sum().item()) or bool(g.isfinite().all()) for g in gradient
+    ):
+        raise EstimatorError(
+            f"Expected {who} to give finite gradients, but got some that are not. Lower the learning rate "
+            "of `estimator_optimizer`, or of the network."
+        )
+
+
+def _check_zero(gradient: Gradient, cut: Cut) -> None:
+    if any(bool(g.any()) for g in gradient):
+        raise EstimatorError(
+            f"Expected the network's output to be seen before {cut.who} gives anything but zero, because "
+            "loss_denominator='elements' counts its elements, but got none so far. Pass `output=` the name of the "
+            "submodule whose output is the network's output, or a callable `loss_denominator`."
+        )
