@@ -125,3 +125,20 @@ def plain_gradients(model, x, loss_of, boundaries):
         h.retain_grad()
     loss.backward()
     return loss.detach(), {name: torch.cat([h.grad for h in found]) for name, found in seen.items()}
+
+
+def scores_by_hand(head, row, h):
+    """What ClassHead computes, in torch's own words; `head` is nn.Sequential."""
+    if row.kind == "map":
+        h = F.adaptive_avg_pool2d(h, 4).flatten(1)
+    scores = head(h)
+    return scores.mean(1) if row.context == "labels" and scores.ndim == 3 else scores
+
+
+def head_by_hand(estimator):
+    layers = []
+    for layer in estimator.head.stack.layers:
+        twin = nn.Linear(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+        twin.load_state_dict(layer.state_dict())
+        layers += [nn.ReLU(), twin]
+    return nn.Sequential(*layers[1:])

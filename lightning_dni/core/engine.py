@@ -108,7 +108,8 @@ class DNIEngine:
             raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
         self._model = model
         self._modules = resolve_boundaries(model, boundaries)
-        self._output = _resolve_output(model, output)
+        self._output = output
+        _resolve_output(model, output)
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
@@ -204,8 +205,10 @@ class DNIEngine:
                 "its hooks. Call `detach()` first."
             )
         self._device = _device_of(self._model)
-        self._taps.install({m: partial(self._on_boundary, n) for n, m in self._modules.items()})
-        self._taps.install({self._output: self._on_output})
+        # by name, since a module may have been replaced since the engine was made
+        boundaries = {self._model.get_submodule(n): partial(self._on_boundary, n) for n in self._modules}
+        self._taps.install(boundaries)
+        self._taps.install({_resolve_output(self._model, self._output): self._on_output})
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -348,6 +351,8 @@ class DNIEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`, building the estimators from their saved specs.
 
+        `bp_lambda` stays as it is where the state has none.
+
         Raises:
             BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator's parameters or optimizer do not fit.
@@ -356,7 +361,7 @@ class DNIEngine:
         self._pool.load_state_dict(state, self._device)
         self._steps = state["steps"]
         self._elements_per_row = state["elements_per_row"]
-        self.set_bp_lambda(state["bp_lambda"])
+        self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))
 
 
 def _device_of(model: nn.Module) -> torch.device:

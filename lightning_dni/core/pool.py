@@ -166,8 +166,8 @@ class EstimatorPool:
             estimator.load_state_dict(state)
         except RuntimeError as error:
             raise EstimatorError(
-                f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got one "
-                f"that does not fit: {' '.join(str(error).split())} Resume with the `estimator` of the saved run."
+                f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got one that "
+                f"does not fit: {' '.join(str(error).split())} Resume with the `estimator` of the saved run."
             ) from error
 
 
@@ -177,10 +177,10 @@ def _check_width(saved: BoundarySpec, here: BoundarySpec) -> None:
         [leaf.shape if len(leaf.shape) < 2 else len(leaf.shape) for leaf in s.leaves] for s in (saved, here)
     ]
     if widths[0] != widths[1]:
+        now, then = ([leaf.shape for leaf in s.leaves] for s in (here, saved))
         raise EstimatorError(
-            f"Expected the state of an estimator for rows of shapes {[leaf.shape for leaf in here.leaves]} at "
-            f"boundary {here.name!r}, but got one for {[leaf.shape for leaf in saved.leaves]}. Resume with the "
-            "model of the saved run, or start the estimators afresh."
+            f"Expected the state of an estimator for rows of shapes {now} at boundary {here.name!r}, but got "
+            f"one for {then}. Resume with the model of the saved run, or start the estimators afresh."
         )
 
 

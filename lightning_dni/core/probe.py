@@ -1,6 +1,7 @@
 """The true gradient, from the forward pass that was trained on: once more down the kept graphs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -52,10 +53,25 @@ def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor
     if not inputs:
         return []
     try:
-        return torch.autograd.grad(cut.outputs, inputs, gradient, allow_unused=True)
+        with _hooks_asleep(cut.stage.variables):
+            return torch.autograd.grad(cut.outputs, inputs, gradient, allow_unused=True)
     except RuntimeError as error:
         raise StageError(
             f"Expected the stage below boundary {cut.boundary!r} to be differentiable twice on a probe "
             f"step, but got: {error} Train without probes (GradientMonitor(probe=False)), or replace "
             "the operation that frees its own graph."
         ) from error
+
+
+@contextmanager
+def _hooks_asleep(variables: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the users' hooks on parameters from seeing gradients that are only measured."""
+    hooks = [v._backward_hooks for v in variables if v._backward_hooks]
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, content in zip(hooks, kept, strict=True):
+            each.update(content)

@@ -227,7 +227,7 @@ class Step:
         stage = trace_stage([loss], self._owner_of, "the loss")
         self._consume(stage, "the loss")
         absent = [name for name in self.settings.bp_lambda if name not in self.fired]
-        absent += self._bypassed(lineage(stage.parents))
+        absent += self._bypassed(stage)
         if absent:
             raise BoundaryError(
                 f"Expected every boundary to run in the forward pass that reached the loss, but "
@@ -237,11 +237,23 @@ class Step:
             )
         self.top = stage.parents
 
-    def _bypassed(self, counted: set[Cut]) -> list[str]:
-        """Boundaries that only ran in a forward pass for nothing, on top of others that did count."""
+    def _bypassed(self, last: Stage[Cut]) -> list[str]:
+        """Boundaries that only ran in a forward pass for nothing, while the loss came past them.
+
+        It did where it came through a boundary that lies below them, or to the variables of their stage.
+        """
+        counted = lineage(last.parents)
         reached = {crossing.boundary for crossing in counted}
         dropped = {c.boundary: c for c in self.cuts if c.boundary not in reached}
-        return [n for n, c in dropped.items() if any(p.boundary in reached for p in c.stage.parents)]
+        if not dropped:
+            return []
+        variables = {id(v) for stage in (last, *(c.stage for c in counted)) for v in stage.variables}
+        return [
+            name
+            for name, crossing in dropped.items()
+            if any(parent.boundary in reached for parent in crossing.stage.parents)
+            or any(id(v) in variables for v in crossing.stage.variables)
+        ]
 
     def finish(self) -> list[Cut]:
         """Settle what the differentiated loss left at the topmost cuts.

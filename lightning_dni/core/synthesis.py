@@ -80,6 +80,6 @@ def _check_zero(gradient: Gradient, cut: Cut) -> None:
     if any(bool(g.any()) for g in gradient):
         raise EstimatorError(
             f"Expected the network's output to be seen before {cut.who} gives anything but zero, because "
-            "loss_denominator='elements' counts its elements, but got none so far. Pass `output=` the name of the "
-            "submodule whose output is the network's output, or a callable `loss_denominator`."
+            "loss_denominator='elements' counts its elements, but got none so far. Pass `output=` the name "
+            "of the submodule that gives it, or a callable `loss_denominator`."
         )

@@ -53,6 +53,7 @@ def mix_gradients(
 ) -> Float[Tensor, " *shape"]:
     """(1 - lambda) synthetic + lambda target, exact at 0 and at 1 (Jaderberg et al. 2017, supplement A).
 
+    >>> import torch
     >>> mix_gradients(torch.tensor([1.0]), torch.tensor([3.0]), bp_lambda=0.25)
     tensor([1.5000])
     """
@@ -73,6 +74,7 @@ def sg_loss(
         target: The same shapes; no gradient flows into it.
         row_weights: Weight of each row, `[batch]`; None counts every row once.
 
+    >>> import torch
     >>> sg_loss([torch.tensor([[1.0, 2.0], [0.0, 0.0]])], [torch.zeros(2, 2)])
     tensor(2.5000)
     """

@@ -1,7 +1,7 @@
 """The engine's options as a strategy holds them, from its constructor or from the user's module."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -34,6 +34,24 @@ class DNIOptions:
         return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)})
 
 
+def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
+    """The options passed to a strategy, or None where it was left to the module to give them.
+
+    Raises:
+        MisconfigurationException: Some are passed, but not both `boundaries` and `estimator`.
+    """
+    if given["boundaries"] is not None and given["estimator"] is not None:
+        return DNIOptions(**given)
+    defaults = {f.name: f.default for f in fields(DNIOptions) if f.default is not MISSING}
+    passed = [name for name, value in given.items() if value != defaults.get(name)]
+    if passed:
+        raise MisconfigurationException(
+            "Expected `boundaries` and `estimator` together where a strategy is given options, or no option "
+            f"(the module's `configure_dni` gives them then), but got only {passed}."
+        )
+    return None
+
+
 def options_from(module: pl.LightningModule) -> DNIOptions:
     """The options that `module.configure_dni()` returns.
 
@@ -51,7 +69,7 @@ def options_from(module: pl.LightningModule) -> DNIOptions:
         )
     options: Any = hook()
     if not isinstance(options, Mapping) or not {"boundaries", "estimator"} <= set(options) <= set(known):
-        got = sorted(options) if isinstance(options, Mapping) else type(options).__name__
+        got = sorted(map(str, options)) if isinstance(options, Mapping) else type(options).__name__
         raise MisconfigurationException(
             f"Expected {type(module).__name__}.configure_dni() to return a dict with 'boundaries' and "
             f"'estimator' and otherwise only keys of {known}, but got {got}."

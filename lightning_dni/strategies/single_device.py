@@ -23,7 +23,7 @@ from lightning_dni.strategies._compat import (
     TrainerFn,
     rank_zero_warn,
 )
-from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.options import DNIOptions, options_from, options_given
 from lightning_dni.strategies.table import describe
 
 CHECKPOINT_KEY = "lightning_dni"
@@ -73,30 +73,24 @@ class DNIStrategy(SingleDeviceStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
-        if (boundaries is None) != (estimator is None):
-            raise MisconfigurationException(
-                f"Expected `boundaries` and `estimator` together, or neither (the module's `configure_dni` "
-                f"gives them then), but got boundaries={boundaries!r} and estimator={estimator!r}."
-            )
-        self._options = (
-            None
-            if boundaries is None or estimator is None
-            else DNIOptions(
-                boundaries=boundaries,
-                estimator=estimator,
-                labels=labels,
-                output=output,
-                estimator_optimizer=estimator_optimizer,
-                estimator_steps=estimator_steps,
-                bp_lambda=bp_lambda,
-                loss_denominator=loss_denominator,
-                rng=rng,
-            )
-        )
+        given: dict[str, Any] = {
+            "boundaries": boundaries,
+            "estimator": estimator,
+            "labels": labels,
+            "output": output,
+            "estimator_optimizer": estimator_optimizer,
+            "estimator_steps": estimator_steps,
+            "bp_lambda": bp_lambda,
+            "loss_denominator": loss_denominator,
+            "rng": rng,
+        }
+        self._options = options_given(given)
+        self._parallel_devices: list[torch.device] | None = None
         self._engine: DNIEngine | None = None
         self._engine_of: pl.LightningModule | None = None
         self._restored: dict[str, Any] | None = None
         self._resumes = False
+        self._attached = False
 
     # ---- what others may see
 
@@ -113,7 +107,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     def describe(self, module: pl.LightningModule | None = None) -> None:
         """Print the stages of `module` (or of the module being trained) without training it."""
-        target = module or self.lightning_module
+        target = self.lightning_module if module is None else module
         if target is None:
             raise MisconfigurationException(
                 f"Expected a module to describe, but {type(self).__name__} is not connected to any yet. Call "
@@ -128,8 +122,8 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The one device, in the form in which Lightning assigns it."""
-        return [self._root_device]
+        """The one device, in the form in which Lightning assigns it; None before."""
+        return self._parallel_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
@@ -137,6 +131,7 @@ class DNIStrategy(SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"Expected one device for strategy='dni', but got {len(devices)}. Pass `Trainer(devices=1)`."
             )
+        self._parallel_devices = devices
         if devices:
             self._root_device = devices[0]
 
@@ -172,12 +167,23 @@ class DNIStrategy(SingleDeviceStrategy):
             )
         self._restored, self._resumes = None, False
         self._engine.attach()
+        self._attached = True
 
     @override
     def teardown(self) -> None:
         if self._engine is not None:
             self._engine.detach()
+        self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" in str(error):  # Lightning would advise manual optimization
+                raise _several_optimizers("several", trainer.lightning_module) from error
+            raise
 
     # ---- one step
 
@@ -186,6 +192,9 @@ class DNIStrategy(SingleDeviceStrategy):
         assert self.lightning_module is not None
         batch = args[0] if args else None
         accumulate = self.lightning_module.trainer.accumulate_grad_batches
+        if self.lightning_module.trainer.fit_loop.batch_idx % accumulate == 0:
+            # here Lightning clears the user's gradients; a window that failed must not leave us ours
+            self.engine.drop_estimator_gradients()
         with self.engine.training_step(batch, accumulate=accumulate):
             return super().training_step(*args, **kwargs)
 
@@ -233,10 +242,23 @@ class DNIStrategy(SingleDeviceStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
-        # before setup: the engine does not exist yet; after it (the learning rate finder): it does
-        self._restored, self._resumes = checkpoint.get(CHECKPOINT_KEY), True
-        if self._engine is not None and self._restored is not None:
-            self._engine.load_state_dict(self._restored)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is not None:  # lambda is what the constructor asks for, unless a scheduler moves it
+            state = {key: value for key, value in state.items() if key != "bp_lambda"}
+        if self._attached and state is not None:  # the learning rate finder restores in mid-fit
+            self.engine.load_state_dict(state)
+        elif not self._attached:
+            self._restored, self._resumes = state, True
+
+
+def _several_optimizers(number: str, module: pl.LightningModule) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"Expected one optimizer under strategy='dni', but {type(module).__name__}.configure_optimizers gave "
+        f"{number}. Merge them into parameter groups of one."
+    )
 
 
 def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
@@ -247,10 +269,7 @@ def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimiz
             "False. Let Lightning run the optimizer, or use DNIEngine in your own loop."
         )
     if len(optimizers) != 1:
-        raise MisconfigurationException(
-            f"Expected one optimizer under strategy='dni', but {name}.configure_optimizers gave "
-            f"{len(optimizers)}. Merge them into parameter groups of one."
-        )
+        raise _several_optimizers(str(len(optimizers)), module)
     if isinstance(optimizers[0], LBFGS):
         raise MisconfigurationException(
             "Expected an optimizer that evaluates its closure once under strategy='dni', but got "

@@ -6,10 +6,13 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.strategies.options import DNIOptions
+
+LAST_STAGE = "(last stage)"
 
 
 def describe(module: pl.LightningModule, options: DNIOptions) -> None:
@@ -28,26 +31,22 @@ def describe(module: pl.LightningModule, options: DNIOptions) -> None:
 
 def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, ...]]:
     """The rows of the table, the last stage at the end."""
-    counts = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
-    rows: list[tuple[str, ...]] = []
     boundaries = resolve_boundaries(module, options.boundaries)
-    for name, submodule in boundaries.items():
-        last = [id(p) for p in submodule.parameters() if id(p) in counts][-1:]
-        size = _take_up_to(counts, last[0]) if last else 0
+    order = {submodule: i for i, submodule in enumerate(module.modules())}
+    ends = {name: max(order[m] for m in submodule.modules()) for name, submodule in boundaries.items()}
+    sizes = dict.fromkeys([*sorted(ends, key=lambda name: ends[name]), LAST_STAGE], 0)
+    seen: set[nn.Parameter] = set()
+    for submodule, place in order.items():
+        stage = next((n for n in sizes if n in ends and ends[n] >= place), LAST_STAGE)
+        own = {p for p in submodule.parameters(recurse=False) if p.requires_grad} - seen
+        sizes[stage] += sum(p.numel() for p in own)
+        seen |= own
+    rows: list[tuple[str, ...]] = []
+    for name in list(sizes)[:-1]:
         factory = choose_by_pattern(name, options.estimator, "estimator")
         bp_lambda = float(choose_by_pattern(name, options.bp_lambda, "bp_lambda"))
-        rows.append((name, f"{size:,}", *_facts(factory, bp_lambda)))
-    rows.append(("(last stage)", f"{sum(counts.values()):,}", "the loss itself", "yes", "nothing"))
-    return rows
-
-
-def _take_up_to(counts: dict[int, int], last: int) -> int:
-    taken = 0
-    for key in list(counts):
-        taken += counts.pop(key)
-        if key == last:
-            break
-    return taken
+        rows.append((name, f"{sizes[name]:,}", *_facts(factory, bp_lambda)))
+    return [*rows, (LAST_STAGE, f"{sizes[LAST_STAGE]:,}", "the loss itself", "yes", "nothing")]
 
 
 def _facts(factory: Any, bp_lambda: float) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lightning_dni.core import BoundarySpec, GradientEstimator, Lock, Record, Signal, sg_loss
 from lightning_dni.core.estimator import rows_of
+from lightning_dni.errors import EstimatorError
 
 WIDTHS = (5, 6, 7, 6, CLASSES)
 
@@ -217,3 +218,111 @@ def test_facts_about_learning():
 
 def test_rows_are_counted_on_the_first_dimension():
     assert rows_of([torch.zeros(8, 4), torch.zeros(8)]) == 8
+
+
+class Locked(GradientEstimator):
+    """Waits, and then hands on what it is told to."""
+
+    needs = frozenset({Signal.TARGET})
+    locks = frozenset({Lock.UPDATE})
+
+    def __init__(self, spec):
+        super().__init__()
+
+    def synthesize(self, h, context, state):
+        return tuple(torch.zeros_like(leaf) for leaf in h), None
+
+    def correct(self, record, feedback):
+        return feedback.target
+
+
+class Silent(Locked):
+    def synthesize(self, h, context, state):
+        return None, None
+
+    def correct(self, record, feedback):
+        return None
+
+
+class Narrow(Locked):
+    def correct(self, record, feedback):
+        return (feedback.target[0][:, :1],)
+
+
+class Unbounded(Locked):
+    def correct(self, record, feedback):
+        return (feedback.target[0] * float("nan"),)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "match"), [(Narrow, "one gradient per activation"), (Unbounded, "finite")]
+)
+def test_a_correction_is_checked_as_a_gradient_is(estimator, match):
+    model = mlp()
+    with pytest.raises(EstimatorError, match=f"{estimator.__name__} at boundary '0'.*{match}"):
+        run_step(attached(model, ["0"], estimator), model, blobs())
+
+
+class BackwardLocked(Locked):
+    locks = frozenset({Lock.BACKWARD})
+
+
+class OutputLocked(Locked):
+    needs = frozenset({Signal.OUTPUT})
+
+    def correct(self, record, feedback):
+        return tuple(torch.ones_like(h) * feedback.output.sum() for h in record.h)
+
+
+class NeedsNothing(Locked):
+    needs = frozenset()
+
+    def correct(self, record, feedback):
+        return tuple(torch.ones_like(h) for h in record.h)
+
+
+def test_a_locked_estimator_may_say_nothing():
+    model, batch = mlp(), blobs()
+    run_step(attached(model, ["0", "1"], Silent), model, batch)
+    assert all(p.grad is None or not p.grad.any() for p in model[:2].parameters())
+
+
+def test_a_backward_locked_estimator_is_waited_for():
+    model, batch = mlp(), blobs()
+    twin = copy.deepcopy(model)
+    run_step(attached(model, ["0", "1"], BackwardLocked), model, batch)
+    F.cross_entropy(twin(batch[0]), batch[1]).backward()
+    assert_close(grads(model), grads(twin))
+
+
+@pytest.mark.parametrize("estimator", [OutputLocked, NeedsNothing])
+def test_correct_is_asked_whatever_was_needed(estimator):
+    """Feedback other than the target used up the record, and `correct` was never asked."""
+    model, (x, y) = mlp((5, 6, CLASSES)), blobs()
+    run_step(attached(model, ["0"], estimator), model, (x, y))
+    h = model[0](x)
+    told = model(x).sum().item() if estimator is OutputLocked else 1.0
+    expected = torch.autograd.grad(h, model[0][0].weight, torch.full_like(h, told) / 8)[0]
+    torch.testing.assert_close(model[0][0].weight.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+class Noisy(GradientEstimator):
+    needs = frozenset({Signal.TARGET})
+    stochastic = True
+
+    def __init__(self, spec):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def synthesize(self, h, context, state):
+        return tuple(torch.rand_like(leaf) * self.scale for leaf in h), None
+
+    def loss(self, record, feedback):
+        return sg_loss(record.gradient, feedback.target)
+
+
+def test_a_stochastic_estimator_has_a_stream_of_its_own():
+    model, batch = mlp(), blobs()
+    engine, before = attached(model, ["0", "1"], Noisy), torch.get_rng_state()
+    run_step(engine, model, batch)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -104,7 +104,7 @@ def backprop_peak(model, batch):
     return meter.peak
 
 
-def engine_peak(model, batch, estimator, steps=3, **options):
+def engine_peak(model, batch, estimator, steps=2, **options):
     engine = DNIEngine(model, [str(k) for k in range(len(model) - 1)], estimator, **options)
     modules = lambda: [model, *engine.estimators.values()]
     with engine:

@@ -24,7 +24,13 @@ from torch.nn import functional as F
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import BoundaryError, EstimatorError
-from lightning_dni.estimators import LinearEstimator, LocalLossEstimator, MLPEstimator, ZeroEstimator
+from lightning_dni.estimators import (
+    ConvEstimator,
+    LinearEstimator,
+    LocalLossEstimator,
+    MLPEstimator,
+    ZeroEstimator,
+)
 
 LINEAR = partial(LinearEstimator, num_classes=CLASSES)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -155,7 +161,7 @@ def test_a_state_of_other_boundaries_is_refused():
 def test_a_state_that_does_not_fit_is_refused(other):
     engine = DNIEngine(mlp(), ["0", "1"], other)
     with pytest.raises(
-        EstimatorError, match=r"at boundary '0', but got one that does not fit.*`estimator` of the"
+        EstimatorError, match=r"(?s)at boundary '0', but got one that does not fit.*`estimator` of the"
     ):
         engine.load_state_dict(saved_state())
 
@@ -187,3 +193,87 @@ def test_describe_tells_who_learns_from_the_network():
     assert facts["learns_from_network"] == {"0": False, "1": True}
     assert facts["estimator_parameters"] == {"0": 6 * 8 + 8 + 8 * 3 + 3, "1": 7 * 8 + 8 + 8 * 3 + 3}
     assert facts["estimator_optimizers"] == [{"name": "SGD", "lr": 0.1}]
+
+
+def test_a_saved_seed_is_used_for_estimators_that_are_yet_to_be_built():
+    model, batch = mlp(), blobs()
+    first = DNIEngine(model, ["0"], partial(MLPEstimator, hidden_sizes=(8,)), seed=1)
+    second = DNIEngine(model, ["0"], partial(MLPEstimator, hidden_sizes=(8,)), seed=2)
+    second.load_state_dict(first.state_dict())
+    for engine in (first, second):
+        with engine:
+            run_step(engine, model, batch)
+    assert same_bits(weights(first.estimators["0"]), weights(second.estimators["0"]))
+
+
+def test_a_state_without_one_of_the_boundaries_is_refused_for_that():
+    """Resuming with a boundary more complained about a pattern in `bp_lambda`."""
+    model, batch = mlp(), blobs()
+    saved = DNIEngine(model, ["0"], LINEAR)
+    with saved:
+        run_step(saved, model, batch)
+    with pytest.raises(BoundaryError, match="`boundaries`"):
+        DNIEngine(model, ["0", "1"], LINEAR).load_state_dict(saved.state_dict())
+
+
+def _trained_in_order(names):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({n: nn.Linear(4, 4, dtype=torch.float64) for n in "ab"})
+    engine = DNIEngine(model, ["a", "b"], LinearEstimator)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    with engine:
+        for _ in range(2):
+            with engine.training_step((x, None)):
+                loss = sum((i + 1) * model[n](x).square().sum() for i, n in enumerate(names))
+            engine.backward(loss)
+            engine.update_estimators()
+    return engine
+
+
+def test_optimizer_state_follows_its_boundary_not_its_place():
+    """An engine that had built its estimators in another order loaded each other's moments."""
+    saved, other = _trained_in_order("ab"), _trained_in_order("ba")
+    other.load_state_dict(saved.state_dict())
+
+    def moments(engine):
+        (optimizer,) = engine._pool.optimizers
+        return {
+            n: optimizer.state[engine.estimators[n].map.weight]["exp_avg"].clone()
+            for n in sorted(engine.estimators)
+        }
+
+    assert same_bits(moments(saved), moments(other))
+
+
+def test_a_state_with_fewer_estimators_starts_the_others_afresh():
+    """torch refused the optimizer's state; the learning rate finder restores such a one."""
+    model, batch = mlp(), blobs()
+    engine = DNIEngine(model, ["0", "1"], LINEAR)
+    start = engine.state_dict()
+    with engine:
+        run_step(engine, model, batch)
+        engine.update_estimators()
+        engine.load_state_dict(start)
+        assert engine.estimators == {}
+        run_step(engine, model, batch)
+    assert not any(p.any() for e in engine.estimators.values() for p in e.parameters())
+
+
+def test_a_state_of_other_channels_is_refused():
+    """Only the number of dimensions was compared, so the first convolution failed instead."""
+
+    def net(channels):
+        return nn.Sequential(
+            nn.Conv2d(2, channels, 3, padding=1), nn.Flatten(), nn.LazyLinear(CLASSES)
+        ).double()
+
+    batch = (torch.randn(4, 2, 6, 6).double(), torch.randint(0, CLASSES, (4,)))
+    make = partial(ConvEstimator, hidden_channels=(4,), kernel_size=3)
+    model, other = net(3), net(5)
+    for m in (model, other):
+        m(batch[0])
+    saved, resumed = attached(model, ["0"], make), attached(other, ["0"], make)
+    run_step(saved, model, batch)
+    resumed.load_state_dict(saved.state_dict())
+    with pytest.raises(EstimatorError, match="boundary '0'"):
+        run_step(resumed, other, batch)

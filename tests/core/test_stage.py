@@ -114,7 +114,7 @@ def test_a_users_hook_on_a_parameter_runs_once():
 
 
 def sparse(rows):
-    return torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (rows, 3))
+    return torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (rows, 3), check_invariants=True)
 
 
 @pytest.mark.parametrize("first", [None, torch.ones(4, 3), sparse(4)], ids=["none", "dense", "sparse"])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from oracles import head_by_hand, scores_by_hand
 from tables import ESTIMATORS, batch_for, each, loss_of, network, record_of
-from test_local_loss import head_by_hand, scores_by_hand
 from torch import nn
 from torch.testing import assert_close
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import head_by_hand, scores_by_hand
 from tables import ESTIMATORS, batch_for, each, loss_of, network
 from torch import nn
 from torch.nn import functional as F
@@ -12,23 +13,6 @@ from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import LocalLossEstimator
 
 ROWS = [row for row in ESTIMATORS if row.id.startswith("local_loss")]
-
-
-def scores_by_hand(head, row, h):
-    """What ClassHead computes, in torch's own words; `head` is nn.Sequential."""
-    if row.kind == "map":
-        h = F.adaptive_avg_pool2d(h, 4).flatten(1)
-    scores = head(h)
-    return scores.mean(1) if row.context == "labels" and scores.ndim == 3 else scores
-
-
-def head_by_hand(estimator):
-    layers = []
-    for layer in estimator.head.stack.layers:
-        twin = nn.Linear(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
-        twin.load_state_dict(layer.state_dict())
-        layers += [nn.ReLU(), twin]
-    return nn.Sequential(*layers[1:])
 
 
 @each(ROWS)
