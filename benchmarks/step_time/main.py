@@ -9,8 +9,10 @@ in time; each ratio is the median over such turns.
 
 import argparse
 import logging
+import os
 import platform
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -63,10 +65,10 @@ class Net(pl.LightningModule):
 
 
 def batches(steps: int) -> DataLoader[Batch]:
-    """The same batch, `steps` times."""
+    """Random batches with random labels, too many to be learnt: saturated nets compute with denormals."""
     torch.manual_seed(1)
-    batch = (torch.randn(256, WIDTHS[0]), torch.randint(CLASSES, (256,)))
-    return DataLoader([batch] * steps, batch_size=None)
+    pool = [(torch.randn(256, WIDTHS[0]), torch.randint(CLASSES, (256,))) for _ in range(64)]
+    return DataLoader([pool[k % len(pool)] for k in range(steps)], batch_size=None)
 
 
 def backprop(steps: int) -> Iterator[None]:
@@ -74,8 +76,8 @@ def backprop(steps: int) -> Iterator[None]:
     model = Net()
     optimizer = model.configure_optimizers()
     for batch in batches(steps):
-        loss = model.training_step(batch)
         optimizer.zero_grad()
+        loss = model.training_step(batch)
         loss.backward()
         optimizer.step()
         yield
@@ -121,9 +123,9 @@ def engine(steps: int) -> Iterator[None]:
     dni = DNIEngine(model, BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM)
     with dni:
         for batch in batches(steps):
+            optimizer.zero_grad()
             with dni.training_step(batch):
                 loss = model.training_step(batch)
-            optimizer.zero_grad()
             dni.backward(loss)
             optimizer.step()
             dni.update_estimators()
@@ -229,6 +231,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
+    if os.environ.get("MALLOC_ARENA_MAX") != "1":  # threads shall find memory as one thread alone would
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

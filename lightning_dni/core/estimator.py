@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,8 +50,7 @@ class Record(NamedTuple):
     state: Any
 
 
-@dataclass(frozen=True)
-class Feedback:
+class Feedback(NamedTuple):
     """What came back for one synthesis, as far as the estimator's `needs` ask for it.
 
     Attributes:
@@ -92,12 +90,15 @@ class GradientEstimator(nn.Module, ABC):
         locks: What the stage below has to wait for. Empty: the stage is differentiated at once.
         keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
             Otherwise `synthesize` runs without a graph and `loss` builds it again.
+        regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else. Where its graph
+            was kept, the engine then takes the derivative of that loss in closed form.
         stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     locks: ClassVar[frozenset[Lock]] = frozenset()
     keeps_graph: ClassVar[bool] = True
+    regresses: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
 
     num_classes: int | None = None

@@ -55,6 +55,7 @@ class EstimatorPool:
         self.installed: dict[str, Installed] = {}
         self._restored: set[str] = set()
         self._lessons: list[Lesson] = []
+        self._pending = False
 
     def install(self, name: str, outputs: Sequence[Tensor]) -> Installed:
         """The estimator of boundary `name`, built from its activations `outputs` if it is new."""
@@ -69,6 +70,11 @@ class EstimatorPool:
         with seeded(derive_seed(self.seed, "estimator", spec.name), spec.device):
             estimator = self._factories[spec.name](spec)
         _check(estimator, spec)
+        if any(estimator is other.estimator for other in self.installed.values()):
+            raise EstimatorError(
+                f"Expected `estimator` to make a new estimator for boundary {spec.name!r}, but got the "
+                f"{type(estimator).__name__} of another boundary. Build one in every call."
+            )
         dtype = torch.float32
         for leaf in spec.leaves:
             dtype = torch.promote_types(dtype, leaf.dtype)
@@ -84,11 +90,13 @@ class EstimatorPool:
         self.optimizers.add(spec.name, installed)
 
     def remember(self, lessons: Sequence[Lesson]) -> None:
-        """Keep what the estimators learnt from until the next update."""
+        """Note that gradients wait for the next update, and keep what they came from."""
+        self._pending = True
         self._lessons.extend(lessons)
 
     def update(self) -> None:
         """Step with the accumulated gradients, then again on the same lessons as often as asked."""
+        self._pending = False
         self.optimizers.step()
         for _ in range(self.steps - 1):
             for installed, record, feedback, share in self._lessons:
@@ -100,6 +108,9 @@ class EstimatorPool:
 
     def drop_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step."""
+        if not self._pending:
+            return
+        self._pending = False
         self.optimizers.zero_grad()
         self._lessons.clear()
 
@@ -173,15 +184,21 @@ class EstimatorPool:
 
 def _check_width(saved: BoundarySpec, here: BoundarySpec) -> None:
     """Refuse the state of another width; lengths of sequences and sizes of maps may differ."""
-    widths = [
-        [leaf.shape if len(leaf.shape) < 2 else len(leaf.shape) for leaf in s.leaves] for s in (saved, here)
-    ]
-    if widths[0] != widths[1]:
+    pairs = list(zip((s.shape for s in saved.leaves), (s.shape for s in here.leaves), strict=False))
+    if len(saved.leaves) != len(here.leaves) or not all(_same_width(a, b) for a, b in pairs):
         now, then = ([leaf.shape for leaf in s.leaves] for s in (here, saved))
         raise EstimatorError(
             f"Expected the state of an estimator for rows of shapes {now} at boundary {here.name!r}, but got "
             f"one for {then}. Resume with the model of the saved run, or start the estimators afresh."
         )
+
+
+def _same_width(saved: tuple[int, ...], here: tuple[int, ...]) -> bool:
+    if len(saved) != len(here) or len(saved) < 2:
+        return saved == here
+    features_first = saved[0] == here[0]
+    features_last = saved[-1] == here[-1] and (len(saved) == 2 or saved[1] != here[1])
+    return features_first or features_last
 
 
 def _check(estimator: GradientEstimator, spec: BoundarySpec) -> None:

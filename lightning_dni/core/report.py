@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import Signal
 from lightning_dni.core.probe import Truth
 
 
@@ -108,7 +107,6 @@ def report_step(
 
 
 def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]) -> BoundaryReport:
-    needs = cuts[0].installed.estimator.needs
     losses = [cut.loss for cut in cuts if cut.loss is not None]
     applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
     true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]
@@ -117,7 +115,7 @@ def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Ten
         target=_below([_rows(cut, cut.target) for cut in cuts]),
         true=_below([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
         loss=torch.stack(losses).mean() if losses else None,
-        regresses=Signal.TARGET in needs,
+        regresses=cuts[0].installed.estimator.regresses,
         applied_weights=_sum_by_name(applied, names),
         true_weights=_sum_by_name(true, names),
     )

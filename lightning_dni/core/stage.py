@@ -12,7 +12,9 @@ from lightning_dni.errors import BoundaryError, StageError
 
 Owner = TypeVar("Owner")
 
-_AccumulateGrad = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+_LEAF = torch.empty(0, requires_grad=True)
+_AccumulateGrad = type(get_gradient_edge(_LEAF).node)
+_ToCopy = type(_LEAF.to(torch.float64).grad_fn)
 
 CLOSED_BY = "lightning_dni.closed_by"
 """Key under which an autograd node of a stage remembers the boundary that closed it."""
@@ -55,7 +57,7 @@ def trace_stage(
     """
     variables: list[Tensor] = []
     parents: list[Owner] = []
-    seen: set[Node] = {get_gradient_edge(h).node for h in outputs}
+    seen: set[Node] = {h.grad_fn or get_gradient_edge(h).node for h in outputs}
     stack: list[Node] = list(seen)
     while stack:
         node = stack.pop()
@@ -67,7 +69,7 @@ def trace_stage(
             elif owner not in parents:
                 parents.append(owner)
             continue
-        if reached_from is not None:
+        if reached_from is not None and not (type(node) is _ToCopy and _casts_leaf(node, owner_of)):
             _check(node, reached_from, closed_by)
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
@@ -76,13 +78,19 @@ def trace_stage(
     return Stage(variables, parents)
 
 
+def _casts_leaf(node: Node, owner_of: Callable[[Tensor], Owner | None]) -> bool:
+    """Whether a cast is of a parameter: autocast hands one such node to every stage that uses it."""
+    ((below, _),) = node.next_functions
+    return type(below) is _AccumulateGrad and owner_of(cast(Any, below).variable) is None
+
+
 def _check(node: Node, reached_from: str, closed_by: str | None) -> None:
     metadata = cast(dict[str, str], node.metadata)  # a property, whatever torch's stub says
     if CLOSED_BY in metadata:
         raise BoundaryError(_leak(node, metadata[CLOSED_BY], reached_from))
     if closed_by is not None:
         metadata[CLOSED_BY] = closed_by
-    if node.name() == "CheckpointFunctionBackward":
+    if type(node).__name__ == "CheckpointFunctionBackward":
         raise StageError(
             f"Expected activation checkpointing with use_reentrant=False below {reached_from}, but got "
             "the re-entrant kind, which hides the stage's parameters. Pass use_reentrant=False to "

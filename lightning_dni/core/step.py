@@ -15,7 +15,7 @@ from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import learn, synthesize
+from lightning_dni.core.synthesis import check_gradient, differentiate_loss, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
@@ -81,9 +81,6 @@ class Step:
                     self._settle(crossing)
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
-        if torch.is_autocast_enabled(outputs[0].device.type):
-            # its cache hands one cast of a weight to every stage, which would tie their graphs together
-            torch.clear_autocast_cache()
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
         self._consume(stage, f"boundary {boundary!r}")
         installed = self._install(boundary, outputs)
@@ -153,8 +150,11 @@ class Step:
     def _differentiate(self, crossing: Cut) -> None:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
-            corrected = crossing.installed.estimator.correct(crossing.record, self._feedback(crossing))
-            crossing.synthetic = corrected if corrected is not None else crossing.synthetic
+            record = crossing.record
+            corrected = crossing.installed.estimator.correct(record, self._feedback(crossing))
+            if corrected is not None:
+                check_gradient(corrected, record.h, crossing, self.settings.check_values)
+                crossing.synthetic = corrected
         gradients = crossing.applied_gradient()
         if gradients is not None:
             device = crossing.outputs[0].device.type
@@ -191,13 +191,12 @@ class Step:
 
     def _learn(self, crossing: Cut, feedback: Feedback) -> None:
         record, share = crossing.record, 1.0 / self.settings.accumulate
-        assert record is not None
-        loss = learn(crossing.installed, record, feedback, share)
-        if loss is None:
+        if record is None or not crossing.installed.parameters:
             return
-        crossing.estimator_grads = local_gradients([loss], None, crossing.installed.parameters)
-        if self.settings.report:
-            crossing.loss = loss.detach() / share
+        made = differentiate_loss(crossing, feedback, share, self.settings)
+        if made is None:
+            return
+        crossing.estimator_grads, crossing.loss = made
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record
 from lightning_dni.core.settings import StepSettings
+from lightning_dni.core.stage import local_gradients
+from lightning_dni.core.target import sg_loss, sg_loss_gradient
 from lightning_dni.errors import EstimatorError
 
 
@@ -25,7 +27,9 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     with estimating(installed, h[0], grad=learns and installed.estimator.keeps_graph):
         gradient, state = installed.estimator.synthesize(h, context, None)
     if gradient is not None:
-        check_gradient(gradient, h, cut.who, settings.check_values)
+        # of what is learnt in closed form, values are looked at where they meet their target
+        later = learns and installed.estimator.regresses and installed.estimator.keeps_graph
+        check_gradient(gradient, h, cut, settings.check_values and not later)
         if settings.counts_elements and cut.elements_unknown:
             _check_zero(gradient, cut)
     return Record(h, context, gradient, state)
@@ -36,6 +40,30 @@ def learn(installed: Installed, record: Record, feedback: Feedback, share: float
     with estimating(installed, record.h[0], grad=True):
         loss = installed.estimator.loss(record, feedback)
         return loss if loss is None or share == 1.0 else loss * share
+
+
+def differentiate_loss(
+    cut: Cut, feedback: Feedback, share: float, settings: StepSettings
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None:
+    """Gradients of the estimator's parameters, and (on reports) its loss; None if it learns nothing.
+
+    Raises:
+        EstimatorError: What the estimator gave is not finite.
+    """
+    installed, record, report = cut.installed, cut.record, settings.report
+    assert record is not None
+    prediction, target = record.gradient, feedback.target
+    plain = installed.estimator.regresses and target is not None and feedback.row_weights is None
+    if plain and prediction is not None and prediction[0].requires_grad:
+        assert target is not None
+        found = local_gradients(prediction, sg_loss_gradient(prediction, target, share), installed.parameters)
+        if settings.check_values and found and not _is_finite(min((g for _, g in found), key=Tensor.numel)):
+            check_gradient(prediction, record.h, cut, check_values=True)
+        return found, sg_loss([p.detach() for p in prediction], target) if report else None
+    loss = learn(installed, record, feedback, share)
+    if loss is None:
+        return None
+    return local_gradients([loss], None, installed.parameters), loss.detach() / share if report else None
 
 
 def estimating(installed: Installed, h: Tensor, grad: bool) -> AbstractContextManager[object]:
@@ -55,25 +83,27 @@ def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def check_gradient(gradient: Gradient, h: Sequence[Tensor], who: str, check_values: bool) -> None:
+def check_gradient(gradient: Gradient, h: Sequence[Tensor], cut: Cut, check_values: bool) -> None:
     """Refuse a gradient that does not fit `h`, or (where `check_values`) is not finite.
 
     Raises:
-        EstimatorError: Naming `who` gave it.
+        EstimatorError: Naming the estimator of `cut`.
     """
     if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
         expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
         raise EstimatorError(
-            f"Expected {who} to give one gradient per activation, of shapes {expected}, but got {got}."
+            f"Expected {cut.who} to give one gradient per activation, of shapes {expected}, but got {got}."
         )
-    # a sum is finite unless a term is not, or unless it overflows: only then look closer
-    if check_values and not all(
-        math.isfinite(g.detach().sum().item()) or bool(g.isfinite().all()) for g in gradient
-    ):
+    if check_values and not all(map(_is_finite, gradient)):
         raise EstimatorError(
-            f"Expected {who} to give finite gradients, but got some that are not. Lower the learning rate "
-            "of `estimator_optimizer`, or of the network."
+            f"Expected {cut.who} to give finite gradients, but got some that are not. Lower the learning "
+            "rate of `estimator_optimizer`, or of the network."
         )
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    # a sum is finite unless a term is not, or unless it overflows: only then look closer
+    return math.isfinite(gradient.detach().sum().item()) or bool(gradient.isfinite().all())
 
 
 def _check_zero(gradient: Gradient, cut: Cut) -> None:

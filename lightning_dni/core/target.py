@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,7 +46,8 @@ def denominator(
         return choice(batch, h)
     if choice == "sum":
         return 1.0
-    return float(rows * (elements_per_row or 1) if choice == "elements" else rows)
+    elements = elements_per_row or 1 if choice == "elements" else 1
+    return float(max(1, rows) * elements)  # no row, no gradient: any scale will do
 
 
 def mix_gradients(
@@ -86,4 +88,11 @@ def sg_loss(
             ((s - t).square().flatten(1).sum(1) * row_weights).sum()
             for s, t in zip(synthetic, target, strict=True)
         ]
-    return sum(sums[1:], start=sums[0]) / rows
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return total / max(1, rows)
+
+
+def sg_loss_gradient(synthetic: Sequence[Tensor], target: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Derivative of `share` times `sg_loss` with respect to each synthetic gradient, in closed form."""
+    scale = 2.0 * share / max(1, rows_of(synthetic))
+    return [(s.detach() - t).mul_(scale) for s, t in zip(synthetic, target, strict=True)]

@@ -57,16 +57,20 @@ class Conditioning(nn.Module):
         if not zero:
             nn.init.normal_(self.weight, std=size**-0.5 if self._continuous else 1.0)
 
-    def forward(self, context: Tensor | None, h: Tensor) -> Tensor | None:
-        """What to add at every position of `h` `[batch, ..., features]`; None for nothing."""
+    def forward(self, context: Tensor | None, h: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """What to add at every position of `h` `[batch, ..., features]`; None for nothing.
+
+        With `bias` `[features]` that is added, too: on the few rows of the table that labels look up, not
+        on all rows of `h`.
+        """
         if self.weight is None or context is None:
             return None
         if self._continuous:
             check_aligned(context.shape[:-1], h.shape[:-1], self._boundary)
-            added = context.to(h.dtype) @ self.weight
+            added = F.linear(context.to(h.dtype), self.weight.t(), bias)
         else:
             check_aligned(context.shape, h.shape[:-1], self._boundary)
-            added = F.embedding(context.long(), self.weight)
+            added = F.embedding(context.long(), self.weight if bias is None else self.weight + bias)
         while added.ndim < h.ndim:
             added = added.unsqueeze(-2)
         return added

@@ -38,6 +38,7 @@ class ConvEstimator(GradientEstimator):
     """
 
     needs = frozenset({Signal.TARGET})
+    regresses = True
     keeps_graph = False
 
     def __init__(

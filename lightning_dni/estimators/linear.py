@@ -3,6 +3,7 @@
 from typing import Any, final
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
@@ -28,6 +29,7 @@ class LinearEstimator(GradientEstimator):
     """
 
     needs = frozenset({Signal.TARGET})
+    regresses = True
 
     def __init__(
         self, spec: BoundarySpec, num_classes: int | None = None, context_size: int | None = None
@@ -41,8 +43,12 @@ class LinearEstimator(GradientEstimator):
 
     def _predict(self, h: tuple[Tensor, ...], context: Tensor | None) -> Gradient:
         x = join(h)
-        added = self.conditioning(context, x)
-        return split(self.map(x) if added is None else self.map(x) + added, h)
+        added = self.conditioning(context, x, self.map.bias)
+        if added is None:
+            return split(self.map(x), h)
+        if x.ndim == 2:  # one product that adds up in place, instead of a product and a pass over all rows
+            return split(added.addmm_(x, self.map.weight.t()), h)
+        return split(F.linear(x, self.map.weight) + added, h)
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any

@@ -34,6 +34,7 @@ class MLPEstimator(GradientEstimator):
     """
 
     needs = frozenset({Signal.TARGET})
+    regresses = True
     keeps_graph = False
 
     def __init__(

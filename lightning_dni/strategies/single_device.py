@@ -91,6 +91,7 @@ class DNIStrategy(SingleDeviceStrategy):
         self._restored: dict[str, Any] | None = None
         self._resumes = False
         self._attached = False
+        self._clears_early = False
 
     # ---- what others may see
 
@@ -168,6 +169,7 @@ class DNIStrategy(SingleDeviceStrategy):
         self._restored, self._resumes = None, False
         self._engine.attach()
         self._attached = True
+        self._clears_early = not _looks_at_old_gradients(trainer, module)
 
     @override
     def teardown(self) -> None:
@@ -193,10 +195,20 @@ class DNIStrategy(SingleDeviceStrategy):
         batch = args[0] if args else None
         accumulate = self.lightning_module.trainer.accumulate_grad_batches
         if self.lightning_module.trainer.fit_loop.batch_idx % accumulate == 0:
-            # here Lightning clears the user's gradients; a window that failed must not leave us ours
-            self.engine.drop_estimator_gradients()
+            self._begin_window()
         with self.engine.training_step(batch, accumulate=accumulate):
             return super().training_step(*args, **kwargs)
+
+    def _begin_window(self) -> None:
+        """Forget gradients of the last window: ours, which a failed one may have left, and the user's.
+
+        Lightning clears the user's only after the forward pass, by when new ones are set aside.
+        """
+        self.engine.drop_estimator_gradients()
+        if self._clears_early:
+            for group in self.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     @override
     def backward(
@@ -252,6 +264,17 @@ class DNIStrategy(SingleDeviceStrategy):
             self.engine.load_state_dict(state)
         elif not self._attached:
             self._restored, self._resumes = state, True
+
+
+def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether somebody may want the last window's gradients between its end and `zero_grad`."""
+    kind = type(module)
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (set by a connector, untyped)
+    return (
+        kind.optimizer_zero_grad is not pl.LightningModule.optimizer_zero_grad
+        or kind.on_before_zero_grad is not pl.LightningModule.on_before_zero_grad
+        or any(type(c).on_before_zero_grad is not pl.Callback.on_before_zero_grad for c in callbacks)
+    )
 
 
 def _several_optimizers(number: str, module: pl.LightningModule) -> MisconfigurationException:

@@ -30,7 +30,7 @@ from lightning_dni.estimators import LinearEstimator, ZeroEstimator
 WIDTHS = (5, 6, 7, 6)
 LINEAR = partial(LinearEstimator, num_classes=CLASSES)
 OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "sgd": partial(torch.optim.SGD, lr=0.1),
     "adam": partial(torch.optim.Adam, lr=1e-3),
 }
 
@@ -49,7 +49,7 @@ def naive_run(stages, optimizer, batches, bp_lambda):
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fifty_steps_are_those_of_the_naive_loop(optimizer, batch_norm, bp_lambda):
-    model, batches = mlp_stages(WIDTHS, CLASSES, batch_norm), [blobs() for _ in range(50)]
+    model, batches = mlp_stages(WIDTHS, CLASSES, batch_norm), [blobs(32) for _ in range(50)]
     twin = copy.deepcopy(model)
     make = OPTIMIZERS[optimizer]
     engine = DNIEngine(

@@ -270,8 +270,6 @@ def test_a_state_of_other_channels_is_refused():
     batch = (torch.randn(4, 2, 6, 6).double(), torch.randint(0, CLASSES, (4,)))
     make = partial(ConvEstimator, hidden_channels=(4,), kernel_size=3)
     model, other = net(3), net(5)
-    for m in (model, other):
-        m(batch[0])
     saved, resumed = attached(model, ["0"], make), attached(other, ["0"], make)
     run_step(saved, model, batch)
     resumed.load_state_dict(saved.state_dict())

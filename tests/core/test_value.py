@@ -15,7 +15,7 @@ VALUES = [
     A,
     (A, B),
     [A, (B, None)],
-    {"a": A, "b": [B, 1, "s", 2.0, True, torch.float32, A.shape]},
+    {"a": A, "b": [B, 1, "s", 2.0, True, torch.float32]},
     OrderedDict(b=B, a=A),
     Pair(A, B),
     pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)]),
@@ -33,9 +33,7 @@ def test_what_is_opened_closes_again(value):
 
 @pytest.mark.parametrize("opaque", [object(), {1, 2}, iter([A]), lambda: A])
 def test_what_a_tensor_could_hide_in_is_refused(opaque):
-    with pytest.raises(
-        BoundaryError, match=rf"boundary 'b'.*but got {type(opaque).__name__} in it.*register"
-    ):
+    with pytest.raises(BoundaryError, match=rf"boundary 'b'.*got {type(opaque).__name__} in it.*register"):
         open_value("b", (A, opaque))
 
 
