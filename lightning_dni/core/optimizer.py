@@ -35,13 +35,22 @@ class EstimatorOptimizers:
         self._waiting: dict[str, Installed] = {}
 
     def __iter__(self) -> Iterator[Optimizer]:
-        self._take_over(list(self._waiting))
+        self.make()
         return iter(self._optimizers.values())
 
     def add(self, boundary: str, installed: Installed) -> None:
         """Take over the parameters of the estimator at `boundary`."""
         if installed.parameters:
             self._waiting[boundary] = installed
+
+    def make(self) -> None:
+        """Make the optimizers of the estimators added so far.
+
+        Raises:
+            EstimatorError: A factory makes something else.
+        """
+        if self._waiting:
+            self._take_over(list(self._waiting))
 
     def _take_over(self, boundaries: Sequence[str]) -> None:
         """Give the estimators that wait at `boundaries` to their optimizers, one group for each."""

@@ -92,6 +92,7 @@ class EstimatorPool:
     def remember(self, lessons: Sequence[Lesson]) -> None:
         """Note that gradients wait for the next update, and keep what they came from."""
         self._pending = True
+        self.optimizers.make()  # before the user's optimizer moves anything, if it cannot be made
         self._lessons.extend(lessons)
 
     def update(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -274,6 +275,8 @@ def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> 
         kind.optimizer_zero_grad is not pl.LightningModule.optimizer_zero_grad
         or kind.on_before_zero_grad is not pl.LightningModule.on_before_zero_grad
         or any(type(c).on_before_zero_grad is not pl.Callback.on_before_zero_grad for c in callbacks)
+        # its last epoch runs without zero_grad and backward, and steps with what is there
+        or any(isinstance(c, StochasticWeightAveraging) for c in callbacks)
     )
 
 

@@ -69,12 +69,21 @@ class Block(nn.Module):
         return (x + self.second(self.first(x).relu())).relu()
 
 
+def bare(depth=16):
+    stages = [nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(depth)]
+    return nn.Sequential(*stages, nn.Linear(32, CLASSES))
+
+
 def convolutional():
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
     return nn.Sequential(*(Block(4) for _ in range(12)), head)
 
 
-NETS = {"16-stage MLP": (perceptron, (512, 32)), "12-block CNN": (convolutional, (32, 4, 12, 12))}
+NETS = {
+    "16-stage MLP": (perceptron, (512, 32)),
+    "16-stage MLP without batch norm": (bare, (512, 32)),
+    "12-block CNN": (convolutional, (32, 4, 12, 12)),
+}
 ESTIMATORS = {
     "zero": ZeroEstimator,
     "linear": partial(LinearEstimator, num_classes=CLASSES),

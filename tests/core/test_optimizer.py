@@ -1,4 +1,4 @@
-"""Estimators are stepped by optimizers of their own, one per factory and one group per boundary."""
+"""Estimators are stepped by optimizers of their own, one per factory."""
 
 from functools import partial
 
@@ -26,8 +26,8 @@ def test_boundaries_of_one_factory_share_an_optimizer():
     optimizers = EstimatorOptimizers({"a*": SGD, "*": ADAM}, ["a1", "a2", "b"])
     for name in ("a1", "a2", "b"):
         optimizers.add(name, installed())
-    kinds = [(type(o), [g["boundary"] for g in o.param_groups]) for o in optimizers]
-    assert kinds == [(torch.optim.SGD, ["a1", "a2"]), (torch.optim.Adam, ["b"])]
+    kinds = [(type(o), [g["boundaries"] for g in o.param_groups]) for o in optimizers]
+    assert kinds == [(torch.optim.SGD, [["a1", "a2"]]), (torch.optim.Adam, [["b"]])]
 
 
 def test_an_estimator_is_taken_over_once():
@@ -55,8 +55,18 @@ def test_a_step_uses_the_gradients_up():
 
 def test_what_makes_no_optimizer_is_refused():
     optimizers = EstimatorOptimizers(lambda groups: nn.Linear(1, 1), ["b"])
+    optimizers.add("b", installed())
     with unchecked(), pytest.raises(EstimatorError, match=r"`estimator_optimizer` to make.*but got Linear"):
-        optimizers.add("b", installed())
+        optimizers.make()
+
+
+def test_what_is_built_later_has_a_group_of_its_own():
+    optimizers = EstimatorOptimizers(ADAM, ["a", "b"])
+    for name in ("b", "a"):
+        optimizers.add(name, installed())
+        optimizers.step()
+    (optimizer,) = optimizers
+    assert [g["boundaries"] for g in optimizer.param_groups] == [["b"], ["a"]]
 
 
 def test_a_boundary_without_a_factory_is_refused():
@@ -67,8 +77,17 @@ def test_a_boundary_without_a_factory_is_refused():
 def test_another_number_of_states_is_refused():
     optimizers = EstimatorOptimizers(SGD, ["b"])
     optimizers.add("b", installed())
-    with pytest.raises(EstimatorError, match="1 states of estimator optimizers, but got 0"):
+    with pytest.raises(EstimatorError, match=r"for the estimators at \['b'\], but got them for \[\]"):
         optimizers.load_state_dict([])
+
+
+def test_estimators_that_share_an_optimizer_in_another_way_are_refused():
+    one, two = EstimatorOptimizers(SGD, ["a", "b"]), EstimatorOptimizers({"a": SGD, "b": ADAM}, ["a", "b"])
+    for optimizers in (one, two):
+        for name in ("a", "b"):
+            optimizers.add(name, installed())
+    with pytest.raises(EstimatorError, match="2 states of estimator optimizers, but got 1"):
+        two.load_state_dict(one.state_dict())
 
 
 def test_every_pattern_steps_at_its_own_rate():

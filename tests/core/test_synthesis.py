@@ -6,8 +6,10 @@ from core.nets import Told
 from torch import nn
 
 from lightning_dni.core import BoundarySpec, Feedback, Record
+from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Installed
 from lightning_dni.core.randomness import RandomStream
+from lightning_dni.core.stage import Stage
 from lightning_dni.core.synthesis import check_gradient, estimating, learn
 from lightning_dni.errors import EstimatorError
 
@@ -58,6 +60,7 @@ def test_what_learns_nothing_has_no_loss():
 
 
 def test_values_are_only_looked_at_where_asked():
-    check_gradient((H * float("nan"),), (H,), "Told", check_values=False)
-    with pytest.raises(EstimatorError, match="Told to give finite gradients"):
-        check_gradient((H * float("nan"),), (H,), "Told", check_values=True)
+    cut = Cut("b", installed(), [H], [H], Stage([], []), 1.0, 0.0, waits=False, elements_unknown=False)
+    check_gradient((H * float("nan"),), (H,), cut, check_values=False)
+    with pytest.raises(EstimatorError, match="Told at boundary 'b' to give finite gradients"):
+        check_gradient((H * float("nan"),), (H,), cut, check_values=True)
