@@ -86,6 +86,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the engine and describe the run to every logger."""
         self._engine = engine_of(trainer, self)
         self._clear()
         self._clock.reset()
@@ -95,6 +96,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the picture."""
         self._settle_row(trainer)
         if self._described and not self._measured:
             rank_zero_warn(
@@ -106,6 +108,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the engine."""
         self._engine = self._wandb = None
 
     def _describe(self, trainer: pl.Trainer) -> None:
@@ -140,6 +143,7 @@ class GradientMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Request a probe for every batch of a step that is to be measured."""
         self._settle_row(trainer)
         self._step = trainer.global_step
         self._due = (self._step + 1) % self._every_n == 0
@@ -164,6 +168,7 @@ class GradientMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Take the report of a measured batch; log at the end of its step."""
         stepped = trainer.global_step > self._step
         if self._due:
             self._observe()
@@ -179,10 +184,12 @@ class GradientMonitor(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
         self._clock.stop(pl_module.device)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock between epochs."""
         self._clock.stop(pl_module.device)
 
     def _observe(self) -> None:
@@ -234,6 +241,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """The probes so far."""
         return {
             "history": [probe.state_dict() for probe in self.history],
             "recent": {key: list(last) for key, last in self._recent.items()},
@@ -241,6 +249,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from saved probes."""
         self.history = [Probe(**probe) for probe in state_dict["history"]]
         self._recent = {key: deque(last, maxlen=SUMMARIZED) for key, last in state_dict["recent"].items()}
 

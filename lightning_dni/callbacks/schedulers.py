@@ -160,6 +160,7 @@ class BPLambdaScheduler(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the engine and check the schedules against its boundaries."""
         self._engine = engine_of(trainer, self)
         self._stale = True  # another engine, or one restored in the midst of an accumulated batch
         boundaries = list(self._engine.bp_lambda)
@@ -174,6 +175,7 @@ class BPLambdaScheduler(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Set lambda where a new step of the optimizer begins."""
         step = trainer.global_step
         if step == self.last_step and not self._stale:  # a further micro-batch of the same step
             return
@@ -188,6 +190,7 @@ class BPLambdaScheduler(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the engine."""
         self._engine = None
 
     def _scheduled(self, step: int) -> dict[str, float]:
@@ -202,10 +205,12 @@ class BPLambdaScheduler(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """The last step and its lambdas."""
         return {"last_step": self.last_step, "last_lambda": self.get_last_lambda()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved step."""
         self.last_step, self._last_lambda = state_dict["last_step"], dict(state_dict["last_lambda"])
 
 

@@ -49,6 +49,7 @@ class DigitsDataModule(AbstractInMemoryDataModule):
 
     @override
     def load(self) -> Splits:
+        """Split the embedded digits."""
         images, labels = load_digits(return_X_y=True)
         inputs = torch.from_numpy(images).float().div_(16).reshape(-1, 1, 8, 8)
         targets = torch.from_numpy(labels).long()

@@ -75,12 +75,14 @@ class MNISTDataModule(AbstractInMemoryDataModule):
 
     @override
     def prepare_data(self) -> None:
+        """Download the files that are absent, if allowed."""
         for name, sha256 in self.checksums.items():
             if self.download and _find(self.data_dir, name) is None:
                 fetch(f"{name}.gz", sha256, self.mirrors, self.data_dir)
 
     @override
     def load(self) -> Splits:
+        """Read and split the files."""
         images, labels = read_pair(self.data_dir, "train")
         train, val = self._split(len(labels))
         test_images, test_labels = read_pair(self.data_dir, "t10k")

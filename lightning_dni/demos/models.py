@@ -42,6 +42,7 @@ class _Classifier(pl.LightningModule):
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Float[Tensor, ""]:
+        """Cross-entropy, logged as `train_loss`."""
         inputs, targets = batch
         loss = F.cross_entropy(self(inputs), targets)
         self.log("train_loss", loss, prog_bar=True)
@@ -49,6 +50,7 @@ class _Classifier(pl.LightningModule):
 
     @override
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log loss, accuracy and error over the validation rows."""
         inputs, targets = batch
         logits = self(inputs)
         loss = F.cross_entropy(logits, targets)
@@ -60,6 +62,7 @@ class _Classifier(pl.LightningModule):
 
     @override
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log accuracy and error over the test rows."""
         inputs, targets = batch
         logits = self(inputs)
         self.test_accuracy.update(logits, targets)
@@ -69,6 +72,7 @@ class _Classifier(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer that was asked for."""
         return OPTIMIZERS[self._optimizer](self.parameters(), lr=self._learning_rate)
 
 
@@ -123,6 +127,7 @@ class MLPClassifier(_Classifier):
 
     @override
     def forward(self, inputs: Float[Tensor, " batch *dims"]) -> Float[Tensor, " batch classes"]:
+        """Class scores `[batch, classes]`."""
         logits: Tensor = self.net(inputs.flatten(1))
         return logits
 
@@ -181,6 +186,7 @@ class ConvClassifier(_Classifier):
     def forward(
         self, inputs: Float[Tensor, " batch channels height width"]
     ) -> Float[Tensor, " batch classes"]:
+        """Class scores `[batch, classes]`."""
         logits: Tensor = self.net(inputs)
         return logits
 

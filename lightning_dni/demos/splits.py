@@ -97,19 +97,23 @@ class AbstractInMemoryDataModule(pl.LightningDataModule, ABC):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        """Load the data once."""
         if self._splits is None:
             self._splits = self.load()
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of the training rows."""
         return self._loader(self.splits.train, shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the validation rows."""
         return self._loader(self.splits.val, shuffle=False)
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the test rows."""
         return self._loader(self.splits.test, shuffle=False)
 
     def _loader(self, split: Split, *, shuffle: bool) -> DataLoader[Batch]:

@@ -56,6 +56,7 @@ class _GradientMetric(Metric):
             return super()._apply(fn, exclude_state)
 
         def move(tensor: Tensor) -> Tensor:
+            """Move a state, but leave its precision."""
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

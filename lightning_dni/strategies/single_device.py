@@ -129,6 +129,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        """Take the one device that Lightning assigns; refuse several."""
         if devices and len(devices) > 1:
             raise MisconfigurationException(
                 f"Expected one device for strategy='dni', but got {len(devices)}. Pass `Trainer(devices=1)`."
@@ -144,6 +145,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
+        """Refuse several nodes."""
         if num_nodes != 1:
             raise MisconfigurationException(
                 f"Expected one node for strategy='dni', but got {num_nodes}. Pass `Trainer(num_nodes=1)`."
@@ -153,6 +155,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        """Set up as on any device; for a fit, build (or restore) the engine and hook the module."""
         super().setup(trainer)
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
@@ -174,6 +177,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
+        """Take the hooks off, also when setup or the fit has failed."""
         if self._engine is not None:
             self._engine.detach()
         self._attached, self._restored, self._resumes = False, None, False
@@ -181,6 +185,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Set up the user's optimizer; say of several what is to be done instead."""
         try:
             super().setup_optimizers(trainer)
         except RuntimeError as error:
@@ -192,6 +197,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Run the user's training step with its forward pass cut at the boundaries."""
         assert self.lightning_module is not None
         batch = args[0] if args else None
         accumulate = self.lightning_module.trainer.accumulate_grad_batches
@@ -215,6 +221,7 @@ class DNIStrategy(SingleDeviceStrategy):
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        """Differentiate the loss through the last stage and merge every gradient that counts."""
         module = self.lightning_module
         assert module is not None
         self.engine.prepare_backward(closure_loss)
@@ -235,6 +242,7 @@ class DNIStrategy(SingleDeviceStrategy):
         model: "pl.LightningModule | torch.nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
+        """Let the user's optimizer step, then the estimators."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.engine.update_estimators()
         return output
@@ -245,6 +253,7 @@ class DNIStrategy(SingleDeviceStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
+        """Write the estimators into one key of the checkpoint."""
         if self._engine is not None:
             state = self._engine.state_dict()
             if "optimizer_states" not in checkpoint:  # save_weights_only
@@ -254,6 +263,7 @@ class DNIStrategy(SingleDeviceStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module; keep the estimators' state until the engine is there."""
         super().load_model_state_dict(checkpoint, strict)
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
