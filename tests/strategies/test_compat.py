@@ -18,6 +18,7 @@ from lightning_dni.strategies import _compat
 PUBLIC = {
     "lightning.pytorch",
     "lightning.fabric.plugins.CheckpointIO",
+    "lightning.pytorch.callbacks.StochasticWeightAveraging",
     "lightning.pytorch.strategies.SingleDeviceStrategy",
     "lightning.pytorch.utilities.types.STEP_OUTPUT",
 }
