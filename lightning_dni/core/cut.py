@@ -14,7 +14,7 @@ Lesson = tuple[Installed, Record, Feedback, float]
 """What an estimator learns from and with what share, kept where it takes several steps on it."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Cut:
     """State of one crossing between its forward call and the end of the step.
 
@@ -90,6 +90,21 @@ class Cut:
                 leaf.new_zeros(leaf.shape) if g is None else g
                 for g, leaf in zip(grads, self.leaves, strict=True)
             ]
+
+    @property
+    def learns_in_closed_form(self) -> bool:
+        """Whether the SG loss of the kept prediction is differentiated without making its target first."""
+        record = self.record
+        return (
+            self.installed.estimator.regresses
+            and bool(self.installed.parameters)
+            and isinstance(self.factor, float)
+            and self.arrived is not None
+            and record is not None
+            and record.gradient is not None
+            and all(g.requires_grad for g in record.gradient)
+            and all(g.dtype == t.dtype for g, t in zip(record.gradient, self.arrived, strict=True))
+        )
 
     def target_gradient(self) -> Gradient:
         """What arrived, in the estimator's units and precision."""

@@ -52,14 +52,14 @@ def differentiate_loss(
     """
     installed, record, report = cut.installed, cut.record, settings.report
     assert record is not None
-    prediction, target = record.gradient, feedback.target
-    plain = installed.estimator.regresses and target is not None and feedback.row_weights is None
-    if plain and prediction is not None and prediction[0].requires_grad:
-        assert target is not None
-        found = local_gradients(prediction, sg_loss_gradient(prediction, target, share), installed.parameters)
+    if cut.learns_in_closed_form and record.gradient is not None and cut.arrived is not None:
+        prediction = record.gradient
+        derivative = sg_loss_gradient(prediction, cut.arrived, 1.0 / float(cut.factor), share)
+        found = local_gradients(prediction, derivative, installed.parameters)
         if settings.check_values and found and not _is_finite(min((g for _, g in found), key=Tensor.numel)):
             check_gradient(prediction, record.h, cut, check_values=True)
-        return found, sg_loss([p.detach() for p in prediction], target) if report else None
+        detached = [p.detach() for p in prediction]
+        return found, sg_loss(detached, feedback.target) if feedback.target is not None else None
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None

@@ -92,7 +92,17 @@ def sg_loss(
     return total / max(1, rows)
 
 
-def sg_loss_gradient(synthetic: Sequence[Tensor], target: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Derivative of `share` times `sg_loss` with respect to each synthetic gradient, in closed form."""
+def sg_loss_gradient(
+    synthetic: Sequence[Tensor], arrived: Sequence[Tensor], unit: float, share: float
+) -> list[Tensor]:
+    """Derivative of `share` times `sg_loss` with respect to each synthetic gradient, in closed form.
+
+    Args:
+        synthetic: One tensor `[batch, ...]` per leaf.
+        arrived: What came back, of the same shapes, in units of the user's loss.
+        unit: What turns `arrived` into the target.
+        share: Weight of this forward pass.
+    """
     scale = 2.0 * share / max(1, rows_of(synthetic))
-    return [(s.detach() - t).mul_(scale) for s, t in zip(synthetic, target, strict=True)]
+    pairs = zip(synthetic, arrived, strict=True)
+    return [torch.sub(s.detach(), t, alpha=unit).mul_(scale) for s, t in pairs]
