@@ -1,7 +1,7 @@
 """Bugs that were found once, each with what the user saw."""
 
 import copy
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -309,6 +309,28 @@ def test_one_estimator_may_serve_two_boundaries_or_is_refused_by_us():
 
     with suppress(EstimatorError):
         run_step(attached(model, ["0", "1"], shared), model, blobs())
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": torch.ones(())}, {"autocast": True}], ids=lambda o: next(iter(o))
+)
+def test_values_are_checked_where_the_loss_has_no_closed_form(options):
+    """The check was left to the closed form, which a scaler or a bfloat16 target does without."""
+    model, (x, y) = mlp().float(), blobs(dtype=torch.float32)
+    engine, autocast = attached(model, ["0", "1"], LINEAR), options.pop("autocast", False)
+    for poisoned in (False, True):
+        if poisoned:
+            torch.nn.init.constant_(engine.estimators["1"].map.bias, float("nan"))
+        refused = (
+            pytest.raises(EstimatorError, match="boundary '1' to give finite") if poisoned else nullcontext()
+        )
+        with refused:
+            with (
+                engine.training_step((x, y), **options),
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            ):
+                loss = F.cross_entropy(model(x), y)
+            engine.backward(loss)
 
 
 # ---- gradients that meet

@@ -27,10 +27,10 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     with estimating(installed, h[0], grad=learns and installed.estimator.keeps_graph):
         gradient, state = installed.estimator.synthesize(h, context, None)
     if gradient is not None:
-        # of what is learnt in closed form, values are looked at where they meet their target
+        # what keeps its graph to regress on its target is looked at there, where that costs less
         later = learns and installed.estimator.regresses and installed.estimator.keeps_graph
         check_gradient(gradient, h, cut, settings.check_values and not later)
-        if settings.counts_elements and cut.elements_unknown:
+        if cut.elements_unknown:
             _check_zero(gradient, cut)
     return Record(h, context, gradient, state)
 
@@ -60,6 +60,8 @@ def differentiate_loss(
             check_gradient(prediction, record.h, cut, check_values=True)
         detached = [p.detach() for p in prediction]
         return found, sg_loss(detached, feedback.target) if feedback.target is not None else None
+    if settings.check_values and installed.estimator.regresses and record.gradient is not None:
+        check_gradient(record.gradient, record.h, cut, check_values=True)
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
