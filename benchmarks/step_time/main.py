@@ -1,10 +1,10 @@
 """Time of a training step, side by side in one process: ratios, not absolute times.
 
-python benchmarks/step_time/main.py [--steps 400]
+python benchmarks/step_time/main.py [--turns 250]
 
 A net of 64 -> 4 x 256 ReLU -> 10, batch 256, Adam, one thread, linear estimators with labels after
-every hidden layer. The contenders take turns step by step, so that each step of one has its neighbours
-in time; each ratio is the median over such turns.
+every hidden layer. The contenders take turns of four steps, so that what they are compared with has run
+next to them, and yet caches are as warm as in training; each ratio is the median over such turns.
 """
 
 import argparse
@@ -38,7 +38,8 @@ BOUNDARIES = [f"net.{k}" for k in range(len(WIDTHS) - 1)]
 FACTORY = partial(LinearEstimator, num_classes=CLASSES)
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 ESTIMATOR_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
-WARM_UP = 20
+STEPS_PER_TURN = 4
+WARM_UP = 8  # turns
 Batch = tuple[Tensor, Tensor]
 
 
@@ -133,65 +134,68 @@ def engine(steps: int) -> Iterator[None]:
 
 
 class Turns:
-    """Lets contenders, each in its own thread, run one step after the other, one thread at a time."""
+    """Lets contenders, each in its own thread, run some steps after one another, one thread at a time."""
 
-    def __init__(self, contenders: dict[str, Callable[[int, Callable[[], None]], None]], steps: int) -> None:
+    def __init__(self, contenders: dict[str, Callable[[int, Callable[[], None]], None]], turns: int) -> None:
         self.times: dict[str, list[float]] = {name: [] for name in contenders}
         self._may_go = {name: threading.Semaphore(0) for name in contenders}
         self._done = threading.Semaphore(0)
         self._threads = [
-            threading.Thread(target=self._run, args=(name, contender, steps), daemon=True)
+            threading.Thread(target=self._run, args=(name, contender, turns * STEPS_PER_TURN), daemon=True)
             for name, contender in contenders.items()
         ]
         for thread in self._threads:
             thread.start()
-        for _ in range(steps + 1):
+        for _ in range(turns + 1):
             for name in contenders:
                 self._may_go[name].release()
                 self._done.acquire()
 
     def _run(self, name: str, contender: Callable[[int, Callable[[], None]], None], steps: int) -> None:
-        began = time.perf_counter()
+        began, done = time.perf_counter(), 0
 
-        def turn() -> None:
-            nonlocal began
-            self.times[name].append(time.perf_counter() - began)
+        def step() -> None:
+            nonlocal began, done
+            done += 1
+            if done % STEPS_PER_TURN:
+                return
+            self.times[name].append((time.perf_counter() - began) / STEPS_PER_TURN)
             self._done.release()
             self._may_go[name].acquire()
             began = time.perf_counter()
 
         self._may_go[name].acquire()
         try:
-            contender(steps, turn)
+            contender(steps, step)
         finally:
             self._done.release()
 
 
 class StepEnd(pl.Callback):
-    """Ends the turn with the step."""
+    """Counts the steps of a Trainer."""
 
-    def __init__(self, turn: Callable[[], None]) -> None:
-        self.turn = turn
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step = step
 
     def on_train_batch_end(self, *_: object) -> None:
         """One more step."""
-        self.turn()
+        self.step()
 
 
-def in_loop(loop: Callable[[int], Iterator[None]], steps: int, turn: Callable[[], None]) -> None:
-    """A plain loop, turn by turn."""
+def in_loop(loop: Callable[[int], Iterator[None]], steps: int, step: Callable[[], None]) -> None:
+    """A plain loop."""
     for _ in loop(steps):
-        turn()
+        step()
 
 
-def in_trainer(strategy: Callable[[], object], steps: int, turn: Callable[[], None]) -> None:
-    """A Trainer, turn by turn."""
+def in_trainer(strategy: Callable[[], object], steps: int, step: Callable[[], None]) -> None:
+    """A Trainer."""
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
         devices=1,
         strategy=strategy(),
-        callbacks=[StepEnd(turn)],
+        callbacks=[StepEnd(step)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -229,16 +233,19 @@ def ratios(turns: list[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     """Take turns, then print times and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--turns", type=int, default=250)
     args = parser.parse_args()
     if os.environ.get("MALLOC_ARENA_MAX") != "1":  # threads shall find memory as one thread alone would
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    times = Turns(CONTENDERS, args.steps + WARM_UP).times
+    times = Turns(CONTENDERS, args.turns + WARM_UP).times
     turns = [dict(zip(times, t, strict=True)) for t in zip(*times.values(), strict=True)][WARM_UP:]
-    table = Table(title=f"torch {torch.__version__}, {platform.machine()}, 1 thread, {len(turns)} turns")
+    table = Table(
+        title=f"torch {torch.__version__}, {platform.machine()}, 1 thread, "
+        f"{len(turns)} turns of {STEPS_PER_TURN} steps"
+    )
     for heading in ("", "median", "10 %", "90 %"):
         table.add_column(heading)
     for name in CONTENDERS:

@@ -92,17 +92,15 @@ class Cut:
             ]
 
     @property
-    def learns_in_closed_form(self) -> bool:
-        """Whether the SG loss of the kept prediction is differentiated without making its target first."""
+    def learns_from_arrived(self) -> bool:
+        """Whether the SG loss is differentiated from what arrived, without making the target first."""
         record = self.record
         return (
-            self.installed.estimator.regresses
-            and bool(self.installed.parameters)
+            self.installed.estimator.differentiates
             and isinstance(self.factor, float)
             and self.arrived is not None
             and record is not None
             and record.gradient is not None
-            and all(g.requires_grad for g in record.gradient)
             and all(g.dtype == t.dtype for g, t in zip(record.gradient, self.arrived, strict=True))
         )
 

@@ -59,7 +59,7 @@ from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.step import Step
-from lightning_dni.core.tap import Taps
+from lightning_dni.core.tap import Taps, carries_taps
 from lightning_dni.core.target import Denominator, check_denominator
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 
@@ -158,13 +158,13 @@ class DNIEngine:
             EstimatorError: A value is outside [0, 1].
             BoundaryError: No pattern matches a boundary.
         """
-        chosen = {n: float(choose_by_pattern(n, value, "bp_lambda")) for n in self._modules}
+        chosen = {n: choose_by_pattern(n, value, "bp_lambda") for n in self._modules}
         for name, bp_lambda in chosen.items():
-            if not 0.0 <= bp_lambda <= 1.0:
+            if not isinstance(bp_lambda, (int, float)) or not 0.0 <= bp_lambda <= 1.0:
                 raise EstimatorError(
-                    f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda} for boundary {name!r}."
+                    f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda!r} for boundary {name!r}."
                 )
-        self._bp_lambda = chosen
+        self._bp_lambda = {name: float(bp_lambda) for name, bp_lambda in chosen.items()}
 
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
@@ -197,12 +197,13 @@ class DNIEngine:
         """Hook the model. Outside a training step the hooks do nothing.
 
         Raises:
-            StageError: The engine is attached already.
+            StageError: The engine is attached already, or another one is.
         """
-        if self._taps.installed:
+        if self._taps.installed or carries_taps(self._model):
+            whose = "its" if self._taps.installed else "another engine's"
             raise StageError(
-                f"Expected an engine that is not attached, but {type(self._model).__name__} already has "
-                "its hooks. Call `detach()` first."
+                f"Expected a model without hooks of an engine, but {type(self._model).__name__} already has "
+                f"{whose}. Call `detach()` on that engine first."
             )
         self._device = _device_of(self._model)
         # by name, since a module may have been replaced since the engine was made

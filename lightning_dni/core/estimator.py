@@ -90,8 +90,9 @@ class GradientEstimator(nn.Module, ABC):
         locks: What the stage below has to wait for. Empty: the stage is differentiated at once.
         keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
             Otherwise `synthesize` runs without a graph and `loss` builds it again.
-        regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else. Where its graph
-            was kept, the engine then takes the derivative of that loss in closed form.
+        regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else.
+        differentiates: Whether a regressing estimator has `parameter_gradients`; no graph of it is built
+            then.
         stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.
     """
 
@@ -99,6 +100,7 @@ class GradientEstimator(nn.Module, ABC):
     locks: ClassVar[frozenset[Lock]] = frozenset()
     keeps_graph: ClassVar[bool] = True
     regresses: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
 
     num_classes: int | None = None
@@ -128,6 +130,18 @@ class GradientEstimator(nn.Module, ABC):
         Must give the same value whether or not `record` still carries a graph.
         """
         return None
+
+    def parameter_gradients(
+        self, record: Record, derivative: Gradient, scale: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Gradients of the parameters without autograd, for estimators that declare `differentiates`.
+
+        Args:
+            record: What was seen and said.
+            derivative: Derivative of the loss with respect to each tensor that was said, over `scale`.
+            scale: Best multiplied where it costs least.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares `differentiates` and must define this.")
 
     def correct(self, record: Record, feedback: Feedback) -> Gradient | None:
         """The gradient to use instead once feedback has arrived; None to keep the synthetic one.

@@ -43,8 +43,10 @@ class EstimatorPool:
         steps: int,
         seed: int,
     ) -> None:
-        if steps < 1:
-            raise EstimatorError(f"Expected `estimator_steps` to be at least 1, but got {steps}.")
+        if not isinstance(steps, int) or steps < 1:
+            raise EstimatorError(
+                f"Expected `estimator_steps` to be an integer of at least 1, but got {steps!r}."
+            )
         self._factories = {n: choose_by_pattern(n, factory, "estimator") for n in boundaries}
         self._boundaries = tuple(boundaries)
         self._optimizer = optimizer

@@ -172,7 +172,8 @@ class Step:
         crossing.take_arrived()
         if crossing.elements_unknown:
             crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
-        needed = Signal.TARGET in crossing.awaited and not crossing.learns_in_closed_form
+        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons
+        needed = Signal.TARGET in crossing.awaited and not makes_none
         if self.settings.report or needed:
             crossing.target = crossing.target_gradient()
         self._told(crossing, Signal.TARGET)

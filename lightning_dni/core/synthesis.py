@@ -23,12 +23,13 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     """
     installed = cut.installed
     h = tuple(leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in cut.leaves)
+    estimator = installed.estimator
     learns = bool(installed.parameters) and not settings.keep_lessons
-    with estimating(installed, h[0], grad=learns and installed.estimator.keeps_graph):
-        gradient, state = installed.estimator.synthesize(h, context, None)
+    with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not estimator.differentiates):
+        gradient, state = estimator.synthesize(h, context, None)
     if gradient is not None:
-        # what keeps its graph to regress on its target is looked at there, where that costs less
-        later = learns and installed.estimator.regresses and installed.estimator.keeps_graph
+        # what regresses on its target is looked at there, where that costs less
+        later = learns and estimator.regresses
         check_gradient(gradient, h, cut, settings.check_values and not later)
         if cut.elements_unknown:
             _check_zero(gradient, cut)
@@ -50,22 +51,34 @@ def differentiate_loss(
     Raises:
         EstimatorError: What the estimator gave is not finite.
     """
-    installed, record, report = cut.installed, cut.record, settings.report
+    installed, record = cut.installed, cut.record
     assert record is not None
-    if cut.learns_in_closed_form and record.gradient is not None and cut.arrived is not None:
-        prediction = record.gradient
-        derivative = sg_loss_gradient(prediction, cut.arrived, 1.0 / float(cut.factor), share)
-        found = local_gradients(prediction, derivative, installed.parameters)
-        if settings.check_values and found and not _is_finite(min((g for _, g in found), key=Tensor.numel)):
-            check_gradient(prediction, record.h, cut, check_values=True)
-        detached = [p.detach() for p in prediction]
-        return found, sg_loss(detached, feedback.target) if feedback.target is not None else None
-    if settings.check_values and installed.estimator.regresses and record.gradient is not None:
-        check_gradient(record.gradient, record.h, cut, check_values=True)
+    estimator, said = installed.estimator, record.gradient
+    if estimator.differentiates and said is not None:
+        return _differentiate_sg_loss(cut, record, said, feedback, share, settings)
+    if settings.check_values and estimator.regresses and said is not None:
+        check_gradient(said, record.h, cut, check_values=True)
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
-    return local_gradients([loss], None, installed.parameters), loss.detach() / share if report else None
+    found = local_gradients([loss], None, installed.parameters)
+    return found, loss.detach() / share if settings.report else None
+
+
+def _differentiate_sg_loss(
+    cut: Cut, record: Record, said: Gradient, feedback: Feedback, share: float, settings: StepSettings
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """The same for an estimator that needs no autograd, from what arrived or from the target made of it."""
+    arrived, unit = feedback.target, 1.0
+    if cut.learns_from_arrived:
+        arrived, unit = tuple(cut.arrived or ()), 1.0 / float(cut.factor)
+    assert arrived is not None
+    with estimating(cut.installed, record.h[0], grad=False):
+        difference, factor = sg_loss_gradient(said, arrived, unit)
+        found = cut.installed.estimator.parameter_gradients(record, tuple(difference), factor * share)
+    if settings.check_values and found and not _is_finite(min((g for _, g in found), key=Tensor.numel)):
+        check_gradient(said, record.h, cut, check_values=True)
+    return found, sg_loss(said, feedback.target) if feedback.target is not None else None
 
 
 def estimating(installed: Installed, h: Tensor, grad: bool) -> AbstractContextManager[object]:

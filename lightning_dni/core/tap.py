@@ -35,6 +35,11 @@ def _inert() -> Callable[..., None]:
     return inert
 
 
+def carries_taps(model: nn.Module) -> bool:
+    """Whether an engine has hooked `model` or any of its submodules."""
+    return any(isinstance(hook, Tap) for m in model.modules() for hook in m._forward_hooks.values())
+
+
 class Taps:
     """The hooks of one engine."""
 

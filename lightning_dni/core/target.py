@@ -93,16 +93,14 @@ def sg_loss(
 
 
 def sg_loss_gradient(
-    synthetic: Sequence[Tensor], arrived: Sequence[Tensor], unit: float, share: float
-) -> list[Tensor]:
-    """Derivative of `share` times `sg_loss` with respect to each synthetic gradient, in closed form.
+    synthetic: Sequence[Tensor], arrived: Sequence[Tensor], unit: float
+) -> tuple[list[Tensor], float]:
+    """Derivative of `sg_loss` with respect to each synthetic gradient, as a difference and its factor.
 
     Args:
         synthetic: One tensor `[batch, ...]` per leaf.
         arrived: What came back, of the same shapes, in units of the user's loss.
         unit: What turns `arrived` into the target.
-        share: Weight of this forward pass.
     """
-    scale = 2.0 * share / max(1, rows_of(synthetic))
-    pairs = zip(synthetic, arrived, strict=True)
-    return [torch.sub(s.detach(), t, alpha=unit).mul_(scale) for s, t in pairs]
+    difference = [torch.sub(s, t, alpha=unit) for s, t in zip(synthetic, arrived, strict=True)]
+    return difference, 2.0 / max(1, rows_of(synthetic))

@@ -75,6 +75,22 @@ class Conditioning(nn.Module):
             added = added.unsqueeze(-2)
         return added
 
+    def parameter_gradients(
+        self, context: Tensor | None, derivative: Tensor, scale: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Gradient of the weight for `scale` times the `derivative` `[batch, ..., features]` of the sum."""
+        if self.weight is None or context is None:
+            return []
+        given = context.ndim - self._continuous  # dimensions that have a context each
+        shared = tuple(range(given, derivative.ndim - 1))
+        d = (derivative.sum(shared) if shared else derivative).flatten(0, -2)
+        if self._continuous:
+            return [(self.weight, (context.flatten(0, -2).to(d.dtype).t() @ d).mul_(scale))]
+        # as embedding's own backward: the same numbers on every device, where an index_add has none
+        labels, classes = context.flatten().long(), self.weight.shape[0]
+        found = torch.ops.aten.embedding_dense_backward(d, labels, classes, -1, False)
+        return [(self.weight, found.mul_(scale))]
+
 
 def check_aligned(context: Sequence[int], rows: Sequence[int], boundary: str) -> None:
     """Refuse a context that would be broadcast in a way that nobody meant.

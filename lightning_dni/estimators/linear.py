@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,7 @@ class LinearEstimator(GradientEstimator):
 
     needs = frozenset({Signal.TARGET})
     regresses = True
+    differentiates = True
 
     def __init__(
         self, spec: BoundarySpec, num_classes: int | None = None, context_size: int | None = None
@@ -59,3 +61,15 @@ class LinearEstimator(GradientEstimator):
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """SG loss: squared distance to the target per row, averaged over rows."""
         return regression_loss(self._predict, record, feedback)
+
+    def parameter_gradients(
+        self, record: Record, derivative: Gradient, scale: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of a linear map: the outer products of what came in and the derivative, summed over positions."""
+        x, d = join(record.h).flatten(0, -2), join(derivative)
+        positions = d.flatten(0, -2)
+        return [
+            (self.map.weight, torch.addmm(self.map.weight, positions.t(), x, beta=0, alpha=scale)),
+            (self.map.bias, positions.sum(0).mul_(scale)),
+            *self.conditioning.parameter_gradients(record.context, d, scale),
+        ]

@@ -199,9 +199,9 @@ class DNIStrategy(SingleDeviceStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step with its forward pass cut at the boundaries."""
         assert self.lightning_module is not None
-        batch = args[0] if args else None
-        accumulate = self.lightning_module.trainer.accumulate_grad_batches
-        if self.lightning_module.trainer.fit_loop.batch_idx % accumulate == 0:
+        batch, trainer = args[0] if args else None, self.lightning_module.trainer
+        accumulate = trainer.accumulate_grad_batches
+        if accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0:
             self._begin_window()
         with self.engine.training_step(batch, accumulate=accumulate):
             return super().training_step(*args, **kwargs)

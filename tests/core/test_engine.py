@@ -182,8 +182,17 @@ def test_a_step_without_attach_is_refused():
 
 def test_a_second_attach_is_refused():
     engine = attached(mlp(), ["0"])
-    with pytest.raises(StageError, match=r"not attached.*`detach\(\)`"):
+    with pytest.raises(StageError, match=r"already has its\. Call `detach\(\)`"):
         engine.attach()
+
+
+def test_a_second_engine_on_one_model_is_refused():
+    model = mlp()
+    first, second = attached(model, ["0"]), DNIEngine(model, ["1"], Told)
+    with pytest.raises(StageError, match=r"already has another engine's\. Call `detach\(\)`"):
+        second.attach()
+    first.detach()
+    second.attach()
 
 
 def test_an_unknown_output_is_refused():

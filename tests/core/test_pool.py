@@ -52,7 +52,9 @@ def test_a_boundary_without_a_kind_is_refused():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_refused(steps):
-    with pytest.raises(EstimatorError, match=f"`estimator_steps` to be at least 1, but got {steps}"):
+    with pytest.raises(
+        EstimatorError, match=f"`estimator_steps` to be an integer of at least 1, but got {steps!r}"
+    ):
         DNIEngine(mlp(), ["0"], Told, estimator_steps=steps)
 
 

@@ -550,3 +550,16 @@ def _one(spec):
     estimator = linear(spec)
     nn.init.ones_(estimator.map.bias)
     return estimator
+
+
+@each([row for row in REGRESSORS if type(row.build()).differentiates])
+def test_gradients_without_autograd_are_those_of_the_loss(row):
+    h, context, feedback = row.sample(dtype=torch.float64)
+    estimator = row.stirred(dtype=torch.float64)
+    record = record_of(estimator, h, context, graph=False)
+    derivative = tuple(g - t for g, t in zip(record.gradient, feedback.target, strict=True))
+    found = estimator.parameter_gradients(record, derivative, 2.0 / len(h[0]))
+    names = {p: n for n, p in estimator.named_parameters()}
+    _, expected = lesson(estimator, h, context, feedback)
+    assert_close({names[p]: g for p, g in found}, expected, rtol=1e-12, atol=1e-12)
+    assert len(found) == len(expected)

@@ -155,6 +155,8 @@ for options in (
     {"loss_denominator": "mean"},
     {"rng": "mine"},
     {"estimator": lambda spec: torch.nn.Linear(8, 8)},
+    {"estimator_steps": 1.5},
+    {"bp_lambda": None},
 ):
     try:
         fit(net(), dni(**options))
@@ -177,6 +179,8 @@ def test_arguments_of_a_wrong_type_are_named_where_no_type_checker_runs(pytestco
         "EstimatorError: Expected `loss_denominator` to be one of ('batch', 'sum'"[:62],
         "EstimatorError: Expected `rng` to be 'global' or 'stage', but got 'mine'."[:62],
         "EstimatorError: Expected `estimator` to make a GradientEstimator for b"[:62],
+        "EstimatorError: Expected `estimator_steps` to be an integer of at least 1"[:62],
+        "EstimatorError: Expected `bp_lambda` to be in [0, 1], but got None for"[:62],
     ]
 
 

@@ -130,7 +130,7 @@ def test_it_trains_on_the_gpu_that_lightning_chose(accelerator):
         ({"bp_lambda": 1.5}, EstimatorError, r"Expected `bp_lambda` to be in \[0, 1\]"),
         ({"bp_lambda": {"net.0": 0.5}}, BoundaryError, "pattern in `bp_lambda` to match boundary 'net.1'"),
         ({"estimator": {"net.0": LINEAR}}, BoundaryError, "pattern in `estimator` to match boundary 'net.1'"),
-        ({"estimator_steps": 0}, EstimatorError, "Expected `estimator_steps` to be at least 1"),
+        ({"estimator_steps": 0}, EstimatorError, "Expected `estimator_steps` to be an integer of at least 1"),
         ({"estimator_optimizer": lambda groups: None}, EstimatorError, "make a torch optimizer"),
         ({"labels": "class"}, EstimatorError, "Expected `labels='class'` to be in the batch"),
         ({"estimator": partial(LINEAR.func, num_classes=2)}, EstimatorError, r"labels in \[0, 2\)"),
