@@ -20,6 +20,8 @@ PUBLIC = {
     "lightning.fabric.plugins.CheckpointIO",
     "lightning.pytorch.callbacks.StochasticWeightAveraging",
     "lightning.pytorch.strategies.SingleDeviceStrategy",
+    "lightning.pytorch.strategies.DDPStrategy",
+    "lightning.pytorch.strategies.Strategy",
     "lightning.pytorch.utilities.types.STEP_OUTPUT",
 }
 """What strategies may import from Lightning directly, because its documentation lists it for strategies."""
