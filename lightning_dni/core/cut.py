@@ -38,7 +38,9 @@ class Cut:
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
-        loss: The estimator's loss.
+        loss: The estimator's loss, for reports.
+        said: A scalar that is finite if the synthetic gradient is.
+        learnt: A scalar that is finite if what the estimator learns from is.
         lesson: What further steps of the estimator learn from.
         param_grads: Gradients of the stage's variables, until they are merged.
         estimator_grads: Gradients of the estimator's parameters, until they are merged.
@@ -64,6 +66,8 @@ class Cut:
     target: Gradient | None = None
     output: Tensor | None = None
     loss: Tensor | None = None
+    said: Tensor | None = None
+    learnt: Tensor | None = None
     lesson: Lesson | None = None
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)

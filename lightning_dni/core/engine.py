@@ -49,9 +49,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
+from lightning_dni.core.boundary import choose_by_pattern, device_of, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
+from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.health import Health, OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.probe import true_gradients
@@ -81,6 +83,8 @@ class DNIEngine:
             "elements" (mean over rows and output elements), or a callable of batch and h.
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
+        on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite; "skip"
+            leaves out that update of the estimator, and of a stage that was given such a gradient.
         seed: Seed of the engine's own streams; None: torch's initial seed.
 
     Raises:
@@ -101,6 +105,7 @@ class DNIEngine:
         bp_lambda: float | Mapping[str, float] = 0.0,
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
+        on_nonfinite: OnNonfinite = "raise",
         seed: int | None = None,
     ) -> None:
         check_denominator(loss_denominator)
@@ -109,10 +114,11 @@ class DNIEngine:
         self._model = model
         self._modules = resolve_boundaries(model, boundaries)
         self._output = output
-        _resolve_output(model, output)
+        resolve_output(model, output)
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
+        self._health = Health(on_nonfinite, self._modules)
         self._bp_lambda = dict.fromkeys(self._modules, 0.0)
         self.set_bp_lambda(bp_lambda)
         self._pool = EstimatorPool(
@@ -122,7 +128,7 @@ class DNIEngine:
             estimator_steps,
             torch.initial_seed() if seed is None else seed,
         )
-        self._device = _device_of(model)
+        self._device = device_of(model)
         self._taps = Taps()
         self._step: Step | None = None
         self._in_forward = False
@@ -147,6 +153,11 @@ class DNIEngine:
     def bp_lambda(self) -> dict[str, float]:
         """The lambda of BP(lambda) at each boundary."""
         return dict(self._bp_lambda)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of estimator updates left out so far because something was not finite."""
+        return dict(self._health.skipped)
 
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
         """Change lambda from the next training step on.
@@ -205,11 +216,11 @@ class DNIEngine:
                 f"Expected a model without hooks of an engine, but {type(self._model).__name__} already has "
                 f"{whose}. Call `detach()` on that engine first."
             )
-        self._device = _device_of(self._model)
+        self._device = device_of(self._model)
         # by name, since a module may have been replaced since the engine was made
         boundaries = {self._model.get_submodule(n): partial(self._on_boundary, n) for n in self._modules}
         self._taps.install(boundaries)
-        self._taps.install({_resolve_output(self._model, self._output): self._on_output})
+        self._taps.install({resolve_output(self._model, self._output): self._on_output})
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -305,11 +316,30 @@ class DNIEngine:
         assert self._step is not None
         step, self._step = self._step, None
         cuts = step.finish()
+        self._examine(step, cuts)
         if step.settings.report:
             truths = true_gradients(cuts, step.top) if step.settings.probe else {}
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             self._report = report_step(self._steps - 1, cuts, truths, names)
         self._pool.remember(step.merge(cuts))
+
+    def _examine(self, step: Step, cuts: Sequence[Cut]) -> None:
+        scaled = step.settings.scale is not None
+        if scaled or self._health.skips:
+            self._health.sift(cuts, keep_stage=scaled)
+        if not scaled:
+            self._health.observe(self._steps - 1, step.loss, cuts)
+        if step.settings.check_values:
+            self._health.look()
+
+    def check_values(self) -> None:
+        """Raise for what was not finite in any step since the last look; waits for an accelerator.
+
+        Raises:
+            EstimatorError: An estimator gave, or learns from, something that is not finite.
+            StageError: A loss is not finite.
+        """
+        self._health.look()
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
@@ -358,22 +388,8 @@ class DNIEngine:
             BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
-        self._device = _device_of(self._model)
+        self._device = device_of(self._model)
         self._pool.load_state_dict(state, self._device)
         self._steps = state["steps"]
         self._elements_per_row = state["elements_per_row"]
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _resolve_output(model: nn.Module, output: str | None) -> nn.Module:
-    names = [name for name, _ in model.named_modules()]
-    if output is not None and output not in names:
-        raise BoundaryError(
-            f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
-            f"Its children are {[n for n, _ in model.named_children()]}."
-        )
-    return model if output is None else model.get_submodule(output)

@@ -15,7 +15,7 @@ from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import check_gradient, differentiate_loss, synthesize
+from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
@@ -35,6 +35,7 @@ class Step:
         self.cuts: list[Cut] = []
         self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
+        self.loss: Tensor | None = None
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
@@ -153,8 +154,8 @@ class Step:
             record = crossing.record
             corrected = crossing.installed.estimator.correct(record, self._feedback(crossing))
             if corrected is not None:
-                check_gradient(corrected, record.h, crossing, self.settings.check_values)
-                crossing.synthetic = corrected
+                check_shapes(corrected, record.h, crossing)
+                crossing.synthetic, crossing.said = corrected, observed(corrected)
         gradients = crossing.applied_gradient()
         if gradients is not None:
             device = crossing.outputs[0].device.type
@@ -198,7 +199,7 @@ class Step:
         made = differentiate_loss(crossing, feedback, share, self.settings)
         if made is None:
             return
-        crossing.estimator_grads, crossing.loss = made
+        crossing.estimator_grads = made
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
 
@@ -223,6 +224,7 @@ class Step:
         Raises:
             BoundaryError: A boundary did not run, or a path leaks around one.
         """
+        self.loss = loss.detach()
         if not loss.requires_grad:
             return
         stage = trace_stage([loss], self._owner_of, "the loss")

@@ -157,6 +157,7 @@ for options in (
     {"estimator": lambda spec: torch.nn.Linear(8, 8)},
     {"estimator_steps": 1.5},
     {"bp_lambda": None},
+    {"on_nonfinite": "ignore"},
 ):
     try:
         fit(net(), dni(**options))
@@ -181,6 +182,7 @@ def test_arguments_of_a_wrong_type_are_named_where_no_type_checker_runs(pytestco
         "EstimatorError: Expected `estimator` to make a GradientEstimator for b"[:62],
         "EstimatorError: Expected `estimator_steps` to be an integer of at least 1"[:62],
         "EstimatorError: Expected `bp_lambda` to be in [0, 1], but got None for"[:62],
+        "EstimatorError: Expected `on_nonfinite` to be 'raise' or 'skip', but g"[:62],
     ]
 
 
