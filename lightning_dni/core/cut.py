@@ -28,6 +28,7 @@ class Cut:
         bp_lambda: Weight of the true gradient.
         waits: Whether the stage is only differentiated when its target has arrived.
         elements_unknown: Whether `factor` still lacks the number of output elements.
+        consumed: Whether the loss has come back through it.
         consumer: What differentiates the stage above, for messages.
         record: What the estimator said, until its loss and its correction were taken.
         awaited: What the estimator still has to be told.
@@ -55,6 +56,7 @@ class Cut:
     bp_lambda: float
     waits: bool
     elements_unknown: bool
+    consumed: bool = False
     consumer: str | None = None
     record: Record | None = None
     awaited: set[Signal] = field(default_factory=set)

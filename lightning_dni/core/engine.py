@@ -1,19 +1,6 @@
 """DNIEngine: training with synthetic gradients in one process, for Lightning and for plain torch loops.
 
-One training step, as the engine does it:
-
-1. The forward pass reaches a boundary with activation `h`; a detached copy is passed on.
-2. The boundary's estimator gives SG(h, c). The stage below is differentiated against it at once, its
-   gradients are set aside, its activations freed.
-3. What that leaves at the boundary below is the target gradient there: its estimator's gradient is
-   taken and `h` is released.
-4. The loss is differentiated through the last stage only.
-5. The gradients of every forward pass through which the loss came back are merged into `.grad`; those of
-   other passes are dropped.
-6. The user's optimizer steps, then the estimators'.
-
-With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
-1 that is backprop.
+What one training step consists of is told in `core/step.py`.
 
 Example: a plain torch loop.
 
@@ -43,27 +30,29 @@ True
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import choose_by_pattern, device_of, resolve_boundaries, resolve_output
+from lightning_dni.core.boundary import device_of, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.health import Health, OnNonfinite
-from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
-from lightning_dni.core.probe import true_gradients
+from lightning_dni.core.probe import Truth, true_gradients
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
-from lightning_dni.core.step import Step
+from lightning_dni.core.stage import in_place_errors
+from lightning_dni.core.step import Profile, Step, no_profile
 from lightning_dni.core.tap import Taps, carries_taps
-from lightning_dni.core.target import Denominator, check_denominator
-from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
+from lightning_dni.errors import EstimatorError, StageError
 
 
 class DNIEngine:
@@ -78,6 +67,9 @@ class DNIEngine:
         output: Name of the submodule whose output is the network's output; None: `model` itself.
         estimator_optimizer: Makes the estimators' optimizer from parameters; or {pattern: factory}.
         estimator_steps: Steps that the estimators take per step of the user's optimizer.
+        estimator_scheduler: Makes a learning-rate scheduler from the estimators' optimizer, one step of which
+            follows each update.
+        estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: Lambda of BP(lambda), 0 (synthetic only) to 1 (backprop); or {pattern: value}.
         loss_denominator: What the user's loss is divided by: "batch" (mean over rows), "sum",
             "elements" (mean over rows and output elements), or a callable of batch and h.
@@ -102,6 +94,8 @@ class DNIEngine:
         output: str | None = None,
         estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         estimator_steps: int = 1,
+        estimator_scheduler: ScheduleFactory | None = None,
+        estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
@@ -119,15 +113,17 @@ class DNIEngine:
         self._loss_denominator = loss_denominator
         self._rng = rng
         self._health = Health(on_nonfinite, self._modules)
-        self._bp_lambda = dict.fromkeys(self._modules, 0.0)
-        self.set_bp_lambda(bp_lambda)
+        self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
         self._pool = EstimatorPool(
             tuple(self._modules),
             estimator,
             estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
             estimator_steps,
             torch.initial_seed() if seed is None else seed,
+            estimator_scheduler,
+            estimator_clip_norm,
         )
+        self.profile: Profile = no_profile
         self._device = device_of(model)
         self._taps = Taps()
         self._step: Step | None = None
@@ -169,13 +165,7 @@ class DNIEngine:
             EstimatorError: A value is outside [0, 1].
             BoundaryError: No pattern matches a boundary.
         """
-        chosen = {n: choose_by_pattern(n, value, "bp_lambda") for n in self._modules}
-        for name, bp_lambda in chosen.items():
-            if not isinstance(bp_lambda, (int, float)) or not 0.0 <= bp_lambda <= 1.0:
-                raise EstimatorError(
-                    f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda!r} for boundary {name!r}."
-                )
-        self._bp_lambda = {name: float(bp_lambda) for name, bp_lambda in chosen.items()}
+        self._bp_lambda = choose_lambdas(self._modules, value)
 
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
@@ -252,7 +242,12 @@ class DNIEngine:
 
     @contextmanager
     def training_step(
-        self, batch: Any = None, *, accumulate: int = 1, scale: Tensor | None = None
+        self,
+        batch: Any = None,
+        *,
+        accumulate: int = 1,
+        scale: Tensor | None = None,
+        several_losses: bool = False,
     ) -> Iterator[None]:
         """The block in which a training forward pass is cut.
 
@@ -260,6 +255,8 @@ class DNIEngine:
             batch: The user's batch; the context is found in it as `labels` says.
             accumulate: Number of forward passes whose losses the user averages.
             scale: What a gradient scaler will multiply the loss with.
+            several_losses: Whether the block holds any number of backward passes (or none), each through a
+                forward pass of its own, which need not run every boundary.
 
         Raises:
             StageError: The engine is not attached.
@@ -270,25 +267,19 @@ class DNIEngine:
                 f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
                 "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
             )
-        self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
+        settings = self._settings(batch, accumulate, scale, several_losses)
+        self._step = Step(settings, self._pool.install, self.profile)
         self._report, self._requested, self._in_forward = None, "nothing", True
         staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
         try:
-            with staged if self._rng == "stage" else nullcontext():
+            with staged if self._rng == "stage" else nullcontext(), in_place_errors(self._step.fired):
                 yield
-        except RuntimeError as error:
-            if "leaf Variable that requires grad" in str(error) and self._step.fired:
-                raise BoundaryError(
-                    f"Expected the output of a boundary in {sorted(self._step.fired)} not to be changed in "
-                    "place by what follows it, but got an in-place operation on it. Choose as boundary "
-                    "the module that makes the change (an inplace=True activation, say), or make it out "
-                    "of place."
-                ) from error
-            raise
         finally:
             self._in_forward = False
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1
+            if several_losses:
+                self._step = None
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate `loss` through the last stage and merge every gradient that counts.
@@ -314,21 +305,32 @@ class DNIEngine:
     def finish_backward(self) -> None:
         """Last third of `backward`: settle what came back and merge it into `.grad`."""
         assert self._step is not None
-        step, self._step = self._step, None
+        step = self._step
+        if not self._in_forward:  # else the forward pass of another loss may follow
+            self._step = None
         cuts = step.finish()
         self._examine(step, cuts)
         if step.settings.report:
-            truths = true_gradients(cuts, step.top) if step.settings.probe else {}
-            names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
-            self._report = report_step(self._steps - 1, cuts, truths, names)
+            self._report = self._report_of(step, cuts)
         self._pool.remember(step.merge(cuts))
+
+    def _report_of(self, step: Step, cuts: Sequence[Cut]) -> StepReport:
+        truths: Mapping[Cut, Truth] = {}
+        if step.settings.probe:
+            with self.profile("dni.probe"):
+                truths = true_gradients(cuts, step.top)
+        names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
+        found = report_step(self._steps - (not self._in_forward), cuts, truths, names)
+        if self._report is None:
+            return found
+        return replace(found, boundaries={**self._report.boundaries, **found.boundaries})
 
     def _examine(self, step: Step, cuts: Sequence[Cut]) -> None:
         scaled = step.settings.scale is not None
         if scaled or self._health.skips:
             self._health.sift(cuts, keep_stage=scaled)
         if not scaled:
-            self._health.observe(self._steps - 1, step.loss, cuts)
+            self._health.observe(self._steps - (not self._in_forward), step.loss, cuts)
         if step.settings.check_values:
             self._health.look()
 
@@ -343,13 +345,14 @@ class DNIEngine:
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
-        self._pool.update()
+        with self.profile("dni.estimator_step"):
+            self._pool.update()
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
 
-    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
+    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, several: bool) -> StepSettings:
         if accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
         on_cpu = self._device.type == "cpu"
@@ -365,6 +368,7 @@ class DNIEngine:
             probe=self._requested == "probe",
             check_values=on_cpu or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
+            own_parameters=(lambda n: self._model.get_submodule(n).parameters()) if several else None,
         )
 
     # ---- state

@@ -1,6 +1,7 @@
 """The estimators of an engine: built from their first activation or from saved state, with optimizers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import GradientEstimator, Installed, Signal
-from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory
+from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory, ScheduleFactory
 from lightning_dni.core.randomness import RandomStream, derive_seed, seeded
 from lightning_dni.core.synthesis import learn
 from lightning_dni.errors import BoundaryError, EstimatorError
@@ -29,9 +30,11 @@ class EstimatorPool:
         optimizer: Makes their optimizer; or {boundary pattern: factory}.
         steps: Steps that the estimators take per update.
         seed: Seed of the streams in which they are built.
+        schedule: Makes a learning-rate scheduler from such an optimizer.
+        clip_norm: Norm to which the gradients of each estimator are clipped.
 
     Raises:
-        EstimatorError: `steps` is below one.
+        EstimatorError: `steps` is below one, or `clip_norm` not positive.
         BoundaryError: No pattern matches a boundary.
     """
 
@@ -42,6 +45,8 @@ class EstimatorPool:
         optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
         steps: int,
         seed: int,
+        schedule: ScheduleFactory | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise EstimatorError(
@@ -49,8 +54,8 @@ class EstimatorPool:
             )
         self._factories = {n: choose_by_pattern(n, factory, "estimator") for n in boundaries}
         self._boundaries = tuple(boundaries)
-        self._optimizer = optimizer
-        self.optimizers = EstimatorOptimizers(optimizer, boundaries)
+        self._make_optimizers = partial(EstimatorOptimizers, optimizer, boundaries, schedule, clip_norm)
+        self.optimizers = self._make_optimizers()
         self.steps = steps
         self.seed = seed
         self._specs: dict[str, BoundarySpec] = {}
@@ -99,6 +104,8 @@ class EstimatorPool:
 
     def update(self) -> None:
         """Step with the accumulated gradients, then again on the same lessons as often as asked."""
+        if not self._pending:
+            return
         self._pending = False
         self.optimizers.step()
         for _ in range(self.steps - 1):
@@ -107,6 +114,7 @@ class EstimatorPool:
                 if loss is not None:
                     loss.backward()  # type: ignore[no-untyped-call]
             self.optimizers.step()
+        self.optimizers.advance()
         self._lessons.clear()
 
     def drop_gradients(self) -> None:
@@ -141,6 +149,7 @@ class EstimatorPool:
             "estimators": {n: i.estimator.state_dict() for n, i in self.installed.items()},
             "streams": {n: i.stream.state_dict() for n, i in self.installed.items() if i.stream is not None},
             "optimizers": self.optimizers.state_dict(),
+            "schedules": self.optimizers.schedules(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -159,7 +168,7 @@ class EstimatorPool:
         here, self._specs, self.installed = self._specs, {}, {}
         self.seed = state["seed"]
         self._lessons.clear()
-        self.optimizers = EstimatorOptimizers(self._optimizer, self._boundaries)
+        self.optimizers = self._make_optimizers()
         for saved in state["specs"]:
             spec = BoundarySpec.from_state_dict(saved, device)
             if spec.name in here:
@@ -173,6 +182,7 @@ class EstimatorPool:
                 installed.stream.load_state_dict(stream)
         if "optimizers" in state:  # absent where only weights were saved
             self.optimizers.load_state_dict(state["optimizers"])
+            self.optimizers.load_schedules(state["schedules"])
 
     def _load(self, name: str, state: Mapping[str, Tensor]) -> None:
         estimator = self.installed[name].estimator

@@ -1,8 +1,22 @@
-"""One decoupled training step: cut on the way up, settle on the way down."""
+"""One decoupled training step: cut on the way up, settle on the way down.
+
+1. The forward pass reaches a boundary with activation `h`; a detached copy is passed on.
+2. The boundary's estimator gives SG(h, c). The stage below is differentiated against it at once, its
+   gradients are set aside, its activations freed.
+3. What that leaves at the boundary below is the target gradient there: its estimator's gradient is
+   taken and `h` is released.
+4. The loss is differentiated through the last stage only.
+5. The gradients of every forward pass through which the loss came back are merged into `.grad`; those of
+   other passes are dropped.
+6. The user's optimizer steps, then the estimators'.
+
+With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
+1 that is backprop.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +34,15 @@ from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Context = Tensor | None
+Profile = Callable[[str], AbstractContextManager[object]]
+"""Times what runs inside it, under a name."""
+
+_UNTIMED: AbstractContextManager[object] = nullcontext()
+
+
+def no_profile(name: str) -> AbstractContextManager[object]:
+    """Time nothing."""
+    return _UNTIMED
 
 
 class Step:
@@ -28,9 +51,15 @@ class Step:
     Args:
         settings: What holds for the whole step.
         install: Gives the estimator of a boundary, building it from its first activation.
+        profile: Times the phases of the step.
     """
 
-    def __init__(self, settings: StepSettings, install: Callable[[str, Sequence[Tensor]], Installed]) -> None:
+    def __init__(
+        self,
+        settings: StepSettings,
+        install: Callable[[str, Sequence[Tensor]], Installed],
+        profile: Profile = no_profile,
+    ) -> None:
         self.settings = settings
         self.cuts: list[Cut] = []
         self.fired: Counter[str] = Counter()
@@ -38,6 +67,7 @@ class Step:
         self.loss: Tensor | None = None
         self.elements_per_row = settings.elements_per_row
         self._install = install
+        self._profile = profile
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
@@ -108,6 +138,12 @@ class Step:
 
     def _consume(self, stage: Stage[Cut], consumer: str) -> None:
         for parent in stage.parents:
+            if parent.consumed:
+                raise BoundaryError(
+                    f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
+                    f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
+                    "through. Add the losses up, or run the forward pass once more."
+                )
             if parent.consumer is not None:
                 raise BoundaryError(
                     f"A path leaks around {parent.consumer}: the output of boundary "
@@ -160,7 +196,10 @@ class Step:
         if gradients is not None:
             device = crossing.outputs[0].device.type
             autocast = torch.is_autocast_enabled(device)
-            with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            with (
+                self._profile("dni.local_backward"),
+                torch.autocast(device, enabled=False) if autocast else nullcontext(),
+            ):
                 crossing.param_grads = local_gradients(
                     crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
                 )
@@ -230,6 +269,8 @@ class Step:
         stage = trace_stage([loss], self._owner_of, "the loss")
         self._consume(stage, "the loss")
         absent = [name for name in self.settings.bp_lambda if name not in self.fired]
+        if self.settings.own_parameters is not None:
+            absent = self._reached_uncut(absent, stage)
         absent += self._bypassed(stage)
         if absent:
             raise BoundaryError(
@@ -239,6 +280,15 @@ class Step:
                 "leave it out of `boundaries`."
             )
         self.top = stage.parents
+
+    def _reached_uncut(self, absent: list[str], last: Stage[Cut]) -> list[str]:
+        """Those of the boundaries `absent` whose own parameters the loss came to all the same."""
+        assert self.settings.own_parameters is not None
+        stages = (last, *(c.stage for c in lineage(last.parents))) if absent else ()
+        variables = {id(v) for stage in stages for v in stage.variables}
+        return [
+            name for name in absent if any(id(p) in variables for p in self.settings.own_parameters(name))
+        ]
 
     def _bypassed(self, last: Stage[Cut]) -> list[str]:
         """Boundaries that only ran in a forward pass for nothing, while the loss came past them.
@@ -272,7 +322,9 @@ class Step:
             if crossing.due:
                 self._settle(crossing)
         counted = self._counted(self.top)
+        self.cuts = [crossing for crossing in self.cuts if crossing not in counted]
         for crossing in counted:
+            crossing.consumed = True
             if Signal.OUTPUT in crossing.awaited:
                 raise EstimatorError(
                     f"Expected the network's output for {crossing.who}, but the output module did not run "

@@ -6,19 +6,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.step import no_profile
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given
 from lightning_dni.strategies.table import describe
 
 CHECKPOINT_KEY = "lightning_dni"
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
 class DecoupledTraining(Strategy):
@@ -38,6 +42,8 @@ class DecoupledTraining(Strategy):
         self._resumes = False
         self._attached = False
         self._clears_early = False
+        self._handles: list[RemovableHandle] = []
+        self._stepped = False
 
     # ---- what others may see
 
@@ -74,7 +80,7 @@ class DecoupledTraining(Strategy):
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
-        _refuse_unsupported(trainer, module, self.optimizers)
+        _refuse_unsupported(trainer, self.optimizers)
         if self._engine is None or self._engine_of is not module:
             self._engine, self._engine_of = self._options_for(module).build(module), module
         if self._restored is not None:
@@ -85,40 +91,48 @@ class DecoupledTraining(Strategy):
                 "start afresh."
             )
         self._restored, self._resumes = None, False
+        profiler: Profiler = getattr(trainer, "profiler")  # noqa: B009  (set by a connector, untyped)
+        if not isinstance(profiler, PassThroughProfiler):
+            self._engine.profile = profiler.profile
         self._engine.attach()
         self._attached = True
-        self._clears_early = not _looks_at_old_gradients(trainer, module)
+        self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
+        self._handles = [o.register_step_post_hook(self._note_step) for o in self.optimizers]
 
     @override
     def teardown(self) -> None:
         """Take the hooks off, also when setup or the fit has failed."""
         if self._engine is not None:
             self._engine.detach()
+            self._engine.profile = no_profile
+        while self._handles:
+            self._handles.pop().remove()
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
-
-    @override
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Set up the user's optimizer; say of several what is to be done instead."""
-        try:
-            super().setup_optimizers(trainer)
-        except RuntimeError as error:
-            if "multiple optimizers" in str(error):  # Lightning would advise manual optimization
-                raise _several_optimizers("several", trainer.lightning_module) from error
-            raise
 
     # ---- one step
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step with its forward pass cut at the boundaries."""
-        assert self.lightning_module is not None
-        batch, trainer = args[0] if args else None, self.lightning_module.trainer
-        accumulate = trainer.accumulate_grad_batches
-        if accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0:
+        module = self.lightning_module
+        assert module is not None
+        batch, trainer = args[0] if args else None, module.trainer
+        automatic, accumulate = module.automatic_optimization, trainer.accumulate_grad_batches
+        if automatic and (accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0):
             self._begin_window()
-        with self.engine.training_step(batch, accumulate=accumulate):
+        with self.engine.training_step(
+            batch, accumulate=accumulate, scale=self._loss_scale(), several_losses=not automatic
+        ):
             return super().training_step(*args, **kwargs)
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the precision plugin will multiply the loss with, without waiting for the device."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+            return None
+        scale: Tensor = plugin.scaler.scale(torch.ones((), device=self.root_device))
+        return scale
 
     def _begin_window(self) -> None:
         """Forget gradients of the last window: ours, which a failed one may have left, and the user's.
@@ -156,10 +170,32 @@ class DecoupledTraining(Strategy):
         model: "pl.LightningModule | torch.nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        """Let the user's optimizer step, then the estimators."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.engine.update_estimators()
+        """Let the user's optimizer step, then the estimators, if it did."""
+        self._stepped = False
+        output = super().optimizer_step(optimizer, _Once(closure, optimizer), model, **kwargs)
+        if self._stepped:
+            self.engine.update_estimators()
+        else:  # a gradient scaler has found an overflow
+            self.engine.drop_estimator_gradients()
+        if self._looks():
+            self.engine.check_values()
         return output
+
+    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called, and do nothing then
+        self._stepped = overflow is None or not bool(overflow)
+
+    def _looks(self) -> bool:
+        """Whether Lightning looks at values in this step, too, to log them."""
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        return bool(trainer.global_step % max(1, trainer.log_every_n_steps) == 0)
+
+    @override
+    def on_train_end(self) -> None:
+        """Look at what nobody has looked at yet."""
+        super().on_train_end()
+        self.engine.check_values()
 
     # ---- checkpoints: the estimators live in one key of their own
 
@@ -171,7 +207,7 @@ class DecoupledTraining(Strategy):
         if self._engine is not None:
             state = self._engine.state_dict()
             if "optimizer_states" not in checkpoint:  # save_weights_only
-                del state["optimizers"]
+                del state["optimizers"], state["schedules"]
             checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -204,29 +240,37 @@ def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> 
     )
 
 
-def _several_optimizers(number: str, module: pl.LightningModule) -> MisconfigurationException:
+class _Once:
+    """A closure that may be evaluated once: at a second time the synthetic gradients would be others.
+
+    Args:
+        closure: The user's, or Lightning's.
+        optimizer: What evaluates it, named in the error.
+    """
+
+    def __init__(self, closure: Callable[[], Any], optimizer: Optimizer) -> None:
+        self._closure, self._optimizer, self._done = closure, optimizer, False
+
+    def __call__(self) -> Any:
+        if self._done:
+            raise _evaluates_again(self._optimizer)
+        self._done = True
+        return self._closure()
+
+
+def _evaluates_again(optimizer: Optimizer) -> MisconfigurationException:
     return MisconfigurationException(
-        f"Expected one optimizer under strategy='dni', but {type(module).__name__}.configure_optimizers gave "
-        f"{number}. Merge them into parameter groups of one."
+        "Expected an optimizer that evaluates its closure once under synthetic gradients, but got "
+        f"{type(optimizer).__name__}, which evaluates it several times. Use SGD or Adam, for example."
     )
 
 
-def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"Expected automatic optimization under strategy='dni', but {name}.automatic_optimization is "
-            "False. Let Lightning run the optimizer, or use DNIEngine in your own loop."
-        )
-    if len(optimizers) != 1:
-        raise _several_optimizers(str(len(optimizers)), module)
-    if isinstance(optimizers[0], LBFGS):
-        raise MisconfigurationException(
-            "Expected an optimizer that evaluates its closure once under strategy='dni', but got "
-            f"{type(optimizers[0]).__name__}, which evaluates it several times. Use SGD or Adam, for example."
-        )
+def _refuse_unsupported(trainer: pl.Trainer, optimizers: list[Optimizer]) -> None:
+    repeating = next((o for o in optimizers if isinstance(o, LBFGS)), None)
+    if repeating is not None:
+        raise _evaluates_again(repeating)
     if str(trainer.precision) not in PRECISIONS:
         raise MisconfigurationException(
-            f"Expected a precision of {PRECISIONS} under strategy='dni', but got {trainer.precision!r}. Pass "
-            "`Trainer(precision=...)` one of them."
+            f"Expected a precision of {PRECISIONS} under synthetic gradients, but got {trainer.precision!r}. "
+            "Pass `Trainer(precision=...)` one of them."
         )
