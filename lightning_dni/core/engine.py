@@ -1,6 +1,6 @@
 """DNIEngine: training with synthetic gradients in one process, for Lightning and for plain torch loops.
 
-What one training step consists of is told in `core/step.py`.
+One training step is told in `core/step.py`.
 
 Example: a plain torch loop.
 
@@ -338,8 +338,7 @@ class DNIEngine:
         """Raise for what was not finite in any step since the last look; waits for an accelerator.
 
         Raises:
-            EstimatorError: An estimator gave, or learns from, something that is not finite.
-            StageError: A loss is not finite.
+            EstimatorError, StageError: Naming what it was and the step.
         """
         self._health.look()
 
@@ -355,7 +354,6 @@ class DNIEngine:
     def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, several: bool) -> StepSettings:
         if accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
-        on_cpu = self._device.type == "cpu"
         return StepSettings(
             batch=batch,
             context=find_context(batch, self._labels),
@@ -366,7 +364,7 @@ class DNIEngine:
             scale=scale,
             report=self._requested != "nothing",
             probe=self._requested == "probe",
-            check_values=on_cpu or self._steps == 0 or self._requested != "nothing",
+            check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
             own_parameters=(lambda n: self._model.get_submodule(n).parameters()) if several else None,
         )
@@ -380,6 +378,7 @@ class DNIEngine:
             "steps": self._steps,
             "bp_lambda": self.bp_lambda,
             "elements_per_row": self._elements_per_row,
+            "skipped": self.skipped,
             **self._pool.state_dict(),
         }
 
@@ -396,4 +395,5 @@ class DNIEngine:
         self._pool.load_state_dict(state, self._device)
         self._steps = state["steps"]
         self._elements_per_row = state["elements_per_row"]
+        self._health.skipped.update(state["skipped"])
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))

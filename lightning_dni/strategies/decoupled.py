@@ -1,5 +1,6 @@
 """What every strategy of ours adds to one of Lightning's: the engine around the user's training step."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class DecoupledTraining(Strategy):
 
     def __init__(self, options: Mapping[str, Any], **base: Any) -> None:
         super().__init__(**base)
+        _warn_of_another_lightning()
         self._options = options_given(options)
         self._engine: DNIEngine | None = None
         self._engine_of: pl.LightningModule | None = None
@@ -46,6 +48,10 @@ class DecoupledTraining(Strategy):
         self._stepped = False
 
     # ---- what others may see
+
+    def __repr__(self) -> str:
+        """What it is, and of which Lightning: the other one's Trainer shows this when it refuses it."""
+        return f"<{type(self).__name__}, a strategy for Trainers of `import lightning.pytorch as pl`>"
 
     @property
     def engine(self) -> DNIEngine:
@@ -225,6 +231,18 @@ class DecoupledTraining(Strategy):
             self.engine.load_state_dict(state)
         elif not self._attached:
             self._restored, self._resumes = state, True
+
+
+def _warn_of_another_lightning() -> None:
+    other = sys.modules.get("pytorch_lightning")
+    kinds = [] if other is None else other.LightningModule.__subclasses__()
+    names = [kind.__name__ for kind in kinds if not kind.__module__.startswith("pytorch_lightning")]
+    if names:
+        rank_zero_warn(
+            f"Expected modules of lightning.pytorch, but {names} are of pytorch_lightning, whose classes are "
+            "others: a Trainer with this strategy refuses them. Replace `import pytorch_lightning as pl` by "
+            "`import lightning.pytorch as pl`, everywhere."
+        )
 
 
 def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
