@@ -189,6 +189,7 @@ class DNIEngine:
             "bp_lambda": self.bp_lambda,
             "loss_denominator": str(self._loss_denominator),
             "rng": self._rng,
+            "on_nonfinite": "skip" if self._health.skips else "raise",
             "seed": self._pool.seed,
         }
 
@@ -274,10 +275,10 @@ class DNIEngine:
         try:
             with staged if self._rng == "stage" else nullcontext(), in_place_errors(self._step.fired):
                 yield
+            self._elements_per_row = self._step.elements_per_row
+            self._steps += 1  # a step that failed will be taken again
         finally:
             self._in_forward = False
-            self._elements_per_row = self._step.elements_per_row
-            self._steps += 1
             if several_losses:
                 self._step = None
 

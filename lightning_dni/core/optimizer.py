@@ -29,6 +29,9 @@ class EstimatorOptimizers:
         schedule: Makes a learning-rate scheduler from an optimizer; None for constant rates.
         clip_norm: Norm to which the gradients of each estimator are clipped; None for no clipping.
 
+    Attributes:
+        clip_norm: The same.
+
     Raises:
         BoundaryError: No pattern matches a boundary.
         EstimatorError: `clip_norm` is not positive.
@@ -47,7 +50,7 @@ class EstimatorOptimizers:
             )
         self._factories = {n: choose_by_pattern(n, factory, "estimator_optimizer") for n in boundaries}
         self._schedule = schedule
-        self._clip_norm = clip_norm
+        self.clip_norm = clip_norm
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
         self._owned: list[tuple[nn.Parameter, ...]] = []
@@ -88,9 +91,9 @@ class EstimatorOptimizers:
     def step(self) -> None:
         """Take one step with the gradients that are there, clipped where asked, and clear them."""
         self.make()
-        if self._clip_norm is not None:
+        if self.clip_norm is not None:
             for parameters in self._owned:
-                nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+                nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         for optimizer in self._optimizers:
             optimizer.step()
         self.zero_grad()
@@ -107,9 +110,9 @@ class EstimatorOptimizers:
                 parameter.grad = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """One state per optimizer, in the order in which they were made."""
+        """One state per optimizer with its `kind`, in the order in which they were made."""
         self.make()
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+        return [{"kind": type(each).__name__, **each.state_dict()} for each in self._optimizers]
 
     def schedules(self) -> list[dict[str, Any]]:
         """One state per scheduler, in the same order."""
@@ -150,7 +153,12 @@ class EstimatorOptimizers:
                 "Resume with the `estimator_optimizer` of the saved run."
             )
         for optimizer, state in zip(self._optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            if type(optimizer).__name__ != state["kind"]:
+                raise EstimatorError(
+                    f"Expected the state of the estimators' {type(optimizer).__name__}, but got that of "
+                    f"{state['kind']}. Resume with the `estimator_optimizer` of the saved run."
+                )
+            optimizer.load_state_dict({key: value for key, value in state.items() if key != "kind"})
 
 
 def _make(factory: OptimizerFactory, group: dict[str, Any]) -> Optimizer:

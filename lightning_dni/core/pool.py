@@ -138,6 +138,7 @@ class EstimatorPool:
                 {"name": type(o).__name__, "lr": o.param_groups[0].get("lr")} for o in self.optimizers
             ],
             "estimator_steps": self.steps,
+            "estimator_clip_norm": self.optimizers.clip_norm,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +147,7 @@ class EstimatorPool:
             "boundaries": list(self._boundaries),
             "seed": self.seed,
             "specs": [spec.state_dict() for spec in self._specs.values()],
+            "kinds": {n: type(i.estimator).__name__ for n, i in self.installed.items()},
             "estimators": {n: i.estimator.state_dict() for n, i in self.installed.items()},
             "streams": {n: i.stream.state_dict() for n, i in self.installed.items() if i.stream is not None},
             "optimizers": self.optimizers.state_dict(),
@@ -174,7 +176,7 @@ class EstimatorPool:
             if spec.name in here:
                 _check_width(spec, here[spec.name])
             self._build(spec)
-            self._load(spec.name, state["estimators"][spec.name])
+            self._load(spec.name, state["kinds"][spec.name], state["estimators"][spec.name])
             self._restored.add(spec.name)
         for name, stream in state["streams"].items():
             installed = self.installed[name]
@@ -184,8 +186,13 @@ class EstimatorPool:
             self.optimizers.load_state_dict(state["optimizers"])
             self.optimizers.load_schedules(state["schedules"])
 
-    def _load(self, name: str, state: Mapping[str, Tensor]) -> None:
+    def _load(self, name: str, kind: str, state: Mapping[str, Tensor]) -> None:
         estimator = self.installed[name].estimator
+        if type(estimator).__name__ != kind:
+            raise EstimatorError(
+                f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got that of a "
+                f"{kind}. Resume with the `estimator` of the saved run."
+            )
         try:
             estimator.load_state_dict(state)
         except RuntimeError as error:

@@ -215,6 +215,16 @@ def observed(**options):
             "estimator_optimizers",
             [{"name": "SGD", "lr": 0.5}],
         ),
+        (
+            {
+                "estimator_optimizer": partial(torch.optim.SGD, lr=0.5),
+                "estimator_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+            },
+            "estimator_optimizers",
+            [{"name": "SGD", "lr": 0.0625}],
+        ),
+        ({"estimator_clip_norm": 0.25}, "estimator_clip_norm", 0.25),
+        ({"on_nonfinite": "skip"}, "on_nonfinite", "skip"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
