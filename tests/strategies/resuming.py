@@ -76,7 +76,9 @@ def state_of(trainer, engine=True):
     ours = [trainer.strategy.engine.state_dict()] if engine else []
     parts = [trainer.lightning_module.state_dict(), *ours]
     parts += [made.state_dict() for made in (*trainer.optimizers, *schedulers)]
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for part in parts for leaf in leaves(part)]
+    return [
+        leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for part in parts for leaf in leaves(part)
+    ]
 
 
 def assert_same_state(one, other):

@@ -82,7 +82,9 @@ def test_batches_of_one_row_train():
 def test_batches_of_different_sizes_have_their_own_mean():
     rows = [5, 1, 8, 2, 8, 3]
     generator = torch.Generator().manual_seed(2)
-    made = [(torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in rows]
+    made = [
+        (torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in rows
+    ]
     train = DataLoader(made, batch_size=None)
     module, strategy = net(), linear_dni()
     loop = hand_loop(module)

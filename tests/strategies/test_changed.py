@@ -10,7 +10,13 @@ from strategies.loops import MLP
 from torch import nn
 
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import CriticEstimator, LinearEstimator, LocalLossEstimator, MLPEstimator, ZeroEstimator
+from lightning_dni.estimators import (
+    CriticEstimator,
+    LinearEstimator,
+    LocalLossEstimator,
+    MLPEstimator,
+    ZeroEstimator,
+)
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -72,7 +78,9 @@ def test_an_estimator_where_there_was_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("then", "now"), [(LocalLossEstimator, CriticEstimator), (CriticEstimator, LocalLossEstimator)]
 )
-@pytest.mark.xfail(strict=True, reason="estimators of different kinds with the same parameters are not told apart")
+@pytest.mark.xfail(
+    strict=True, reason="estimators of different kinds with the same parameters are not told apart"
+)
 def test_an_estimator_of_another_kind_with_the_same_parameters_is_refused(tmp_path, then, now):
     """A critic that goes on from a local loss's head claims to have learnt what the network does."""
     path = saved(tmp_path, estimator=partial(then, **HEADS))
@@ -81,7 +89,9 @@ def test_an_estimator_of_another_kind_with_the_same_parameters_is_refused(tmp_pa
 
 def test_another_order_of_boundaries_is_no_change(tmp_path):
     path = saved(tmp_path)
-    ends = [weights(resume(path, boundaries=order)[0]) for order in (BOUNDARIES, BOUNDARIES[::-1], ["net.[01]"])]
+    ends = [
+        weights(resume(path, boundaries=order)[0]) for order in (BOUNDARIES, BOUNDARIES[::-1], ["net.[01]"])
+    ]
     assert different(ends[0], ends[1]) == different(ends[0], ends[2]) == []
 
 
@@ -138,7 +148,9 @@ OPTIMIZER_CHANGES = {
 
 
 @pytest.mark.parametrize("change", OPTIMIZER_CHANGES)
-@pytest.mark.xfail(strict=True, reason="another kind of estimator_optimizer takes over the saved one's groups and state")
+@pytest.mark.xfail(
+    strict=True, reason="another kind of estimator_optimizer takes over the saved one's groups and state"
+)
 def test_another_estimator_optimizer_is_refused_by_name(tmp_path, change):
     then, now = OPTIMIZER_CHANGES[change]
     path = saved(tmp_path, estimator_optimizer=then)
@@ -169,7 +181,13 @@ def test_a_rate_of_the_estimators_comes_from_the_checkpoint_as_the_users_does(tm
 
 @pytest.mark.parametrize(
     "options",
-    [{"estimator_steps": 3}, {"loss_denominator": "sum"}, {"labels": 1}, {"bp_lambda": 0.5}, {"rng": "stage"}],
+    [
+        {"estimator_steps": 3},
+        {"loss_denominator": "sum"},
+        {"labels": 1},
+        {"bp_lambda": 0.5},
+        {"rng": "stage"},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_an_option_that_holds_no_state_is_what_the_constructor_says(tmp_path, options):

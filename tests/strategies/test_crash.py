@@ -39,13 +39,20 @@ fit(net(dropout=0.3), dni(rng="stage"), callbacks=[keep], enable_checkpointing=T
 """
 
 
-@pytest.mark.parametrize(("top_k", "last"), [(1, False), (-1, True)], ids=["the best only", "all, and the last"])
+@pytest.mark.parametrize(
+    ("top_k", "last"), [(1, False), (-1, True)], ids=["the best only", "all, and the last"]
+)
 def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path, top_k, last):
     folder, first = tmp_path / "checkpoints", "epoch=0.ckpt"
     script = SCRIPT.format(
         tests=str(TESTS), folder=str(folder), first=str(folder / first), top_k=top_k, last=last
     )
-    package = {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    package = {
+        "PYTHONPATH": str(TESTS.parent),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
     made = subprocess.run(
         [sys.executable, "-c", script], env=package, capture_output=True, text=True, cwd=tmp_path, timeout=120
     )

@@ -238,7 +238,10 @@ def test_a_stage_run_without_gradients_on_the_way_to_the_loss_is_refused_by_name
 
 def test_a_thawed_module_of_another_kind_is_cut_as_well():
     """A stage swapped for a fresh one between two fits of one Trainer gets gradients, by hand and here."""
-    module, strategy = net(), dni(estimator=partial(LocalLossEstimator, num_classes=3), estimator_optimizer=ADAM)
+    module, strategy = (
+        net(),
+        dni(estimator=partial(LocalLossEstimator, num_classes=3), estimator_optimizer=ADAM),
+    )
     trainer = fit(module, strategy)
     module.net[2] = nn.Linear(8, 3)
     before = weights(module)

@@ -46,7 +46,10 @@ KINDS = {
     "critic": {"estimator": partial(CriticEstimator, num_classes=3)},
     "noisy": {"estimator": NoisyEstimator},
     "mixed": {"bp_lambda": 0.5},
-    "several": {"estimator_steps": 2, "estimator_optimizer": {"net.0": torch.optim.Adam, "*": torch.optim.SGD}},
+    "several": {
+        "estimator_steps": 2,
+        "estimator_optimizer": {"net.0": torch.optim.Adam, "*": torch.optim.SGD},
+    },
 }
 
 
@@ -110,7 +113,8 @@ def test_lambda_one_resumes_as_the_plain_trainer_does(tmp_path, train, accumulat
 
 
 FAILED_STEP = pytest.mark.xfail(
-    strict=True, reason="a step that failed in training_step counts: engine steps, and rng='stage' streams, are ahead"
+    strict=True,
+    reason="a step that failed in training_step counts: engine steps, and rng='stage' streams, are ahead",
 )
 
 

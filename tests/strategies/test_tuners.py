@@ -1,6 +1,5 @@
 """Lightning's finders train, look and restore: they find what they find without us, and leave no trace."""
 
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -137,5 +136,3 @@ def test_an_epoch_of_another_data_module_after_tuning():
         ends.append((weights(module), data.batch_size, trainer.global_step))
     assert ends[0][1:] == ends[1][1:]
     assert different(ends[0][0], ends[1][0]) == []
-
-
