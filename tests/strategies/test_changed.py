@@ -1,11 +1,12 @@
 """What was changed since the checkpoint is refused by name, or is what the user sees: never silent."""
 
+import copy
 import re
 from functools import partial
 
 import pytest
 import torch
-from fits import BOUNDARIES, CLASSES, LINEAR, different, dni, fit, hooks_on, net, weights
+from fits import BOUNDARIES, CLASSES, LINEAR, different, dni, fit, hooks_on, loader, net, weights
 from strategies.loops import MLP
 from torch import nn
 
@@ -157,13 +158,18 @@ def test_another_estimator_optimizer_is_refused_by_name(tmp_path, change):
     assert_refused(path, "estimator_optimizer", estimator_optimizer=now)
 
 
-def test_optimizers_shared_in_another_way_are_refused_by_name(tmp_path):
+APART = {"net.0": ADAM, "*": partial(torch.optim.Adam, lr=0.01)}
+
+
+def test_one_optimizer_cannot_be_taken_apart(tmp_path):
     path = saved(tmp_path, estimator_optimizer=ADAM)
-    message = r"Resume with the `estimator_optimizer` of the saved run"
-    apart = {"net.0": ADAM, "*": partial(torch.optim.Adam, lr=0.01)}
-    assert_refused(path, message, estimator_optimizer=apart)
-    path = saved(tmp_path, estimator_optimizer=apart)
-    assert_refused(path, message, estimator_optimizer=ADAM)
+    assert_refused(path, r"Resume with the `estimator_optimizer` of the saved run", estimator_optimizer=APART)
+
+
+def test_optimizers_that_were_apart_go_on_apart_under_one_factory(tmp_path):
+    path = saved(tmp_path, estimator_optimizer=APART)
+    ends = [weights(resume(path, estimator_optimizer=now)[0]) for now in (APART, ADAM)]
+    assert different(*ends) == []
 
 
 def test_a_rate_of_the_estimators_comes_from_the_checkpoint_as_the_users_does(tmp_path):
@@ -174,6 +180,35 @@ def test_a_rate_of_the_estimators_comes_from_the_checkpoint_as_the_users_does(tm
     rates = [next(iter(s.engine.describe()["estimator_optimizers"]))["lr"] for _, s in (other, same)]
     assert rates == [0.01, 0.01]
     assert different(weights(other[0]), weights(same[0])) == []
+
+
+# ---- what a refusal leaves
+
+
+@pytest.mark.xfail(strict=True, reason="the estimators are replaced one by one before the misfit is found")
+def test_a_refused_checkpoint_leaves_the_estimators_as_they_were(tmp_path):
+    path = saved(tmp_path, estimator={"net.0": LINEAR, "net.1": MLP})
+    module, strategy = net(), dni()
+    trainer = fit(module, strategy)
+    before = {name: copy.deepcopy(e.state_dict()) for name, e in strategy.engine.estimators.items()}
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(EstimatorError, match="Resume with the `estimator`"):
+        trainer.fit(module, loader(), ckpt_path=path)
+    assert list(strategy.engine.estimators) == list(before)
+    for name, estimator in strategy.engine.estimators.items():
+        assert different(before[name], estimator.state_dict()) == []
+
+
+@pytest.mark.xfail(strict=True, reason="save_checkpoint does not ask whose estimators the engine holds")
+def test_the_estimators_of_one_module_are_not_saved_with_the_weights_of_another(tmp_path):
+    """Fit one, validate another, save: the file has the other's weights."""
+    trained, other = net(), net(seed=5)
+    trainer = fit(trained, dni())
+    trainer.validate(other, loader(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    checkpoint = torch.load(tmp_path / "other.ckpt", weights_only=True)
+    assert different(checkpoint["state_dict"], weights(other)) == []
+    assert "lightning_dni" not in checkpoint
 
 
 # ---- what may change
