@@ -317,7 +317,9 @@ def test_anomaly_detection_changes_no_number():
     assert different(*ends) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a closure's second evaluation is refused when the weights have moved already")
+@pytest.mark.xfail(
+    strict=True, reason="a closure's second evaluation is refused when the weights have moved already"
+)
 def test_an_optimizer_that_is_refused_has_moved_nothing():
     """What must be refused is refused before any weight moves; what works need not be refused."""
     torch.manual_seed(0)

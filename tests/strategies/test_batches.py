@@ -42,18 +42,22 @@ class Opaque:
         return Opaque(self.x.to(device), self.y.to(device))
 
 
-NESTED = lambda batch: batch[0][1]["y"]
 SHAPES = {
-    "nested dicts in a tuple": (lambda x, y: (({"x": x}, {"y": y}), "meta"), lambda b: (b[0][0]["x"], b[0][1]["y"]), NESTED),
+    "nested dicts in a tuple": (
+        lambda x, y: (({"x": x}, {"y": y}), "meta"), lambda b: (b[0][0]["x"], b[0][1]["y"]),
+        lambda b: b[0][1]["y"]),
     "named tuple in a dict": (lambda x, y: {"pair": Pair(x, y)}, lambda b: b["pair"], lambda b: b["pair"].y),
-    "named tuple of dicts": (lambda x, y: Pair({"a": x}, {"b": y}), lambda b: (b.x["a"], b.y["b"]), lambda b: b.y["b"]),
+    "named tuple of dicts": (
+        lambda x, y: Pair({"a": x}, {"b": y}), lambda b: (b.x["a"], b.y["b"]), lambda b: b.y["b"]),
     "dataclass": (lambda x, y: Sample({"x": x}, y), lambda b: (b.inputs["x"], b.target), "auto"),
-    "dataclass by attribute": (lambda x, y: Sample({"x": x}, y), lambda b: (b.inputs["x"], b.target), "target"),
+    "dataclass by attribute": (
+        lambda x, y: Sample({"x": x}, y), lambda b: (b.inputs["x"], b.target), "target"),
     "object": (Opaque, lambda b: (b.x, b.y), lambda b: b.y),
     "three items": (lambda x, y: [x, y, torch.ones(len(x))], lambda b: b[:2], "auto"),
     "number first": (lambda x, y: (torch.arange(len(x)), x, y), lambda b: b[1:], 2),
     "from the end": (lambda x, y: (torch.arange(len(x)), x, y), lambda b: b[1:], -1),
-    "dict by key": (lambda x, y: {"x": x, "class": y, "name": ["a"] * len(x)}, lambda b: (b["x"], b["class"]), "class"),
+    "dict by key": (
+        lambda x, y: {"x": x, "class": y, "name": ["a"] * len(x)}, lambda b: (b["x"], b["class"]), "class"),
     "dict by integer": (lambda x, y: {0: x, 1: y}, lambda b: (b[0], b[1]), 1),
     "user's own mapping": (lambda x, y: UserDict(x=x, labels=y), lambda b: (b["x"], b["labels"]), "auto"),
     "labels first in a dict": (lambda x, y: {"target": y, "x": x}, lambda b: (b["x"], b["target"]), "auto"),
@@ -123,7 +127,7 @@ def test_a_training_step_may_take_the_batch_alone():
 
 
 def test_labels_that_are_nested_too_deep_are_asked_for():
-    train = loader(collate_fn=lambda samples: dict(pair=default_collate(samples)))
+    train = loader(collate_fn=lambda samples: {"pair": default_collate(samples)})
     with pytest.raises(EstimatorError, match=r"got none from the batch. Pass `labels=` .*a callable"):
         fit(unpacking(lambda batch: batch["pair"]), dni(estimator=MLP), train)
 
@@ -261,7 +265,8 @@ TASKS = {
          "loss_denominator": lambda batch, h: float((batch[1] >= 0).sum())}),
     "one label per sequence": Task(
         (floats(*SEQUENCES), classes(ROWS)), CLASSES,
-        lambda b, out: F.cross_entropy(out.mean(1), b[1]), lambda b: one_hot(b[1])[:, None], lambda b: len(b[1]),
+        lambda b, out: F.cross_entropy(out.mean(1), b[1]),
+        lambda b: one_hot(b[1])[:, None], lambda b: len(b[1]),
         {"estimator": LABELLED}),
     "a target per token": Task(
         (floats(*SEQUENCES), floats(ROWS, TOKENS, TARGETS)), TARGETS,

@@ -138,7 +138,7 @@ def test_a_copy_may_be_made_in_the_midst_of_a_step():
     assert different(weights(module), weights(twin)) == []
 
 
-def test_a_trainer_and_its_strategy_can_be_copied_before_and_after_a_fit():
+def test_a_trainer_and_its_strategy_can_be_copied_before_a_fit():
     """As a user's sweep does: one configured Trainer, a copy for each run."""
     ends = []
     template = quiet_trainer(dni())
@@ -148,6 +148,21 @@ def test_a_trainer_and_its_strategy_can_be_copied_before_and_after_a_fit():
         trainer.fit(module, loader())
         ends.append(weights(module))
     assert different(ends[0], ends[1]) == different(ends[0], ends[2]) == []
+
+
+def test_a_trainer_that_was_copied_after_a_fit_goes_on_as_it_would_have():
+    """The copy has estimators of its own, with what they have learnt."""
+    module = net()
+    trainer = fit(module, dni())
+    twin = copy.deepcopy(trainer)
+    ends = []
+    for each in (trainer, twin):
+        each.fit_loop.max_epochs = 2
+        each.fit(each.lightning_module, loader())
+        estimators = each.strategy.engine.estimators
+        ends.append(weights(each.lightning_module) | estimators["net.0"].state_dict())
+    assert twin.lightning_module is not module
+    assert different(*ends) == []
 
 
 def test_a_strategy_survives_pickling_with_its_options():

@@ -40,7 +40,8 @@ def test_backward_hooks_of_modules_see_what_they_see_without_us(name):
 
 
 BOUNDARY_HOOK = pytest.mark.xfail(
-    strict=True, reason="below it the stage is differentiated before anything comes back: torch never calls the hook"
+    strict=True,
+    reason="below it the stage is differentiated before anything comes back: torch never calls the hook",
 )
 
 
@@ -118,7 +119,12 @@ def test_the_gradient_of_the_input_is_left_in_the_batch():
 
 @pytest.mark.parametrize(
     "accumulate",
-    [1, pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="the hook sees one batch's gradient, not the sum"))],
+    [
+        1,
+        pytest.param(
+            2, marks=pytest.mark.xfail(strict=True, reason="the hook sees one batch's gradient, not the sum")
+        ),
+    ],
 )
 def test_hooks_on_accumulated_gradients_see_them(accumulate):
     """`register_post_accumulate_grad_hook`, as where gradients are offloaded or noted."""
@@ -126,7 +132,9 @@ def test_hooks_on_accumulated_gradients_see_them(accumulate):
     for strategy in strategies():
         module, seen = net(), []
         for name, p in module.named_parameters():
-            p.register_post_accumulate_grad_hook(lambda p, name=name, seen=seen: seen.append((name, p.grad.clone())))
+            p.register_post_accumulate_grad_hook(
+                lambda p, name=name, seen=seen: seen.append((name, p.grad.clone()))
+            )
         fit(module, strategy, loader(32), accumulate_grad_batches=accumulate)
         notes.append(sorted(seen, key=lambda note: note[0]))
     assert_same_notes(*notes)
