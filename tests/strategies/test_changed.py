@@ -79,9 +79,6 @@ def test_an_estimator_where_there_was_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("then", "now"), [(LocalLossEstimator, CriticEstimator), (CriticEstimator, LocalLossEstimator)]
 )
-@pytest.mark.xfail(
-    strict=True, reason="estimators of different kinds with the same parameters are not told apart"
-)
 def test_an_estimator_of_another_kind_with_the_same_parameters_is_refused(tmp_path, then, now):
     """A critic that goes on from a local loss's head claims to have learnt what the network does."""
     path = saved(tmp_path, estimator=partial(then, **HEADS))
@@ -149,9 +146,6 @@ OPTIMIZER_CHANGES = {
 
 
 @pytest.mark.parametrize("change", OPTIMIZER_CHANGES)
-@pytest.mark.xfail(
-    strict=True, reason="another kind of estimator_optimizer takes over the saved one's groups and state"
-)
 def test_another_estimator_optimizer_is_refused_by_name(tmp_path, change):
     then, now = OPTIMIZER_CHANGES[change]
     path = saved(tmp_path, estimator_optimizer=then)

@@ -119,13 +119,7 @@ def test_lambda_one_resumes_as_the_plain_trainer_does(tmp_path, train, accumulat
     assert_same_state(*ends)
 
 
-FAILED_STEP = pytest.mark.xfail(
-    strict=True,
-    reason="a step that failed in training_step counts: engine steps, and rng='stage' streams, are ahead",
-)
-
-
-@pytest.mark.parametrize("where", ["on_train_batch_start", pytest.param("training_step", marks=FAILED_STEP)])
+@pytest.mark.parametrize("where", ["on_train_batch_start", "training_step"])
 @pytest.mark.parametrize("rng", ["global", "stage"])
 def test_a_run_goes_on_from_the_checkpoint_that_an_exception_left(tmp_path, where, rng):
     """Fails in the first batch of the second epoch, which is repeated on resuming."""
