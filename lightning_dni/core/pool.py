@@ -167,9 +167,19 @@ class EstimatorPool:
                 f"{list(state['boundaries'])}. Resume with the `boundaries` of the saved run, or start its "
                 "estimators afresh."
             )
-        here, self._specs, self.installed = self._specs, {}, {}
-        self.seed = state["seed"]
+        before = self._specs, self.installed, self.seed, self.optimizers, self._restored
+        here, self._specs, self.installed, self._restored = self._specs, {}, {}, set()
+        try:
+            self._become(state, device, here)
+        except Exception:  # a state that is refused changes nothing
+            self._specs, self.installed, self.seed, self.optimizers, self._restored = before
+            raise
         self._lessons.clear()
+
+    def _become(
+        self, state: Mapping[str, Any], device: torch.device, here: Mapping[str, BoundarySpec]
+    ) -> None:
+        self.seed = state["seed"]
         self.optimizers = self._make_optimizers()
         for saved in state["specs"]:
             spec = BoundarySpec.from_state_dict(saved, device)

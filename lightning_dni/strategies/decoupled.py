@@ -1,7 +1,8 @@
 """What every strategy of ours adds to one of Lightning's: the engine around the user's training step."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,8 +45,7 @@ class DecoupledTraining(Strategy):
         self._resumes = False
         self._attached = False
         self._clears_early = False
-        self._handles: list[RemovableHandle] = []
-        self._stepped = False
+        self._watched: dict[Optimizer, RemovableHandle] = {}
 
     # ---- what others may see
 
@@ -103,7 +103,7 @@ class DecoupledTraining(Strategy):
         self._engine.attach()
         self._attached = True
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
-        self._handles = [o.register_step_post_hook(self._note_step) for o in self.optimizers]
+        self._watch_optimizers()
 
     @override
     def teardown(self) -> None:
@@ -111,8 +111,7 @@ class DecoupledTraining(Strategy):
         if self._engine is not None:
             self._engine.detach()
             self._engine.profile = no_profile
-        while self._handles:
-            self._handles.pop().remove()
+        self._leave_optimizers()
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
 
@@ -171,25 +170,42 @@ class DecoupledTraining(Strategy):
     @override
     def optimizer_step(
         self,
-        optimizer: Optimizer,
+        optimizer: Any,  # an Optimizer, or a wrapper that Lightning takes for one
         closure: Callable[[], Any],
         model: "pl.LightningModule | torch.nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        """Let the user's optimizer step, then the estimators, if it did."""
-        self._stepped = False
+        """Let the user's optimizer step; the estimators follow when it has."""
         output = super().optimizer_step(optimizer, _Once(closure, optimizer), model, **kwargs)
-        if self._stepped:
+        if optimizer not in self._watched:
             self.engine.update_estimators()
-        else:  # a gradient scaler has found an overflow
-            self.engine.drop_estimator_gradients()
+        self.engine.drop_estimator_gradients()  # left where a gradient scaler has found an overflow
         if self._looks():
             self.engine.check_values()
         return output
 
-    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Set up the user's optimizers, in mid-fit, too."""
+        super().setup_optimizers(trainer)
+        if self._attached:
+            self._watch_optimizers()
+
+    def _watch_optimizers(self) -> None:
+        """Have the estimators step after every step of the user's optimizers, whoever makes them step."""
+        self._leave_optimizers()
+        for optimizer in self.optimizers:
+            with suppress(AttributeError):  # a wrapper without torch's hooks: its steps are Lightning's
+                self._watched[optimizer] = optimizer.register_step_post_hook(self._after_step)
+
+    def _leave_optimizers(self) -> None:
+        while self._watched:
+            self._watched.popitem()[1].remove()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called, and do nothing then
-        self._stepped = overflow is None or not bool(overflow)
+        if overflow is None or not bool(overflow):
+            self.engine.update_estimators()
 
     def _looks(self) -> bool:
         """Whether Lightning looks at values in this step, too, to log them."""
@@ -210,7 +226,7 @@ class DecoupledTraining(Strategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         """Write the estimators into one key of the checkpoint."""
-        if self._engine is not None:
+        if self._engine is not None and self._engine_of is self.lightning_module:
             state = self._engine.state_dict()
             if "optimizer_states" not in checkpoint:  # save_weights_only
                 del state["optimizers"], state["schedules"]
@@ -266,7 +282,7 @@ class _Once:
         optimizer: What evaluates it, named in the error.
     """
 
-    def __init__(self, closure: Callable[[], Any], optimizer: Optimizer) -> None:
+    def __init__(self, closure: Callable[[], Any], optimizer: Any) -> None:
         self._closure, self._optimizer, self._done = closure, optimizer, False
 
     def __call__(self) -> Any:
@@ -276,14 +292,14 @@ class _Once:
         return self._closure()
 
 
-def _evaluates_again(optimizer: Optimizer) -> MisconfigurationException:
+def _evaluates_again(optimizer: Any) -> MisconfigurationException:
     return MisconfigurationException(
         "Expected an optimizer that evaluates its closure once under synthetic gradients, but got "
         f"{type(optimizer).__name__}, which evaluates it several times. Use SGD or Adam, for example."
     )
 
 
-def _refuse_unsupported(trainer: pl.Trainer, optimizers: list[Optimizer]) -> None:
+def _refuse_unsupported(trainer: pl.Trainer, optimizers: Iterable[Any]) -> None:
     repeating = next((o for o in optimizers if isinstance(o, LBFGS)), None)
     if repeating is not None:
         raise _evaluates_again(repeating)

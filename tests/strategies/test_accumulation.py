@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from fits import BOUNDARIES, OPTIMIZERS, Net, dataset, different, dni, fit, loader, net, weights
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from strategies.loops import ADAM, HandLoop, assert_plain, assert_twins, by_hand, double, epoch, linear_dni
 from torch import nn
@@ -144,72 +143,6 @@ def test_a_batch_without_a_loss_is_as_if_it_were_not_there(accumulate):
     assert_twins(module, strategy, loop)
 
 
-# ---- optimizers that evaluate their closure several times
-
-
-class Sharp(torch.optim.SGD):
-    """Sharpness-aware SGD: climbs by `rho`, evaluates again, steps from where it was."""
-
-    def __init__(self, params, lr, rho=0.05):
-        super().__init__(params, lr=lr)
-        self.rho = rho
-
-    def step(self, closure):
-        loss = closure()
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-        climbed = [p.grad * (self.rho / (norm + 1e-12)) for p in parameters]
-        self._move(parameters, climbed, 1.0)
-        closure()
-        self._move(parameters, climbed, -1.0)
-        super().step()
-        return loss
-
-    @staticmethod
-    def _move(parameters, by, sign):
-        with torch.no_grad():
-            for p, d in zip(parameters, by, strict=True):
-                p.add_(d, alpha=sign)
-
-
-class SharpNet(Net):
-    def configure_optimizers(self):
-        return Sharp(self.parameters(), lr=0.1)
-
-
-REFUSED = pytest.mark.xfail(
-    strict=True,
-    raises=MisconfigurationException,
-    reason="a second evaluation of the closure is refused, in mid-step, where it had been exact before",
-)
-
-
-@REFUSED
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_lambda_one_is_plain_where_a_closure_is_evaluated_twice(accumulate):
-    torch.manual_seed(0)
-    assert_plain(SharpNet(dropout=0.3), accumulate_grad_batches=accumulate, max_epochs=2)
-
-
-@REFUSED
-def test_the_estimators_learn_once_from_the_last_evaluation_of_a_closure():
-    torch.manual_seed(0)
-    module, strategy, train = SharpNet(), linear_dni(), loader()
-    stages = by_hand(module)
-    loop = HandLoop(stages, Sharp(stages.parameters(), lr=0.1))
-    for batch in 3 * double(train):
-
-        def closure(batch=batch):
-            loop.clear()
-            loop.learn([batch])
-
-        loop.user.step(closure)
-        for teacher in loop.teachers:
-            teacher.step()
-    fit(module, strategy, train, max_epochs=3, **FLOAT64)
-    assert_twins(module, strategy, loop)
-
-
 # ---- several losses
 
 
@@ -315,20 +248,6 @@ def test_anomaly_detection_changes_no_number():
         fit(module, dni(), max_epochs=2, detect_anomaly=detect)
         ends.append(weights(module))
     assert different(*ends) == []
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a closure's second evaluation is refused when the weights have moved already"
-)
-def test_an_optimizer_that_is_refused_has_moved_nothing():
-    """What must be refused is refused before any weight moves; what works need not be refused."""
-    torch.manual_seed(0)
-    module = SharpNet()
-    before = weights(module)
-    try:
-        fit(module, dni())
-    except MisconfigurationException:
-        assert different(before, weights(module)) == []
 
 
 def test_a_loader_that_fails_leaves_the_next_window_clean():

@@ -179,7 +179,6 @@ def test_a_rate_of_the_estimators_comes_from_the_checkpoint_as_the_users_does(tm
 # ---- what a refusal leaves
 
 
-@pytest.mark.xfail(strict=True, reason="the estimators are replaced one by one before the misfit is found")
 def test_a_refused_checkpoint_leaves_the_estimators_as_they_were(tmp_path):
     path = saved(tmp_path, estimator={"net.0": LINEAR, "net.1": MLP})
     module, strategy = net(), dni()
@@ -193,7 +192,6 @@ def test_a_refused_checkpoint_leaves_the_estimators_as_they_were(tmp_path):
         assert different(before[name], estimator.state_dict()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="save_checkpoint does not ask whose estimators the engine holds")
 def test_the_estimators_of_one_module_are_not_saved_with_the_weights_of_another(tmp_path):
     """Fit one, validate another, save: the file has the other's weights."""
     trained, other = net(), net(seed=5)

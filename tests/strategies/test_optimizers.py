@@ -31,9 +31,6 @@ def test_lambda_one_is_plain_where_the_optimizer_is_made_anew():
     assert_plain(made(Net, dropout=0.3), callbacks=lambda: [Renews()], max_epochs=2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the hook that notes the step stays on the old optimizer: no estimator steps"
-)
 def test_the_estimators_step_with_an_optimizer_that_was_made_anew():
     module, strategy = made(Net), linear_dni()
     loop = hand_loop(module)
@@ -84,7 +81,6 @@ class Wrapped(Net):
 
 
 @pytest.mark.parametrize("kind", [Duck, Wrapped])
-@pytest.mark.xfail(strict=True, reason="asks the optimizer for torch's hooks on steps")
 def test_a_wrapper_that_lightning_takes_for_an_optimizer_trains(kind):
     assert_plain(made(kind, dropout=0.3))
     module, strategy = made(kind), linear_dni()
@@ -107,9 +103,6 @@ def test_lambda_one_is_plain_where_the_module_steps_the_optimizer_itself():
     assert_plain(made(StepsByHand, dropout=0.3))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only a step through the strategy counts: the estimators never learn, in silence"
-)
 def test_the_estimators_step_where_the_module_steps_the_optimizer_itself():
     module, strategy = made(StepsByHand), linear_dni()
     loop = hand_loop(module)
