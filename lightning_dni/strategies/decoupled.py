@@ -151,9 +151,7 @@ class DecoupledTraining(Strategy):
                     parameter.grad = None
 
     @override
-    def backward(
-        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Differentiate the loss through the last stage and merge every gradient that counts."""
         module = self.lightning_module
         assert module is not None
