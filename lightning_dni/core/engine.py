@@ -226,7 +226,11 @@ class DNIEngine:
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
             return None
-        passed_on = self._step.cut(name, output)
+        self._in_forward = False  # a checkpoint may run modules again while stages are differentiated
+        try:
+            passed_on = self._step.cut(name, output)
+        finally:
+            self._in_forward = True
         if self._rng == "stage":
             torch.manual_seed(
                 derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
@@ -234,8 +238,13 @@ class DNIEngine:
         return passed_on
 
     def _on_output(self, output: Any) -> None:
-        if self._step is not None and self._in_forward and torch.is_grad_enabled():
+        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+            return
+        self._in_forward = False
+        try:
             self._step.see_output(output)
+        finally:
+            self._in_forward = True
 
     # ---- one step
 
