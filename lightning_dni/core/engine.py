@@ -49,7 +49,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
+from lightning_dni.core.boundary import choose_by_pattern, named_submodules, resolve_boundaries
 from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.optimizer import OptimizerFactory
@@ -59,7 +59,7 @@ from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.step import Step
-from lightning_dni.core.tap import Taps, carries_taps
+from lightning_dni.core.tap import Taps, carries_taps, is_compiled, refuse_one_graph
 from lightning_dni.core.target import Denominator, check_denominator
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 
@@ -196,6 +196,9 @@ class DNIEngine:
     def attach(self) -> None:
         """Hook the model. Outside a training step the hooks do nothing.
 
+        Where some of the model is compiled, code that torch.compile has made so far is dropped, since it
+        would pass by hooks that it has not seen; it is made again, with the hooks, when it is next run.
+
         Raises:
             StageError: The engine is attached already, or another one is.
         """
@@ -207,9 +210,11 @@ class DNIEngine:
             )
         self._device = _device_of(self._model)
         # by name, since a module may have been replaced since the engine was made
-        boundaries = {self._model.get_submodule(n): partial(self._on_boundary, n) for n in self._modules}
-        self._taps.install(boundaries)
+        modules = named_submodules(self._model)
+        self._taps.install({modules[n]: partial(self._on_boundary, n) for n in self._modules})
         self._taps.install({_resolve_output(self._model, self._output): self._on_output})
+        if is_compiled(self._model):
+            torch.compiler.reset()
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -261,7 +266,8 @@ class DNIEngine:
 
         Raises:
             StageError: The engine is not attached.
-            BoundaryError: A boundary is changed in place by the module above it.
+            BoundaryError: A boundary is changed in place by the module above it, or lies inside what is
+                compiled with fullgraph=True.
         """
         if not self._taps.installed:
             raise StageError(
@@ -275,6 +281,7 @@ class DNIEngine:
             with staged if self._rng == "stage" else nullcontext():
                 yield
         except RuntimeError as error:
+            refuse_one_graph(error, self.boundaries)
             if "leaf Variable that requires grad" in str(error) and self._step.fired:
                 raise BoundaryError(
                     f"Expected the output of a boundary in {sorted(self._step.fired)} not to be changed in "
@@ -379,10 +386,10 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _resolve_output(model: nn.Module, output: str | None) -> nn.Module:
-    names = [name for name, _ in model.named_modules()]
-    if output is not None and output not in names:
+    modules = named_submodules(model)
+    if output is not None and output not in modules:
         raise BoundaryError(
             f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
-            f"Its children are {[n for n, _ in model.named_children()]}."
+            f"Its children are {[n for n in modules if n and '.' not in n]}."
         )
-    return model if output is None else model.get_submodule(output)
+    return model if output is None else modules[output]

@@ -63,6 +63,21 @@ def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor
         ) from error
 
 
+def refuse_donated_buffers(error: RuntimeError, boundary: str) -> None:
+    """Say what to do where a compiled graph cannot be kept for a second pass.
+
+    Raises:
+        StageError: That is what `error` is about.
+    """
+    if "donated buffers" in str(error):
+        raise StageError(
+            f"Expected the stage below boundary {boundary!r} to be differentiable twice on a probe step, but "
+            "torch.compile has made a graph that reuses its memory. Set "
+            "`torch._functorch.config.donated_buffer = False` before training, or train without probes "
+            "(GradientMonitor(probe=False))."
+        ) from error
+
+
 @contextmanager
 def _hooks_asleep(variables: Sequence[Tensor]) -> Iterator[None]:
     """Keep the users' hooks on parameters from seeing gradients that are only measured."""
