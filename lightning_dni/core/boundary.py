@@ -13,6 +13,9 @@ from lightning_dni.errors import BoundaryError
 
 T = TypeVar("T")
 
+COMPILED = "_orig_mod"
+"""Under what name torch.compile's wrapper holds the module."""
+
 
 @dataclass(frozen=True)
 class LeafSpec:
@@ -96,7 +99,8 @@ class BoundarySpec:
 def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Find the submodules of `model` that the names or fnmatch patterns in `patterns` mean.
 
-    A wildcard stays on its level: `net.*` means the children of `net`, not what is inside them.
+    A wildcard stays on its level: `net.*` means the children of `net`, not what is inside them. Names
+    are those of the model before torch.compile wrapped any of it.
 
     Returns:
         Submodule by name, in the order in which the model registers them.
@@ -109,9 +113,11 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
             f"Expected `boundaries` to be a non-empty list of submodule names, but got {patterns!r}. "
             f"The children of {type(model).__name__} are {[n for n, _ in model.named_children()]}."
         )
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    modules = named_submodules(model)
+    names = [name for name in modules if name]
     chosen: set[str] = set()
     for pattern in patterns:
+        pattern = _without_wrappers(pattern)
         matches = [name for name in names if name == pattern]
         matches = matches or [name for name in names if matches_levels(name, pattern)]
         if not matches:
@@ -119,7 +125,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
         chosen.update(matches)
     found: dict[str, nn.Module] = {}
     for name in (name for name in names if name in chosen):
-        module = model.get_submodule(name)
+        module = modules[name]
         twin = next((other for other, m in found.items() if m is module), None)
         if twin is not None:
             raise BoundaryError(
@@ -128,6 +134,22 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
             )
         found[name] = module
     return found
+
+
+def named_submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule (and `model` itself as "") by the name it has without torch.compile.
+
+    What `torch.compile` has wrapped is found under its own name as the wrapper, from which the output
+    comes; checkpoints and logs then have the same names with and without it.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(_without_wrappers(name), module)
+    return found
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(level for level in name.split(".") if level != COMPILED)
 
 
 def matches_levels(name: str, pattern: str) -> bool:
@@ -177,10 +199,10 @@ def resolve_output(model: nn.Module, output: str | None) -> nn.Module:
     Raises:
         BoundaryError: There is none of that name.
     """
-    names = [name for name, _ in model.named_modules()]
-    if output is not None and output not in names:
+    modules = named_submodules(model)
+    if output is not None and output not in modules:
         raise BoundaryError(
             f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
-            f"Its children are {[n for n, _ in model.named_children()]}."
+            f"Its children are {[n for n in modules if n and '.' not in n]}."
         )
-    return model if output is None else model.get_submodule(output)
+    return model if output is None else modules[output]

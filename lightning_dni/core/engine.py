@@ -37,7 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import device_of, resolve_boundaries, resolve_output
+from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import GradientEstimator
@@ -50,7 +50,7 @@ from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Profile, Step, no_profile
-from lightning_dni.core.tap import Taps, carries_taps
+from lightning_dni.core.tap import Taps, carries_taps, is_compiled, one_graph_errors
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
 from lightning_dni.errors import EstimatorError, StageError
 
@@ -198,6 +198,9 @@ class DNIEngine:
     def attach(self) -> None:
         """Hook the model. Outside a training step the hooks do nothing.
 
+        Where some of the model is compiled, code that torch.compile has made so far is dropped, since it
+        would pass by hooks that it has not seen; it is made again, with the hooks, when it is next run.
+
         Raises:
             StageError: The engine is attached already, or another one is.
         """
@@ -209,9 +212,11 @@ class DNIEngine:
             )
         self._device = device_of(self._model)
         # by name, since a module may have been replaced since the engine was made
-        boundaries = {self._model.get_submodule(n): partial(self._on_boundary, n) for n in self._modules}
-        self._taps.install(boundaries)
+        modules = named_submodules(self._model)
+        self._taps.install({modules[n]: partial(self._on_boundary, n) for n in self._modules})
         self._taps.install({resolve_output(self._model, self._output): self._on_output})
+        if is_compiled(self._model):
+            torch.compiler.reset()
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -228,7 +233,11 @@ class DNIEngine:
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
             return None
-        passed_on = self._step.cut(name, output)
+        self._in_forward = False  # a checkpoint may run modules again while stages are differentiated
+        try:
+            passed_on = self._step.cut(name, output)
+        finally:
+            self._in_forward = True
         if self._rng == "stage":
             torch.manual_seed(
                 derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
@@ -236,8 +245,13 @@ class DNIEngine:
         return passed_on
 
     def _on_output(self, output: Any) -> None:
-        if self._step is not None and self._in_forward and torch.is_grad_enabled():
+        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+            return
+        self._in_forward = False
+        try:
             self._step.see_output(output)
+        finally:
+            self._in_forward = True
 
     # ---- one step
 
@@ -261,7 +275,8 @@ class DNIEngine:
 
         Raises:
             StageError: The engine is not attached.
-            BoundaryError: A boundary is changed in place by the module above it.
+            BoundaryError: A boundary is changed in place by the module above it, or lies inside what is
+                compiled with fullgraph=True.
         """
         if not self._taps.installed:
             raise StageError(
@@ -273,7 +288,11 @@ class DNIEngine:
         self._report, self._requested, self._in_forward = None, "nothing", True
         staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
         try:
-            with staged if self._rng == "stage" else nullcontext(), in_place_errors(self._step.fired):
+            with (
+                staged if self._rng == "stage" else nullcontext(),
+                in_place_errors(self._step.fired),
+                one_graph_errors(self._modules),
+            ):
                 yield
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
@@ -367,7 +386,7 @@ class DNIEngine:
             probe=self._requested == "probe",
             check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
-            own_parameters=(lambda n: self._model.get_submodule(n).parameters()) if several else None,
+            own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
         )
 
     # ---- state

@@ -17,6 +17,11 @@ _LEAF = torch.empty(0, requires_grad=True)
 _AccumulateGrad = type(get_gradient_edge(_LEAF).node)
 _ToCopy = type(_LEAF.to(torch.float64).grad_fn)
 
+_ONE_GRAPH = (
+    " torch.compile made one graph of that stage and of something else that goes up from there, be it a "
+    "penalty on weights: compile submodules of the model instead of all of it."
+)
+
 CLOSED_BY = "lightning_dni.closed_by"
 """Key under which an autograd node of a stage remembers the boundary that closed it."""
 
@@ -107,7 +112,7 @@ def _leak(node: Node, closed_by: str, reached_from: str) -> str:
         f"stage that {closed_by!r} has closed (a skip connection past the boundary, an auxiliary head, "
         f"an activation penalty, or a graph kept from an earlier step). Choose as boundary {inside}, "
         f"or a later module that the path ends before; or use the output of {closed_by!r} instead of "
-        "what lies below it."
+        "what lies below it." + (_ONE_GRAPH if type(node).__name__ == "CompiledFunctionBackward" else "")
     )
 
 

@@ -27,6 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
+from lightning_dni.core.probe import donated_buffers
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
@@ -199,6 +200,7 @@ class Step:
             with (
                 self._profile("dni.local_backward"),
                 torch.autocast(device, enabled=False) if autocast else nullcontext(),
+                donated_buffers(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(
                     crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
@@ -276,8 +278,9 @@ class Step:
             raise BoundaryError(
                 f"Expected every boundary to run in the forward pass that reached the loss, but "
                 f"{absent} did not (ran: {sorted(self.fired)}). Call the module itself, not its "
-                "`forward`, with gradients enabled and outside compiled regions that contain it; or "
-                "leave it out of `boundaries`."
+                "`forward`, with gradients enabled; or leave it out of `boundaries`. Where torch.compile had "
+                "compiled what contains it before the engine was attached, compile submodules of the model "
+                "instead, or call torch.compiler.reset() once the engine is attached."
             )
         self.top = stage.parents
 

@@ -1,10 +1,15 @@
 """Forward hooks that are installed together, removed together, and dead on copies of the module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from lightning_dni.core.boundary import COMPILED
+from lightning_dni.errors import BoundaryError
 
 OnOutput = Callable[[Any], Any]
 """Receives a module's output; returns what to pass on instead, or None for the output itself."""
@@ -18,7 +23,8 @@ class Tap:
     """A forward hook that belongs to one module object: copies and pickles of it are inert."""
 
     def __init__(self, on_output: OnOutput) -> None:
-        self._on_output = on_output
+        # torch.compile runs it as it is, between two graphs, whatever the hooked module is part of
+        self._on_output: OnOutput = torch.compiler.disable(on_output)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Hand `output` over; its replacement goes on."""
@@ -38,6 +44,30 @@ def _inert() -> Callable[..., None]:
 def carries_taps(model: nn.Module) -> bool:
     """Whether an engine has hooked `model` or any of its submodules."""
     return any(isinstance(hook, Tap) for m in model.modules() for hook in m._forward_hooks.values())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `module.compile()` was applied to `model` or any of its submodules."""
+    return any(COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+@contextmanager
+def one_graph_errors(boundaries: Iterable[str]) -> Iterator[None]:
+    """Say what to do where torch.compile stops at a hook because of fullgraph=True.
+
+    Raises:
+        BoundaryError: In place of the compiler's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ == "Unsupported" and "disable" in str(error):
+            raise BoundaryError(
+                f"Expected boundaries {list(boundaries)} to lie outside what is compiled as one graph, but "
+                "got torch.compile(..., fullgraph=True) around one. Compile the boundaries' own modules, or "
+                "leave out fullgraph=True."
+            ) from error
+        raise
 
 
 class Taps:

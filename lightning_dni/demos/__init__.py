@@ -1,7 +1,19 @@
 """Tiny models and data modules for recipes, tests and docstrings."""
 
 from lightning_dni.demos.digits import DigitsDataModule
+from lightning_dni.demos.gpt import GPT
+from lightning_dni.demos.language import GPTLanguageModel
 from lightning_dni.demos.mnist import MNISTDataModule
 from lightning_dni.demos.models import ConvClassifier, MLPClassifier
+from lightning_dni.demos.resnet import ResNet, ResNetClassifier
 
-__all__ = ["ConvClassifier", "DigitsDataModule", "MLPClassifier", "MNISTDataModule"]
+__all__ = [
+    "GPT",
+    "ConvClassifier",
+    "DigitsDataModule",
+    "GPTLanguageModel",
+    "MLPClassifier",
+    "MNISTDataModule",
+    "ResNet",
+    "ResNetClassifier",
+]

@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class _Classifier(pl.LightningModule):
+class Classifier(pl.LightningModule):
     """Train `net` on cross-entropy and log how well it does; `forward` is the subclass's."""
 
     def __init__(self, net: nn.Module, num_classes: int, optimizer: str, learning_rate: float) -> None:
@@ -76,7 +76,7 @@ class _Classifier(pl.LightningModule):
         return OPTIMIZERS[self._optimizer](self.parameters(), lr=self._learning_rate)
 
 
-class MLPClassifier(_Classifier):
+class MLPClassifier(Classifier):
     """A multilayer perceptron: `net.hidden_0`, `net.hidden_1`, ..., `net.output`.
 
     Each hidden block is linear, batch normalisation, activation. Inputs of any shape are flattened.
@@ -132,7 +132,7 @@ class MLPClassifier(_Classifier):
         return logits
 
 
-class ConvClassifier(_Classifier):
+class ConvClassifier(Classifier):
     """A convolutional network: `net.block_0`, `net.block_1`, ..., `net.head`.
 
     Each block is a 3x3 convolution, batch normalisation, activation; every block but the first
