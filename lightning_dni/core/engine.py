@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.optimizer import OptimizerFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.probe import true_gradients
@@ -82,6 +83,9 @@ class DNIEngine:
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
         seed: Seed of the engine's own streams; None: torch's initial seed.
+        exchange: Averages gradients over the replicas of this engine in other processes; None: there are
+            none. All of them need the same `seed`.
+        rank: Number of this replica; streams of `rng="stage"` differ between replicas.
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -102,6 +106,8 @@ class DNIEngine:
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         seed: int | None = None,
+        exchange: Exchange | None = None,
+        rank: int = 0,
     ) -> None:
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
@@ -113,6 +119,9 @@ class DNIEngine:
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
+        self._exchange = exchange
+        self._replica = (rank,) if rank else ()
+        self._named: dict[str, nn.Parameter] = {}
         self._bp_lambda = dict.fromkeys(self._modules, 0.0)
         self.set_bp_lambda(bp_lambda)
         self._pool = EstimatorPool(
@@ -206,6 +215,7 @@ class DNIEngine:
                 f"{whose}. Call `detach()` on that engine first."
             )
         self._device = _device_of(self._model)
+        self._named = dict(self._model.named_parameters())
         # by name, since a module may have been replaced since the engine was made
         boundaries = {self._model.get_submodule(n): partial(self._on_boundary, n) for n in self._modules}
         self._taps.install(boundaries)
@@ -228,10 +238,11 @@ class DNIEngine:
             return None
         passed_on = self._step.cut(name, output)
         if self._rng == "stage":
-            torch.manual_seed(
-                derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
-            )
+            torch.manual_seed(self._stage_seed(name, self._step.fired[name]))
         return passed_on
+
+    def _stage_seed(self, boundary: str | None, call: int) -> int:
+        return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
     def _on_output(self, output: Any) -> None:
         if self._step is not None and self._in_forward and torch.is_grad_enabled():
@@ -241,7 +252,13 @@ class DNIEngine:
 
     @contextmanager
     def training_step(
-        self, batch: Any = None, *, accumulate: int = 1, scale: Tensor | None = None
+        self,
+        batch: Any = None,
+        *,
+        accumulate: int = 1,
+        scale: Tensor | None = None,
+        first: bool = True,
+        last: bool = True,
     ) -> Iterator[None]:
         """The block in which a training forward pass is cut.
 
@@ -249,6 +266,9 @@ class DNIEngine:
             batch: The user's batch; the context is found in it as `labels` says.
             accumulate: Number of forward passes whose losses the user averages.
             scale: What a gradient scaler will multiply the loss with.
+            first: Whether it is the first of them, before whose backward pass gradients are zeroed; only
+                replicas need to know.
+            last: Whether it is the last of them, when replicas exchange gradients.
 
         Raises:
             StageError: The engine is not attached.
@@ -259,9 +279,11 @@ class DNIEngine:
                 f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
                 "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
             )
-        self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
+        self._step = Step(self._settings(batch, accumulate, scale, last), self._pool.install)
+        if self._exchange is not None and last:
+            self._exchange.begin(fresh=first)
         self._report, self._requested, self._in_forward = None, "nothing", True
-        staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
+        staged = seeded(self._stage_seed(None, 0), self._device)
         try:
             with staged if self._rng == "stage" else nullcontext():
                 yield
@@ -309,17 +331,20 @@ class DNIEngine:
             truths = true_gradients(cuts, step.top) if step.settings.probe else {}
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             self._report = report_step(self._steps - 1, cuts, truths, names)
-        self._pool.remember(step.merge(cuts))
+        self._pool.remember(step.merge(cuts, self._named_parameters))
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
-        self._pool.update()
+        self._pool.update(self._exchange)
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
 
-    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return self._named | self._pool.named_parameters()
+
+    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, last: bool) -> StepSettings:
         if accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
         on_cpu = self._device.type == "cpu"
@@ -335,6 +360,7 @@ class DNIEngine:
             probe=self._requested == "probe",
             check_values=on_cpu or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
+            exchange=self._exchange if last else None,
         )
 
     # ---- state

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.target import Denominator, denominator
 
 
@@ -26,6 +27,7 @@ class StepSettings:
         probe: Keep graphs for the true gradients.
         check_values: Look at labels and synthetic gradients, which waits for an accelerator.
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
+        exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
     """
 
     batch: Any
@@ -39,6 +41,7 @@ class StepSettings:
     probe: bool = False
     check_values: bool = True
     keep_lessons: bool = False
+    exchange: Exchange | None = None
 
     @property
     def counts_elements(self) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
+from lightning_dni.core.exchange import Named
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import check_gradient, differentiate_loss, synthesize
@@ -35,6 +36,7 @@ class Step:
         self.cuts: list[Cut] = []
         self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
+        self._last: list[Tensor] = []
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
@@ -63,6 +65,8 @@ class Step:
         self._synthesize(crossing)
         if not crossing.waits:
             self._settle(crossing)
+        if self.settings.exchange is not None:
+            self.settings.exchange.end_group()
         return flat[0] if structure is None else close_value(flat, structure)
 
     def see_output(self, output: Any) -> None:
@@ -163,6 +167,8 @@ class Step:
                 crossing.param_grads = local_gradients(
                     crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
                 )
+            if self.settings.exchange is not None:
+                self.settings.exchange.offer(crossing.param_grads)
         if not self.settings.probe:
             crossing.outputs = []
         self._let_go(crossing)
@@ -199,6 +205,8 @@ class Step:
         if made is None:
             return
         crossing.estimator_grads, crossing.loss = made
+        if self.settings.exchange is not None:
+            self.settings.exchange.offer(crossing.estimator_grads)
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
 
@@ -236,7 +244,7 @@ class Step:
                 "`forward`, with gradients enabled and outside compiled regions that contain it; or "
                 "leave it out of `boundaries`."
             )
-        self.top = stage.parents
+        self.top, self._last = stage.parents, stage.variables
 
     def _bypassed(self, last: Stage[Cut]) -> list[str]:
         """Boundaries that only ran in a forward pass for nothing, while the loss came past them.
@@ -265,6 +273,8 @@ class Step:
         Raises:
             EstimatorError: An estimator that counts was never told the network's output.
         """
+        if self.settings.exchange is not None:
+            self.settings.exchange.offer_accumulated(self._last)
         for crossing in self.top:
             self._deliver(crossing)
             if crossing.due:
@@ -278,11 +288,21 @@ class Step:
                 )
         return counted
 
-    def merge(self, counted: Sequence[Cut]) -> list[Lesson]:
-        """Add the gradients of the cuts that count to `.grad`; returns what to learn from again."""
-        for crossing in counted:
-            accumulate(crossing.param_grads)
-            accumulate(crossing.estimator_grads)
+    def merge(self, counted: Sequence[Cut], named: Named) -> list[Lesson]:
+        """Add the gradients of the cuts that count to `.grad`, averaged over replicas where there are any.
+
+        Args:
+            counted: The cuts that count, topmost first.
+            named: Gives the parameters that replicas share.
+
+        Returns:
+            What to learn from again.
+        """
+        gradients = [pair for cut in counted for pair in (*cut.param_grads, *cut.estimator_grads)]
+        if self.settings.exchange is None:
+            accumulate(gradients)
+        else:
+            self.settings.exchange.merge(gradients, named)
         return [crossing.lesson for crossing in counted if crossing.lesson is not None]
 
     def _counted(self, top: Sequence[Cut]) -> list[Cut]:

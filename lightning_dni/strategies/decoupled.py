@@ -38,6 +38,7 @@ class DecoupledTraining(Strategy):
         self._resumes = False
         self._attached = False
         self._clears_early = False
+        self._closes_window = True
 
     # ---- what others may see
 
@@ -76,7 +77,7 @@ class DecoupledTraining(Strategy):
             return
         _refuse_unsupported(trainer, module, self.optimizers)
         if self._engine is None or self._engine_of is not module:
-            self._engine, self._engine_of = self._options_for(module).build(module), module
+            self._engine, self._engine_of = self._build_engine(module), module
         if self._restored is not None:
             self._engine.load_state_dict(self._restored)
         elif self._resumes:
@@ -88,6 +89,9 @@ class DecoupledTraining(Strategy):
         self._engine.attach()
         self._attached = True
         self._clears_early = not _looks_at_old_gradients(trainer, module)
+
+    def _build_engine(self, module: pl.LightningModule) -> DNIEngine:
+        return self._options_for(module).build(module)
 
     @override
     def teardown(self) -> None:
@@ -115,9 +119,11 @@ class DecoupledTraining(Strategy):
         assert self.lightning_module is not None
         batch, trainer = args[0] if args else None, self.lightning_module.trainer
         accumulate = trainer.accumulate_grad_batches
-        if accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0:
+        first = accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0
+        if first:
             self._begin_window()
-        with self.engine.training_step(batch, accumulate=accumulate):
+        last = self._closes_window
+        with self.engine.training_step(batch, accumulate=accumulate, first=first, last=last):
             return super().training_step(*args, **kwargs)
 
     def _begin_window(self) -> None:

@@ -29,9 +29,9 @@ class DNIOptions:
     loss_denominator: Denominator = "batch"
     rng: Literal["global", "stage"] = "global"
 
-    def build(self, model: nn.Module) -> DNIEngine:
-        """An engine for `model`."""
-        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+    def build(self, model: nn.Module, **replica: Any) -> DNIEngine:
+        """An engine for `model`; `replica` says what makes it one of several (seed, exchange, rank)."""
+        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)}, **replica)
 
 
 def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
