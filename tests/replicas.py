@@ -35,7 +35,9 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
     ends = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(
-            target=_replica, args=(rank, world_size, port, ends[rank][1], grouped, function, args), daemon=True
+            target=_replica,
+            args=(rank, world_size, port, ends[rank][1], grouped, function, args),
+            daemon=True,
         )
         for rank in range(world_size)
     ]

@@ -1,7 +1,7 @@
 """How the engine's replicas in several processes exchange gradients: the face that the engine calls."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ Named = Callable[[], Mapping[str, Tensor]]
 """All parameters that replicas share, by a name that is the same for each of them."""
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Averages gradients over the replicas, each bucket as soon as it is complete.
 

@@ -2,18 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-class Waitable(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> object:
-        """Return (on an accelerator: let its stream go on) once the result is there."""
 
 
 class Bucket:
@@ -30,12 +22,7 @@ class Bucket:
         self.views = [
             self._flat[end - v.numel() : end].view(v.shape) for v, end in zip(variables, ends, strict=True)
         ]
-        self._work: Waitable | None = None
-
-    @property
-    def launched(self) -> bool:
-        """Whether it was sent and not waited for yet."""
-        return self._work is not None
+        self._work: dist.Work | None = None
 
     def fill(self) -> None:
         """Copy what `.grad` holds, zero where it is None."""

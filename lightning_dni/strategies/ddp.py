@@ -76,7 +76,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-        bucket_cap_mb: float = 25,
+        bucket_cap_mb: float = 25.0,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise MisconfigurationException(

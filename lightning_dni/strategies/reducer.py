@@ -40,7 +40,7 @@ class GradientReducer:
         launched_early: Buckets of the last exchanged step that were sent before its end.
     """
 
-    def __init__(self, bucket_cap_mb: float = 25, timeout: timedelta | None = None) -> None:
+    def __init__(self, bucket_cap_mb: float = 25.0, timeout: timedelta | None = None) -> None:
         self._cap = int(bucket_cap_mb * 2**20)
         self._control = (
             None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
@@ -57,6 +57,11 @@ class GradientReducer:
         self._next = self._group = self._order = 0
         self._streak, self._patience = 0, PATIENCE
         self.launched_early = 0
+
+    @property
+    def launched(self) -> int:
+        """Buckets of this step that were sent so far."""
+        return self._next
 
     # ---- during the step
 
