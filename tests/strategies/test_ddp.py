@@ -19,6 +19,7 @@ from fits import (
     FEATURES,
     LINEAR,
     AtBatchEnd,
+    AtBatchStart,
     Net,
     different,
     dni,
@@ -29,7 +30,7 @@ from fits import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from replicas import TIMEOUT, on_ranks
+from replicas import TIMEOUT, ReplicaError, on_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -298,13 +299,10 @@ BACKPROP = partial(ddp, bp_lambda=1.0)
 
 def run(rank, make, folder, **options):
     """A fit in double precision, whose checkpoint goes to `folder`."""
+    devices = 1 if rank is None else 2
+    module = net().double()  # at once: Lightning restores weights before it converts them
     module, trainer = fit_on_rank(
-        rank,
-        make(),
-        devices=1 if rank is None else 2,
-        precision="64-true",
-        module=net(batch_norm=False),
-        **options,
+        rank, make(), devices=devices, precision="64-true", module=module, **options
     )
     trainer.save_checkpoint(folder / f"{make.__name__ if make in (ddp, dni) else 'other'}.ckpt")
     return weights(module), trainer.global_step
@@ -336,9 +334,8 @@ def test_a_checkpoint_goes_on_in_several_processes_and_in_one_and_under_plain_dd
 def test_the_checkpoint_is_that_of_one_process(tmp_path):
     run_anywhere(ddp, tmp_path)
     run_anywhere(dni, tmp_path)
-    ours, one = (
-        torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["lightning_dni"] for n in ("ddp", "dni")
-    )
+    files = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("ddp", "dni")]
+    ours, one = (file["lightning_dni"] for file in files)
     assert ours.keys() == one.keys()
     for boundary in BOUNDARIES:
         assert_close(ours["estimators"][boundary], one["estimators"][boundary], atol=1e-10)
@@ -346,6 +343,24 @@ def test_the_checkpoint_is_that_of_one_process(tmp_path):
 
 
 # ---- failures
+
+
+def spoilt(rank, bp_lambda, whose):
+    def spoil(trainer, module, batch_idx):
+        if rank == whose and batch_idx == 2:
+            with torch.no_grad():
+                trainer.strategy.engine.estimators["net.1"].map.weight.fill_(float("nan"))
+
+    fit_on_rank(rank, ddp(bp_lambda=bp_lambda), callbacks=[AtBatchStart(spoil)])
+
+
+@pytest.mark.parametrize("bp_lambda", [0.0, 0.5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_estimator_that_is_not_finite_on_one_rank_ends_the_run_everywhere(rank, bp_lambda):
+    with pytest.raises(ReplicaError, match=r"at boundary 'net.1' to give finite gradients") as caught:
+        trainers(spoilt, bp_lambda, rank, seconds=20)
+    assert "hangs" not in str(caught.value)
+
 
 SCRIPT = """
 import sys
@@ -379,6 +394,7 @@ def launched_by_lightning(spoilt, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_lightnings_own_launcher_starts_the_processes(tmp_path):
     done = launched_by_lightning("nobody", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -388,10 +404,10 @@ def test_lightnings_own_launcher_starts_the_processes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_an_estimator_that_is_not_finite_on_one_rank_ends_the_run_with_its_message(rank, tmp_path):
+@pytest.mark.slow
+def test_a_failure_in_a_process_that_lightning_has_launched_is_told(tmp_path):
     began = time.monotonic()
-    done = launched_by_lightning(rank, tmp_path)
+    done = launched_by_lightning("1", tmp_path)
     assert done.returncode != 0
     assert "LinearEstimator at boundary 'net.1' to give finite gradients" in done.stderr
     assert time.monotonic() - began < 60

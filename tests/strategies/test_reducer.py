@@ -360,11 +360,10 @@ def of_unequal_models(rank):
 
 
 def test_unequal_models_are_refused_everywhere():
-    with pytest.raises(
-        ReplicaError, match=r"rank 0(?s:.*)StageError: Expected parameter(?s:.*)rank 1"
-    ) as caught:
+    with pytest.raises(ReplicaError) as caught:
         on_ranks(of_unequal_models)
-    assert str(caught.value).count(StageError.__name__) >= 2
+    expected = f"{StageError.__name__}: Expected parameter '0.0.weight' to be the same in every process"
+    assert str(caught.value).count(expected) == 2
 
 
 def fails_on_one(rank):
