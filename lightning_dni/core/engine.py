@@ -83,9 +83,8 @@ class DNIEngine:
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
         seed: Seed of the engine's own streams; None: torch's initial seed.
-        exchange: Averages gradients over the replicas of this engine in other processes; None: there are
-            none. All of them need the same `seed`.
-        rank: Number of this replica; streams of `rng="stage"` differ between replicas.
+        exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
+        rank: Number of this replica, which has its own streams under `rng="stage"`.
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -119,8 +118,7 @@ class DNIEngine:
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
-        self._exchange = exchange
-        self._replica = (rank,) if rank else ()
+        self._exchange, self._replica = exchange, (rank,) if rank else ()
         self._named: dict[str, nn.Parameter] = {}
         self._bp_lambda = dict.fromkeys(self._modules, 0.0)
         self.set_bp_lambda(bp_lambda)
@@ -266,9 +264,8 @@ class DNIEngine:
             batch: The user's batch; the context is found in it as `labels` says.
             accumulate: Number of forward passes whose losses the user averages.
             scale: What a gradient scaler will multiply the loss with.
-            first: Whether it is the first of them, before whose backward pass gradients are zeroed; only
-                replicas need to know.
-            last: Whether it is the last of them, when replicas exchange gradients.
+            first: Whether it is the first of them, at which gradients are zeroed (for replicas only).
+            last: Whether it is the last of them, at which replicas exchange gradients.
 
         Raises:
             StageError: The engine is not attached.
@@ -331,7 +328,7 @@ class DNIEngine:
             truths = true_gradients(cuts, step.top) if step.settings.probe else {}
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             self._report = report_step(self._steps - 1, cuts, truths, names)
-        self._pool.remember(step.merge(cuts, self._named_parameters))
+        self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
@@ -340,9 +337,6 @@ class DNIEngine:
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        return self._named | self._pool.named_parameters()
 
     def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, last: bool) -> StepSettings:
         if accumulate < 1:

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BROADCAST_BYTES = 250 * 2**20
+"""A broadcast is sent once it has this size, so that no second copy of a whole model is made."""
+
 
 class Bucket:
     """Views for the gradients of `variables`, all of one dtype and device, in one flat tensor.
@@ -26,15 +29,13 @@ class Bucket:
 
     def fill(self) -> None:
         """Copy what `.grad` holds, zero where it is None."""
-        views, grads = [], []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for variable, view in zip(self.variables, self.views, strict=True):
             if variable.grad is None:
                 view.zero_()
             else:
-                views.append(view)
-                grads.append(dense(variable.grad))
-        if views:
-            torch._foreach_copy_(views, grads)
+                pairs.append((view, dense(variable.grad)))
+        copy_all(pairs)
 
     def launch(self) -> None:
         """Start averaging; divided first and summed then, as torch's DDP does."""
@@ -50,18 +51,27 @@ class Bucket:
 
     def write(self, present: Sequence[bool]) -> None:
         """Copy the averages into `.grad` where any process had a gradient."""
-        views: list[Tensor] = []
-        grads: list[Tensor] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for variable, view, there in zip(self.variables, self.views, present, strict=True):
             if not there:
                 continue
             if variable.grad is None or variable.grad.is_sparse:
                 variable.grad = view.clone()
             else:
-                views.append(view)
-                grads.append(variable.grad)
-        if views:
-            torch._foreach_copy_(grads, views)
+                pairs.append((variable.grad, view))
+        copy_all(pairs)
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first, in as few kernels as it takes."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+
+
+def add_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add the second of each pair to the first."""
+    if pairs:
+        torch._foreach_add_([to for to, _ in pairs], [term for _, term in pairs])
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -78,12 +88,18 @@ def average_sparse(variable: Tensor) -> None:
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite `tensors` with those of rank 0, one collective per dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    """Overwrite `tensors` with those of rank 0, many at once."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
+    held = 0
     for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for alike in kinds.values():
-        flat = torch.cat([t.reshape(-1) for t in alike])
+        chunks = kinds.setdefault((tensor.dtype, tensor.device), [[]])
+        if held > BROADCAST_BYTES:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(tensor.detach())
+        held += tensor.numel() * tensor.element_size()
+    for chunk in (chunk for chunks in kinds.values() for chunk in chunks):
+        flat = torch.cat([t.reshape(-1) for t in chunk])
         dist.broadcast(flat.view(torch.uint8), src=0)  # bytes: every backend takes them, whatever the dtype
-        pieces = torch.split(flat, [t.numel() for t in alike])
-        torch._foreach_copy_(alike, [p.view(t.shape) for p, t in zip(pieces, alike, strict=True)])
+        pieces = torch.split(flat, [t.numel() for t in chunk])
+        copy_all([(t, piece.view(t.shape)) for t, piece in zip(chunk, pieces, strict=True)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.stage import accumulate
-from lightning_dni.strategies.bucket import Bucket, average_sparse, broadcast, dense
+from lightning_dni.strategies.bucket import Bucket, add_all, average_sparse, broadcast, copy_all, dense
 from lightning_dni.strategies.plan import AT_THE_END, Plan, Sighting, Slot, agree
 
 PATIENCE = 16
@@ -85,6 +85,8 @@ class GradientReducer:
 
     def offer(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy gradients to where they are sent from, and send what is complete."""
+        copied: list[tuple[Tensor, Tensor]] = []
+        added: list[tuple[Tensor, Tensor]] = []
         for variable, gradient in gradients:
             slot = self._sight(variable)
             slot.offers += 1
@@ -92,17 +94,20 @@ class GradientReducer:
                 continue
             if slot.offers == 1:
                 slot.remember_base(None if self._fresh else variable.grad)
-                slot.view.copy_(gradient)
+                copied.append((slot.view, gradient))
                 if slot.base is not None:
-                    slot.view.add_(dense(slot.base))
+                    added.append((slot.view, dense(slot.base)))
             else:
-                slot.view.add_(gradient)
+                added.append((slot.view, gradient))
             if slot.offers == slot.expected:
                 self._complete(slot)
+        copy_all(copied)
+        add_all(added)
         self._launch_complete()
 
     def offer_accumulated(self, variables: Iterable[Tensor]) -> None:
         """The same for what the loss has left in `.grad`."""
+        copied: list[tuple[Tensor, Tensor]] = []
         for variable in variables:
             if variable.grad is None:
                 continue
@@ -110,8 +115,9 @@ class GradientReducer:
             slot.by_loss = True
             if slot.expected == 0 and not slot.offers and not variable.grad.is_sparse:
                 slot.remember_base(variable.grad)
-                slot.view.copy_(variable.grad)
+                copied.append((slot.view, variable.grad))
                 self._complete(slot)
+        copy_all(copied)
         self._launch_complete()
 
     def _sight(self, variable: Tensor) -> Slot:
