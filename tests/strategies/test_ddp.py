@@ -124,7 +124,8 @@ class Metrics(pl.Callback):
         self.rows = []
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.rows.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+        running = {n: b.sum().item() for n, b in module.named_buffers()}
+        self.rows.append({k: v.item() for k, v in trainer.callback_metrics.items()} | running)
 
 
 def as_ddp_does(rank, ours, accumulate):
@@ -160,22 +161,35 @@ def unseeded(spec):
     return estimator
 
 
-def with_own_seeds(rank, estimator):
-    module, strategy = net(seed=rank), ddp(estimator=estimator)
-    torch.manual_seed(100 + rank)
-    fit_on_rank(rank, strategy, module=module)
+class Seed(pl.Callback):
+    """Another global seed in every process, after `fit` has set its own."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def setup(self, trainer, pl_module, stage):
+        torch.manual_seed(self.seed)
+
+
+def with_own_seeds(rank, estimator, apart):
+    own = rank if apart else 0
+    module, strategy = net(seed=own), ddp(estimator=estimator)
+    fit_on_rank(rank, strategy, module=module, callbacks=[Seed(100 + own)])
     return state_of(module, strategy), strategy.engine.describe()["seed"]
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [unseeded, partial(MLPEstimator, hidden_sizes=(8,), batch_norm=False)],
-    ids=["unseeded", "mlp"],
-)
-def test_replicas_are_equal_whatever_they_started_with(estimator):
-    (first, seed), (second, other) = trainers(with_own_seeds, estimator)
+def test_replicas_start_as_rank_0_does():
+    estimator = partial(MLPEstimator, hidden_sizes=(8,), batch_norm=False)
+    (first, seed), (second, other) = trainers(with_own_seeds, estimator, True)
+    (as_rank_0, _), _ = trainers(with_own_seeds, estimator, False)
     assert different(first, second) == []
-    assert seed == other
+    assert different(first, as_rank_0) == []
+    assert seed == other == 100
+
+
+def test_estimators_become_equal_also_where_their_factory_draws_by_itself():
+    (first, _), (second, _) = trainers(with_own_seeds, unseeded, False)
+    assert different(first, second) == []
 
 
 def with_running_averages(rank):

@@ -118,7 +118,7 @@ def test_a_bucket_may_be_smaller_than_a_parameter():
     assert_replicas_do_what_one_does(train, cap=1e-5)
 
 
-def accumulating(rank, bp_lambda=0.0, windows=(2, 3, 1)):
+def accumulating(rank, bp_lambda=0.0, windows=(2, 3, 1), early=None):
     replica = Replica(rank, bp_lambda=bp_lambda)
     data = iter(batches(sum(windows)))
     for size in windows:
@@ -133,6 +133,8 @@ def accumulating(rank, bp_lambda=0.0, windows=(2, 3, 1)):
                 first=k == 0,
                 last=k == size - 1,
             )
+        if early is not None:
+            early.append(replica.reducer.launched_early)
         nn.utils.clip_grad_norm_(replica.model.parameters(), 0.3)
         replica.update()
     return replica.state()
@@ -169,6 +171,28 @@ def count_launches(rank, bp_lambda=0.0, estimator="linear"):
 def test_a_stage_is_sent_before_the_next_stage_runs(estimator, sent):
     for seen in on_ranks(count_launches, 0.0, estimator):
         assert seen == [[0, 0, 0, 0, 0]] + [sent] * (STEPS - 1)
+
+
+def count_early(rank, how):
+    early = []
+    if how == "accumulating":
+        accumulating(rank, windows=(2, 3, 1, 2), early=early)
+        return early
+    replica = Replica(rank)
+    for batch in batches(4):
+        x, y = replica.own(batch)
+        with replica.engine.training_step((x, y)):
+            loss = F.cross_entropy(replica.model(x), y)
+        replica.optimizer.zero_grad()  # here, as Lightning does
+        replica.engine.backward(loss)
+        early.append(replica.reducer.launched_early)
+        replica.update()
+    return early
+
+
+@pytest.mark.parametrize("how", ["accumulating", "zeroing after the forward pass"])
+def test_gradients_of_earlier_batches_are_told_from_old_ones(how):
+    assert on_ranks(count_early, how) == [[0, 4, 4, 4]] * 2
 
 
 def change_lambda(rank):
