@@ -32,7 +32,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
     Synthetic gradients, their targets and `loss_denominator` are those of a process's own rows: with equal
     numbers of rows N processes do what one does on the joint batch, otherwise each process counts the same,
     as under Lightning's own DDPStrategy. Parameters without a gradient need no option. Buffers are rank
-    0's, taken over at the start of every step and of every validation.
+    0's, taken over at the start of every optimizer step and of every validation. `engine.last_report` tells
+    of a process's own rows.
 
     Args:
         boundaries: As in `DNIStrategy`.

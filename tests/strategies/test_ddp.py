@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -242,6 +243,47 @@ def test_one_process_is_the_strategy_for_one_device_bit_for_bit():
 
 
 # ---- parts of Lightning
+
+
+def asked_of_ddp(rank):
+    events = []
+
+    class Canary(DDPStrategy):
+        def configure_ddp(self):
+            events.append("configure_ddp")
+            super().configure_ddp()
+
+        @contextmanager
+        def block_backward_sync(self):
+            events.append("block")
+            with super().block_backward_sync():
+                yield
+            events.append("unblock")
+
+        def training_step(self, *args, **kwargs):
+            events.append("training_step")
+            return super().training_step(*args, **kwargs)
+
+    fit(net(), Canary(timeout=TIMEOUT), loader(24), accumulate_grad_batches=2)
+    return events
+
+
+def test_lightning_wraps_in_configure_ddp_and_blocks_around_batches_that_are_only_accumulated():
+    (events,) = trainers(asked_of_ddp, world_size=1)
+    batch = ["training_step"]
+    assert events == ["configure_ddp", "block", *batch, "unblock", *batch, *batch]
+
+
+def accumulated(rank):
+    seen = []
+    look = AtBatchEnd(lambda trainer, module, _: seen.append(module.net[0][0].weight.grad.clone()))
+    fit_on_rank(rank, ddp(), callbacks=[look], accumulate_grad_batches=2)
+    return seen[4:]  # the estimators gave zero before
+
+
+def test_only_the_last_accumulated_batch_is_exchanged():
+    first, second = trainers(accumulated)
+    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [False, True] * 2
 
 
 def sampled(rank):

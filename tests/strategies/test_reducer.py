@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import StageError
-from lightning_dni.estimators import ConvEstimator, LinearEstimator, MLPEstimator
+from lightning_dni.estimators import ConvEstimator, MLPEstimator
 from lightning_dni.strategies.reducer import PATIENCE, GradientReducer
 
 LINEAR = VECTOR_ESTIMATORS["linear"]
@@ -41,8 +41,10 @@ def batches(steps=STEPS, kind="mlp", rows=8):
 class Replica:
     """A net, its engine and its optimizer; `rank` None for the one process that sees every row."""
 
-    def __init__(self, rank, model=None, estimator=LINEAR, boundaries=None, cap=25.0, **options):
-        self.rank, self.model = rank, net() if model is None else model
+    def __init__(
+        self, rank, model=None, estimator=LINEAR, boundaries=None, cap=25.0, split=(4, 4), **options
+    ):
+        self.rank, self.model, self.split = rank, net() if model is None else model, split
         self.reducer = None if rank is None else GradientReducer(cap)
         self.engine = DNIEngine(
             self.model,
@@ -59,7 +61,10 @@ class Replica:
 
     def own(self, batch):
         """This replica's rows."""
-        return batch if self.rank is None else tuple(t[self.rank :: 2] for t in batch)
+        return batch if self.rank is None else self.part(batch, self.rank)
+
+    def part(self, batch, rank):
+        return tuple(t.split(self.split)[rank] for t in batch)
 
     def step(self, batch, loss_of=F.cross_entropy, **options):
         self.optimizer.zero_grad()
@@ -225,7 +230,11 @@ class Cuttable(nn.Module):
         return torch.tanh(self.inside[0](x) + sum(self.inside[k](x) for k in self.chosen()))
 
 
-def branching(rank, choose, bp_lambda=0.0):
+def never(step, rank):
+    return ()
+
+
+def branching(rank, choose, bp_lambda=0.0, split=(4, 4)):
     """Two stages, each with parts 1 and 2 that run where `choose(step, rank)` says so; part 3 never does."""
     torch.manual_seed(0)
     now = {}
@@ -234,9 +243,7 @@ def branching(rank, choose, bp_lambda=0.0):
         for _ in range(2)
     ]
     model = nn.Sequential(*stages, nn.Linear(5, CLASSES)).double()
-    replica = Replica(
-        rank, model, bp_lambda=bp_lambda, estimator=partial(LinearEstimator, num_classes=CLASSES)
-    )
+    replica = Replica(rank, model, bp_lambda=bp_lambda, split=split)
     present = []
     for now["step"], batch in enumerate(batches(8)):
         if rank is None:
@@ -252,7 +259,7 @@ def by_hand(replica, batch, now):
     """Both replicas' passes one after another in one process, whose gradients are added up and halved."""
     replica.optimizer.zero_grad()
     for now["rank"] in range(2):
-        own = tuple(t[now["rank"] :: 2] for t in batch)
+        own = replica.part(batch, now["rank"])
         run_step(replica.engine, replica.model, own, lambda s, y: F.cross_entropy(s, y) / 2, accumulate=2)
     replica.update()
 
@@ -261,7 +268,7 @@ def by_hand(replica, batch, now):
 @pytest.mark.parametrize(
     "choose",
     [
-        pytest.param(lambda step, rank: (), id="never"),
+        pytest.param(never, id="never"),
         pytest.param(lambda step, rank: (1,) if rank else (), id="on one rank"),
         pytest.param(lambda step, rank: (1 + rank,), id="another on each rank"),
         pytest.param(lambda step, rank: (1 + step % 2,), id="another in each step"),
@@ -275,6 +282,12 @@ def test_unused_parameters_need_no_option(choose, bp_lambda):
     assert_close(first, one, atol=1e-10)
     assert present == present_in_one
     assert not any("inside.3" in name for names in present for name in names)
+
+
+@pytest.mark.parametrize("bp_lambda", LAMBDAS)
+def test_every_process_counts_the_same_whatever_its_number_of_rows(bp_lambda):
+    first, _ = on_ranks(partial(branching, split=(3, 5)), never, bp_lambda)[0]
+    assert_close(first, branching(None, never, bp_lambda, split=(3, 5))[0], atol=1e-10)
 
 
 def shared(rank):
