@@ -416,3 +416,37 @@ def test_a_failure_on_one_rank_ends_all_at_once():
     with pytest.raises(ReplicaError, match=r"rank 1(?s:.*)to give finite gradients") as caught:
         on_ranks(fails_on_one, seconds=20)
     assert "hangs" not in str(caught.value)
+
+
+def leaves_a_boundary_out(rank):
+    replica = Replica(rank)
+    first, second, *rest = replica.model
+    for k, batch in enumerate(batches()):
+        x, y = replica.own(batch)
+        replica.optimizer.zero_grad()
+        with replica.engine.training_step((x, y)):
+            h = first(x)
+            h = second.forward(h) if rank == 1 and k == 3 else second(h)
+            loss = F.cross_entropy(nn.Sequential(*rest)(h), y)
+        replica.engine.backward(loss)
+        replica.update()
+
+
+def test_a_boundary_that_does_not_fire_on_one_rank_ends_all_at_once():
+    with pytest.raises(ReplicaError, match=r"rank 1(?s:.*)\['1'\] did not") as caught:
+        on_ranks(leaves_a_boundary_out, seconds=20)
+    assert "hangs" not in str(caught.value)
+
+
+def of_three(rank):
+    replica = Replica(rank, split=(3, 3, 3))
+    for batch in batches(rows=9):
+        replica.step(batch)
+    return replica.state()
+
+
+def test_three_processes_do_what_one_does():
+    states = on_ranks(of_three, world_size=3)
+    assert same_bits(states[0], states[1])
+    assert same_bits(states[0], states[2])
+    assert_close(states[0], of_three(None), atol=1e-10)
