@@ -15,6 +15,7 @@ NAMES = {
         "DNIEngine",
         "Denominator",
         "EstimatorFactory",
+        "Exchange",
         "Feedback",
         "Gradient",
         "GradientEstimator",
@@ -48,7 +49,7 @@ NAMES = {
         "gradient_row_cosine",
         "gradient_sign_agreement",
     ],
-    "lightning_dni.strategies": ["DNIStrategy"],
+    "lightning_dni.strategies": ["DNIDDPStrategy", "DNIStrategy"],
 }
 
 WITHOUT_THE_PACKAGE = """
@@ -174,4 +175,4 @@ print(*StrategyRegistry.available_strategies())
 def test_importing_the_package_registers_its_strategies_and_does_nothing_else(package):
     done = python("-c", IMPORTED_TWICE, cwd=package.parent)
     assert done.returncode == 0, done.stderr
-    assert {"dni", "ddp"} <= set(done.stdout.split())
+    assert {"dni", "dni_ddp", "ddp"} <= set(done.stdout.split())

@@ -3,6 +3,7 @@
 from lightning_dni.core.boundary import BoundarySpec, LeafSpec
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Lock, Record, Signal
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.optimizer import OptimizerFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.report import BoundaryReport, HasEngine, Observable, StepReport
@@ -14,6 +15,7 @@ __all__ = [
     "DNIEngine",
     "Denominator",
     "EstimatorFactory",
+    "Exchange",
     "Feedback",
     "Gradient",
     "GradientEstimator",

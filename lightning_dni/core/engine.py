@@ -41,6 +41,7 @@ from lightning_dni.core.boundary import device_of, named_submodules, resolve_bou
 from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
@@ -78,6 +79,8 @@ class DNIEngine:
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite; "skip"
             leaves out that update of the estimator, and of a stage that was given such a gradient.
         seed: Seed of the engine's own streams; None: torch's initial seed.
+        exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
+        rank: Number of this replica, which has its own streams under `rng="stage"`.
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -101,6 +104,8 @@ class DNIEngine:
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
         seed: int | None = None,
+        exchange: Exchange | None = None,
+        rank: int = 0,
     ) -> None:
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
@@ -113,6 +118,8 @@ class DNIEngine:
         self._loss_denominator = loss_denominator
         self._rng = rng
         self._health = Health(on_nonfinite, self._modules)
+        self._exchange, self._replica = exchange, (rank,) if rank else ()
+        self._named: dict[str, nn.Parameter] = {}
         self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
         self._pool = EstimatorPool(
             tuple(self._modules),
@@ -211,6 +218,7 @@ class DNIEngine:
                 f"{whose}. Call `detach()` on that engine first."
             )
         self._device = device_of(self._model)
+        self._named = dict(self._model.named_parameters())
         # by name, since a module may have been replaced since the engine was made
         modules = named_submodules(self._model)
         self._taps.install({modules[n]: partial(self._on_boundary, n) for n in self._modules})
@@ -239,10 +247,11 @@ class DNIEngine:
         finally:
             self._in_forward = True
         if self._rng == "stage":
-            torch.manual_seed(
-                derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
-            )
+            torch.manual_seed(self._stage_seed(name, self._step.fired[name]))
         return passed_on
+
+    def _stage_seed(self, boundary: str | None, call: int) -> int:
+        return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
     def _on_output(self, output: Any) -> None:
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
@@ -263,6 +272,8 @@ class DNIEngine:
         accumulate: int = 1,
         scale: Tensor | None = None,
         several_losses: bool = False,
+        first: bool = True,
+        last: bool = True,
     ) -> Iterator[None]:
         """The block in which a training forward pass is cut.
 
@@ -272,6 +283,8 @@ class DNIEngine:
             scale: What a gradient scaler will multiply the loss with.
             several_losses: Whether the block holds any number of backward passes (or none), each through a
                 forward pass of its own, which need not run every boundary.
+            first: Whether it is the first of them, at which gradients are zeroed (for replicas only).
+            last: Whether it is the last of them, at which replicas exchange gradients.
 
         Raises:
             StageError: The engine is not attached.
@@ -283,10 +296,12 @@ class DNIEngine:
                 f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
                 "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
             )
-        settings = self._settings(batch, accumulate, scale, several_losses)
+        settings = self._settings(batch, accumulate, scale, several_losses, last)
         self._step = Step(settings, self._pool.install, self.profile)
+        if settings.exchange is not None:
+            settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._in_forward = None, "nothing", True
-        staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
+        staged = seeded(self._stage_seed(None, 0), self._device)
         try:
             with (
                 staged if self._rng == "stage" else nullcontext(),
@@ -332,7 +347,9 @@ class DNIEngine:
         self._examine(step, cuts)
         if step.settings.report:
             self._report = self._report_of(step, cuts)
-        self._pool.remember(step.merge(cuts))
+        self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
+        if self._in_forward and step.settings.exchange is not None:
+            step.settings.exchange.begin(fresh=False)
 
     def _report_of(self, step: Step, cuts: Sequence[Cut]) -> StepReport:
         truths: Mapping[Cut, Truth] = {}
@@ -351,7 +368,7 @@ class DNIEngine:
             self._health.sift(cuts, keep_stage=scaled)
         if not scaled:
             self._health.observe(self._steps - (not self._in_forward), step.loss, cuts)
-        if step.settings.check_values:
+        if step.settings.check_values and self._exchange is None:
             self._health.look()
 
     def check_values(self) -> None:
@@ -360,18 +377,20 @@ class DNIEngine:
         Raises:
             EstimatorError, StageError: Naming what it was and the step.
         """
-        self._health.look()
+        self._health.look(self._exchange)
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
         with self.profile("dni.estimator_step"):
-            self._pool.update()
+            self._pool.update(self._exchange)
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
 
-    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, several: bool) -> StepSettings:
+    def _settings(
+        self, batch: Any, accumulate: int, scale: Tensor | None, several: bool, last: bool
+    ) -> StepSettings:
         if accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
         return StepSettings(
@@ -387,6 +406,7 @@ class DNIEngine:
             check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
             own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
+            exchange=self._exchange if last else None,
         )
 
     # ---- state

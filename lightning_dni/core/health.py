@@ -1,7 +1,7 @@
 """Whether what went into a step is finite, looked at when the device may be waited for."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,13 +9,11 @@ from torch import Tensor
 
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Installed
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.errors import EstimatorError, StageError
 
 OnNonfinite = Literal["raise", "skip"]
 """What happens to an estimator's gradient that is not finite: an error, or no update in that step."""
-
-Agree = Callable[[list[bool]], list[bool]]
-"""Makes every process know whether all of them said yes, for each question."""
 
 
 class Observation(NamedTuple):
@@ -70,31 +68,37 @@ class Health:
             self._unread.append(Observation(step, loss, "loss"))
         self._unread += [Observation(step, v, "lesson", c.boundary, c.installed) for c, v in lessons]
 
-    def look(self) -> None:
+    def look(self, exchange: Exchange | None = None) -> None:
         """Look at what was observed since the last look; waits for an accelerator, once.
+
+        Args:
+            exchange: Lets every replica stop with the one that has found something; all have to look then.
 
         Raises:
             EstimatorError: An estimator gave, or learns from, something that is not finite.
-            StageError: A loss is not finite.
+            StageError: A loss is not finite, or another replica has found something.
         """
         unread, self._unread = self._unread, []
         values = _numbers([each.value for each in unread])
-        for each, value in zip(unread, values, strict=True):
-            if not math.isfinite(value):
-                raise _error(each, value)
+        pairs = zip(unread, values, strict=True)
+        error = next((_error(each, value) for each, value in pairs if not math.isfinite(value)), None)
+        if (exchange is None or exchange.agree(error is None)) and error is None:
+            return
+        raise error or StageError(
+            "Expected finite losses and gradients in every process, but got others in another one. "
+            "See its message."
+        )
 
-    def sift(self, cuts: Sequence[Cut], keep_stage: bool, agree: Agree | None = None) -> None:
+    def sift(self, cuts: Sequence[Cut], keep_stage: bool) -> None:
         """Take away the gradients of a step that are not finite, of estimators and of stages that got them.
 
         Args:
             cuts: The cuts that count.
             keep_stage: Leave the stages' gradients, for a gradient scaler to find.
-            agree: Makes all processes decide alike.
         """
         asked = [(c, v) for c in cuts for v in (c.said, c.learnt)]
         numbers = iter(_numbers([v for _, v in asked if v is not None]))
         finite = [v is None or math.isfinite(next(numbers)) for _, v in asked]
-        finite = finite if agree is None else agree(finite)
         for cut, said, learnt in zip(cuts, finite[::2], finite[1::2], strict=True):
             if not said and not keep_stage and cut.bp_lambda < 1.0:
                 cut.param_grads = []
@@ -104,7 +108,7 @@ class Health:
 
 
 def _numbers(values: Sequence[Tensor]) -> list[float]:
-    if all(v.device.type == "cpu" for v in values):
+    if not values or all(v.device.type == "cpu" for v in values):
         return [v.item() for v in values]
     first = values[0].device
     return torch.stack([v.to(first, torch.float32) for v in values]).tolist()

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import GradientEstimator, Installed, Signal
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory, ScheduleFactory
 from lightning_dni.core.randomness import RandomStream, derive_seed, seeded
 from lightning_dni.core.synthesis import learn
@@ -102,8 +103,21 @@ class EstimatorPool:
         self.optimizers.make()  # before the user's optimizer moves anything, if it cannot be made
         self._lessons.extend(lessons)
 
-    def update(self) -> None:
-        """Step with the accumulated gradients, then again on the same lessons as often as asked."""
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What the estimators train, by boundary and name."""
+        return {
+            f"{boundary}: {name}": parameter
+            for boundary in sorted(self.installed)
+            for name, parameter in self.installed[boundary].estimator.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def update(self, exchange: Exchange | None = None) -> None:
+        """Step with the accumulated gradients, then again on the same lessons as often as asked.
+
+        Args:
+            exchange: Averages the gradients of those further steps over replicas.
+        """
         if not self._pending:
             return
         self._pending = False
@@ -113,6 +127,8 @@ class EstimatorPool:
                 loss = learn(installed, record, feedback, share)
                 if loss is not None:
                     loss.backward()  # type: ignore[no-untyped-call]
+            if exchange is not None:
+                exchange.average(list(self.named_parameters().values()))
             self.optimizers.step()
         self.optimizers.advance()
         self._lessons.clear()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.target import Denominator, denominator
 
 
@@ -27,6 +28,7 @@ class StepSettings:
         check_values: Look at labels and synthetic gradients, which waits for an accelerator.
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
         own_parameters: The parameters of a boundary's module, where not every boundary need run.
+        exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
     """
 
     batch: Any
@@ -41,6 +43,7 @@ class StepSettings:
     check_values: bool = True
     keep_lessons: bool = False
     own_parameters: Callable[[str], Iterable[Tensor]] | None = None
+    exchange: Exchange | None = None
 
     @property
     def counts_elements(self) -> bool:

@@ -27,6 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
+from lightning_dni.core.exchange import Named
 from lightning_dni.core.probe import donated_buffers
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
@@ -66,6 +67,7 @@ class Step:
         self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
         self.loss: Tensor | None = None
+        self._last: list[Tensor] = []
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._profile = profile
@@ -95,6 +97,8 @@ class Step:
         self._synthesize(crossing)
         if not crossing.waits:
             self._settle(crossing)
+        if self.settings.exchange is not None:
+            self.settings.exchange.end_group()
         return flat[0] if structure is None else close_value(flat, structure)
 
     def see_output(self, output: Any) -> None:
@@ -205,6 +209,8 @@ class Step:
                 crossing.param_grads = local_gradients(
                     crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
                 )
+            if self.settings.exchange is not None:
+                self.settings.exchange.offer(crossing.param_grads)
         if not self.settings.probe:
             crossing.outputs = []
         self._let_go(crossing)
@@ -241,6 +247,8 @@ class Step:
         if made is None:
             return
         crossing.estimator_grads = made
+        if self.settings.exchange is not None:
+            self.settings.exchange.offer(crossing.estimator_grads)
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
 
@@ -282,7 +290,7 @@ class Step:
                 "compiled what contains it before the engine was attached, compile submodules of the model "
                 "instead, or call torch.compiler.reset() once the engine is attached."
             )
-        self.top = stage.parents
+        self.top, self._last = stage.parents, stage.variables
 
     def _reached_uncut(self, absent: list[str], last: Stage[Cut]) -> list[str]:
         """Those of the boundaries `absent` whose own parameters the loss came to all the same."""
@@ -320,6 +328,8 @@ class Step:
         Raises:
             EstimatorError: An estimator that counts was never told the network's output.
         """
+        if self.settings.exchange is not None:
+            self.settings.exchange.offer_accumulated(self._last)
         for crossing in self.top:
             self._deliver(crossing)
             if crossing.due:
@@ -335,11 +345,21 @@ class Step:
                 )
         return counted
 
-    def merge(self, counted: Sequence[Cut]) -> list[Lesson]:
-        """Add the gradients of the cuts that count to `.grad`; returns what to learn from again."""
-        for crossing in counted:
-            accumulate(crossing.param_grads)
-            accumulate(crossing.estimator_grads)
+    def merge(self, counted: Sequence[Cut], named: Named) -> list[Lesson]:
+        """Add the gradients of the cuts that count to `.grad`, averaged over replicas where there are any.
+
+        Args:
+            counted: The cuts that count, topmost first.
+            named: Gives the parameters that replicas share.
+
+        Returns:
+            What to learn from again.
+        """
+        gradients = [pair for cut in counted for pair in (*cut.param_grads, *cut.estimator_grads)]
+        if self.settings.exchange is None:
+            accumulate(gradients)
+        else:
+            self.settings.exchange.merge(gradients, named)
         return [crossing.lesson for crossing in counted if crossing.lesson is not None]
 
     def _counted(self, top: Sequence[Cut]) -> list[Cut]:

@@ -1,6 +1,7 @@
 """Lightning's view of the engine; importing this registers the strategies by name."""
 
 from lightning_dni.strategies._compat import StrategyRegistry
+from lightning_dni.strategies.ddp import DNIDDPStrategy
 from lightning_dni.strategies.single_device import DNIStrategy
 
 StrategyRegistry.register(
@@ -9,5 +10,11 @@ StrategyRegistry.register(
     description="Synthetic gradients (decoupled neural interfaces) on one device",
     override=True,  # importing twice is no mistake
 )
+StrategyRegistry.register(
+    DNIDDPStrategy.strategy_name,
+    DNIDDPStrategy,
+    description="Synthetic gradients (decoupled neural interfaces) in several processes, data-parallel",
+    override=True,
+)
 
-__all__ = ["DNIStrategy"]
+__all__ = ["DNIDDPStrategy", "DNIStrategy"]

@@ -46,6 +46,7 @@ class DecoupledTraining(Strategy):
         self._attached = False
         self._clears_early = False
         self._watched: dict[Optimizer, RemovableHandle] = {}
+        self._closes_window = True
 
     # ---- what others may see
 
@@ -88,7 +89,7 @@ class DecoupledTraining(Strategy):
             return
         _refuse_unsupported(trainer, self.optimizers)
         if self._engine is None or self._engine_of is not module:
-            self._engine, self._engine_of = self._options_for(module).build(module), module
+            self._engine, self._engine_of = self._build_engine(module), module
         if self._restored is not None:
             self._engine.load_state_dict(self._restored)
         elif self._resumes:
@@ -104,6 +105,9 @@ class DecoupledTraining(Strategy):
         self._attached = True
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
         self._watch_optimizers()
+
+    def _build_engine(self, module: pl.LightningModule) -> DNIEngine:
+        return self._options_for(module).build(module)
 
     @override
     def teardown(self) -> None:
@@ -124,10 +128,16 @@ class DecoupledTraining(Strategy):
         assert module is not None
         batch, trainer = args[0] if args else None, module.trainer
         automatic, accumulate = module.automatic_optimization, trainer.accumulate_grad_batches
-        if automatic and (accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0):
+        first = accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0
+        if automatic and first:
             self._begin_window()
         with self.engine.training_step(
-            batch, accumulate=accumulate, scale=self._loss_scale(), several_losses=not automatic
+            batch,
+            accumulate=accumulate,
+            scale=self._loss_scale(),
+            several_losses=not automatic,
+            first=first,
+            last=self._closes_window,
         ):
             return super().training_step(*args, **kwargs)
 

@@ -33,9 +33,9 @@ class DNIOptions:
     rng: Literal["global", "stage"] = "global"
     on_nonfinite: OnNonfinite = "raise"
 
-    def build(self, model: nn.Module) -> DNIEngine:
-        """An engine for `model`."""
-        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+    def build(self, model: nn.Module, **replica: Any) -> DNIEngine:
+        """An engine for `model`; `replica` says what makes it one of several (seed, exchange, rank)."""
+        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)}, **replica)
 
 
 def options_given(given: Mapping[str, Any]) -> DNIOptions | None:

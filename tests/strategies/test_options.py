@@ -10,8 +10,9 @@ import pytest
 import torch
 from fits import BOUNDARIES, CLASSES, LINEAR, Net, different, dni, fit, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_dni import DNIStrategy
+from lightning_dni import DNIDDPStrategy, DNIStrategy
 from lightning_dni.core import DNIEngine
 from lightning_dni.estimators import CriticEstimator, ZeroEstimator
 from lightning_dni.strategies.options import DNIOptions
@@ -46,12 +47,18 @@ def arguments(callable_):
 
 def test_strategy_module_and_engine_take_the_same_options_with_the_same_defaults():
     options = {f.name for f in fields(DNIOptions)}
-    of_engine = set(inspect.signature(DNIEngine).parameters) - {"model", "seed"}
+    of_replica = {"seed", "exchange", "rank"}
+    of_engine = set(inspect.signature(DNIEngine).parameters) - {"model"} - of_replica
     of_strategy = set(inspect.signature(DNIStrategy).parameters) - {"checkpoint_io", "precision_plugin"}
     assert options == of_engine == of_strategy
     defaults = arguments(DNIOptions)
-    assert {k: v for k, v in arguments(DNIEngine).items() if k != "seed"} == defaults
+    assert {k: v for k, v in arguments(DNIEngine).items() if k not in of_replica} == defaults
     assert {k: v for k, v in arguments(DNIStrategy).items() if k in defaults} == defaults
+    in_processes = arguments(DNIDDPStrategy)
+    assert {k: v for k, v in in_processes.items() if k in arguments(DNIStrategy)} == arguments(DNIStrategy)
+    of_ddp = {"process_group_backend", "timeout", "start_method"}
+    assert in_processes.keys() - arguments(DNIStrategy).keys() == {*of_ddp, "bucket_cap_mb"}
+    assert {k: in_processes[k] for k in of_ddp} == {k: arguments(DDPStrategy)[k] for k in of_ddp}
 
 
 def test_a_strategy_by_name_is_the_strategy_with_the_modules_options():
