@@ -1,26 +1,20 @@
 """DNIDDPStrategy in two real processes, against one process and against Lightning's own DDPStrategy."""
 
-import os
 import random
-import re
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from core.nets import assert_close
+from ddp_fits import ddp, fit_on_rank, state_of, trainers
 from fits import (
     BOUNDARIES,
     CLASSES,
     FEATURES,
     LINEAR,
     AtBatchEnd,
-    AtBatchStart,
     Net,
     different,
     dni,
@@ -31,47 +25,15 @@ from fits import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from replicas import TIMEOUT, ReplicaError, on_ranks
+from processes import TIMEOUT
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dni import DNIDDPStrategy, GradientMonitor
 from lightning_dni.estimators import LinearEstimator, MLPEstimator
-from lightning_dni.strategies._compat import MisconfigurationException
 
 LAMBDAS = (0.0, 0.5, 1.0)
-
-
-def ddp(**options):
-    return DNIDDPStrategy(**{"boundaries": BOUNDARIES, "estimator": LINEAR, "timeout": TIMEOUT, **options})
-
-
-def trainers(function, *args, world_size=2, **options):
-    """Run `function(rank, *args)` where a Trainer finds two processes; returns what both gave."""
-    return on_ranks(function, *args, world_size=world_size, grouped=False, **options)
-
-
-def fit_on_rank(rank, strategy, train=None, devices=2, module=None, **options):
-    """A fit in one of the processes; without `train` each has its rows of the same batches."""
-    module = net() if module is None else module
-    own = {"use_distributed_sampler": False, "train": rows_of(rank) if train is None else train}
-    return module, fit(module, strategy, devices=devices, **{**own, **options})
-
-
-def rows_of(rank, rows=64, batch_size=8):
-    """The rows of a process, of every batch; None for all."""
-    batches = list(loader(rows, batch_size))
-    own = batches if rank is None else [[t[rank::2] for t in batch] for batch in batches]
-    return DataLoader(own, batch_size=None)
-
-
-def state_of(module, strategy):
-    """The weights of the module and of the estimators."""
-    found = weights(module)
-    for boundary, estimator in strategy.engine.estimators.items():
-        found |= {f"{boundary}: {n}": t.clone() for n, t in estimator.state_dict().items()}
-    return found
 
 
 # ---- two processes do what one does on the joint batch
@@ -345,130 +307,3 @@ def test_a_monitor_measures_all_rows_and_changes_nothing():
     assert all(finite.values())
     assert "dni_mean_cosine" in finite
     assert different(first, trainers(monitored, False)[0][0]) == []
-
-
-# ---- checkpoints
-
-PLAIN = partial(DDPStrategy, timeout=TIMEOUT)
-BACKPROP = partial(ddp, bp_lambda=1.0)
-
-
-def run(rank, make, folder, **options):
-    """A fit in double precision, whose checkpoint goes to `folder`."""
-    devices = 1 if rank is None else 2
-    module = net().double()  # at once: Lightning restores weights before it converts them
-    module, trainer = fit_on_rank(
-        rank, make(), devices=devices, precision="64-true", module=module, **options
-    )
-    trainer.save_checkpoint(folder / f"{make.__name__ if make in (ddp, dni) else 'other'}.ckpt")
-    return weights(module), trainer.global_step
-
-
-def run_anywhere(make, folder, **options):
-    """What rank 0 has at the end; all ranks have the same."""
-    if make is dni:
-        return run(None, make, folder, **options)
-    (first, steps), (second, _) = trainers(partial(run, **options), make, folder)
-    assert different(first, second) == []
-    return first, steps
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(ddp, ddp), (ddp, dni), (dni, ddp), (BACKPROP, PLAIN), (PLAIN, BACKPROP)],
-    ids=["ddp-ddp", "ddp-dni", "dni-ddp", "ddp-plain", "plain-ddp"],
-)
-def test_a_checkpoint_goes_on_in_several_processes_and_in_one_and_under_plain_ddp(before, after, tmp_path):
-    run_anywhere(before, tmp_path)
-    (path,) = tmp_path.glob("*.ckpt")
-    went_on, steps = run_anywhere(after, tmp_path, ckpt_path=path, max_epochs=2)
-    whole, _ = run_anywhere(before, tmp_path, max_epochs=2)
-    assert steps == 16
-    assert_close(went_on, whole, atol=1e-10)
-
-
-def test_the_checkpoint_is_that_of_one_process(tmp_path):
-    run_anywhere(ddp, tmp_path)
-    run_anywhere(dni, tmp_path)
-    files = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("ddp", "dni")]
-    ours, one = (file["lightning_dni"] for file in files)
-    assert ours.keys() == one.keys()
-    for boundary in BOUNDARIES:
-        assert_close(ours["estimators"][boundary], one["estimators"][boundary], atol=1e-10)
-    assert ours["optimizers"][0]["param_groups"] == one["optimizers"][0]["param_groups"]
-
-
-# ---- failures
-
-
-def spoilt(rank, bp_lambda, whose):
-    def spoil(trainer, module, batch_idx):
-        if rank == whose and batch_idx == 2:
-            with torch.no_grad():
-                trainer.strategy.engine.estimators["net.1"].map.weight.fill_(float("nan"))
-
-    fit_on_rank(rank, ddp(bp_lambda=bp_lambda), callbacks=[AtBatchStart(spoil)])
-
-
-@pytest.mark.parametrize("bp_lambda", [0.0, 0.5])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_estimator_that_is_not_finite_on_one_rank_ends_the_run_everywhere(rank, bp_lambda):
-    with pytest.raises(ReplicaError, match=r"at boundary 'net.1' to give finite gradients") as caught:
-        trainers(spoilt, bp_lambda, rank, seconds=20)
-    assert "hangs" not in str(caught.value)
-
-
-SCRIPT = """
-import sys
-from datetime import timedelta
-import torch
-from fits import AtBatchStart, fit, net
-from lightning.pytorch import seed_everything
-from strategies.test_ddp import ddp
-
-torch.set_num_threads(1)
-
-def spoil(trainer, module, batch_idx):
-    if sys.argv[1] == str(module.global_rank) and batch_idx == 2:
-        with torch.no_grad():
-            trainer.strategy.engine.estimators["net.1"].map.weight.fill_(float("nan"))
-
-trainer = fit(net(), ddp(), devices=2, callbacks=[AtBatchStart(spoil)])
-print("rank", trainer.global_rank, "has finished at", trainer.global_step)
-"""
-
-
-def launched_by_lightning(spoilt, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])
-    return subprocess.run(
-        [sys.executable, "script.py", spoilt],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-
-
-@pytest.mark.slow
-def test_lightnings_own_launcher_starts_the_processes(tmp_path):
-    done = launched_by_lightning("nobody", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"rank \d has finished at 5", done.stdout)) == [
-        "rank 0 has finished at 5",
-        "rank 1 has finished at 5",
-    ]
-
-
-@pytest.mark.slow
-def test_a_failure_in_a_process_that_lightning_has_launched_is_told(tmp_path):
-    began = time.monotonic()
-    done = launched_by_lightning("1", tmp_path)
-    assert done.returncode != 0
-    assert "LinearEstimator at boundary 'net.1' to give finite gradients" in done.stderr
-    assert time.monotonic() - began < 60
-
-
-def test_an_empty_bucket_is_refused():
-    with pytest.raises(MisconfigurationException, match="`bucket_cap_mb` to be positive, but got 0"):
-        ddp(bucket_cap_mb=0.0)
