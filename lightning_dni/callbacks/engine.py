@@ -10,8 +10,14 @@ def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
     """The engine that `callback` is to work with.
 
     Raises:
-        MisconfigurationException: The strategy has none.
+        MisconfigurationException: The strategy has none, or the Trainer is another package's.
     """
+    if not isinstance(trainer, pl.Trainer):
+        raise MisconfigurationException(
+            f"Expected a Trainer of lightning.pytorch for {type(callback).__name__}, but got one of "
+            f"{type(trainer).__module__.partition('.')[0]}, whose classes are others. Replace "
+            "`import pytorch_lightning as pl` by `import lightning.pytorch as pl`, everywhere."
+        )
     strategy = trainer.strategy
     if isinstance(strategy, HasEngine) and isinstance(strategy.engine, Observable):
         return strategy.engine

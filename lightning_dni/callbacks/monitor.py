@@ -38,8 +38,9 @@ class GradientMonitor(pl.Callback):
     Keys are `dni_<metric>/<boundary>`; `dni_mean_cosine` and `dni_worst_error` over all boundaries; and
     of the steps since the last row without the measured one, `dni_step_time` (seconds per optimizer step,
     with data loading, without validation), `dni_samples_per_second` and `dni_peak_memory` (bytes; CUDA's
-    allocator, whose peak is then reset, or the whole process on a CPU). Loggers also get the run's
-    configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
+    allocator, whose peak is then reset, or the whole process on a CPU). Where updates may be skipped
+    (`on_nonfinite="skip"`, a gradient scaler), `dni_skipped/<boundary>` counts them. Loggers also get the
+    run's configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
     picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
 
     Args:
@@ -206,7 +207,9 @@ class GradientMonitor(pl.Callback):
         values |= _over_boundaries(measured)
         timing = self._clock.read()
         self._remember(measured, values, timing)
-        row: dict[str, Tensor | float] = {**values, **timing, **self._memory}
+        assert self._engine is not None
+        skipped = {key_of("dni_skipped", name): float(n) for name, n in self._engine.skipped.items()}
+        row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **skipped}
         pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
         self._logged = tuple(row)
         self._measured, self._windows = True, {}

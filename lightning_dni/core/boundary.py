@@ -186,3 +186,23 @@ def choose_by_pattern(name: str, choice: T | Mapping[str, T], argument: str) -> 
         f"Expected a pattern in `{argument}` to match boundary {name!r}, but got only "
         f"{sorted(choice)}. Add the name, or '*' for the rest."
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter of `model` is; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def resolve_output(model: nn.Module, output: str | None) -> nn.Module:
+    """The submodule named `output`, or `model` itself for None.
+
+    Raises:
+        BoundaryError: There is none of that name.
+    """
+    modules = named_submodules(model)
+    if output is not None and output not in modules:
+        raise BoundaryError(
+            f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
+            f"Its children are {[n for n in modules if n and '.' not in n]}."
+        )
+    return model if output is None else modules[output]

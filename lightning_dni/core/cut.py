@@ -28,6 +28,7 @@ class Cut:
         bp_lambda: Weight of the true gradient.
         waits: Whether the stage is only differentiated when its target has arrived.
         elements_unknown: Whether `factor` still lacks the number of output elements.
+        consumed: Whether the loss has come back through it.
         consumer: What differentiates the stage above, for messages.
         record: What the estimator said, until its loss and its correction were taken.
         awaited: What the estimator still has to be told.
@@ -38,7 +39,9 @@ class Cut:
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
-        loss: The estimator's loss.
+        loss: The estimator's loss, for reports.
+        said: A scalar that is finite if the synthetic gradient is.
+        learnt: A scalar that is finite if what the estimator learns from is.
         lesson: What further steps of the estimator learn from.
         param_grads: Gradients of the stage's variables, until they are merged.
         estimator_grads: Gradients of the estimator's parameters, until they are merged.
@@ -53,6 +56,7 @@ class Cut:
     bp_lambda: float
     waits: bool
     elements_unknown: bool
+    consumed: bool = False
     consumer: str | None = None
     record: Record | None = None
     awaited: set[Signal] = field(default_factory=set)
@@ -64,6 +68,8 @@ class Cut:
     target: Gradient | None = None
     output: Tensor | None = None
     loss: Tensor | None = None
+    said: Tensor | None = None
+    learnt: Tensor | None = None
     lesson: Lesson | None = None
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)

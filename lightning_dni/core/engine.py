@@ -1,19 +1,6 @@
 """DNIEngine: training with synthetic gradients in one process, for Lightning and for plain torch loops.
 
-One training step, as the engine does it:
-
-1. The forward pass reaches a boundary with activation `h`; a detached copy is passed on.
-2. The boundary's estimator gives SG(h, c). The stage below is differentiated against it at once, its
-   gradients are set aside, its activations freed.
-3. What that leaves at the boundary below is the target gradient there: its estimator's gradient is
-   taken and `h` is released.
-4. The loss is differentiated through the last stage only.
-5. The gradients of every forward pass through which the loss came back are merged into `.grad`; those of
-   other passes are dropped.
-6. The user's optimizer steps, then the estimators'.
-
-With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
-1 that is backprop.
+One training step is told in `core/step.py`.
 
 Example: a plain torch loop.
 
@@ -43,25 +30,29 @@ True
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import choose_by_pattern, named_submodules, resolve_boundaries
+from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
+from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import GradientEstimator
-from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.health import Health, OnNonfinite
+from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
-from lightning_dni.core.probe import true_gradients
+from lightning_dni.core.probe import Truth, true_gradients
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
-from lightning_dni.core.step import Step
-from lightning_dni.core.tap import Taps, carries_taps, is_compiled, refuse_one_graph
-from lightning_dni.core.target import Denominator, check_denominator
-from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+from lightning_dni.core.stage import in_place_errors
+from lightning_dni.core.step import Profile, Step, no_profile
+from lightning_dni.core.tap import Taps, carries_taps, drop_compiled, one_graph_errors
+from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
+from lightning_dni.errors import EstimatorError, StageError
 
 
 class DNIEngine:
@@ -76,11 +67,16 @@ class DNIEngine:
         output: Name of the submodule whose output is the network's output; None: `model` itself.
         estimator_optimizer: Makes the estimators' optimizer from parameters; or {pattern: factory}.
         estimator_steps: Steps that the estimators take per step of the user's optimizer.
+        estimator_scheduler: Makes a learning-rate scheduler from the estimators' optimizer, one step of which
+            follows each update.
+        estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: Lambda of BP(lambda), 0 (synthetic only) to 1 (backprop); or {pattern: value}.
         loss_denominator: What the user's loss is divided by: "batch" (mean over rows), "sum",
             "elements" (mean over rows and output elements), or a callable of batch and h.
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
+        on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite; "skip"
+            leaves out that update of the estimator, and of a stage that was given such a gradient.
         seed: Seed of the engine's own streams; None: torch's initial seed.
 
     Raises:
@@ -98,9 +94,12 @@ class DNIEngine:
         output: str | None = None,
         estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         estimator_steps: int = 1,
+        estimator_scheduler: ScheduleFactory | None = None,
+        estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
+        on_nonfinite: OnNonfinite = "raise",
         seed: int | None = None,
     ) -> None:
         check_denominator(loss_denominator)
@@ -109,20 +108,23 @@ class DNIEngine:
         self._model = model
         self._modules = resolve_boundaries(model, boundaries)
         self._output = output
-        _resolve_output(model, output)
+        resolve_output(model, output)
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
-        self._bp_lambda = dict.fromkeys(self._modules, 0.0)
-        self.set_bp_lambda(bp_lambda)
+        self._health = Health(on_nonfinite, self._modules)
+        self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
         self._pool = EstimatorPool(
             tuple(self._modules),
             estimator,
             estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
             estimator_steps,
             torch.initial_seed() if seed is None else seed,
+            estimator_scheduler,
+            estimator_clip_norm,
         )
-        self._device = _device_of(model)
+        self.profile: Profile = no_profile
+        self._device = device_of(model)
         self._taps = Taps()
         self._step: Step | None = None
         self._in_forward = False
@@ -148,6 +150,11 @@ class DNIEngine:
         """The lambda of BP(lambda) at each boundary."""
         return dict(self._bp_lambda)
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of estimator updates left out so far because something was not finite."""
+        return dict(self._health.skipped)
+
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
         """Change lambda from the next training step on.
 
@@ -158,13 +165,7 @@ class DNIEngine:
             EstimatorError: A value is outside [0, 1].
             BoundaryError: No pattern matches a boundary.
         """
-        chosen = {n: choose_by_pattern(n, value, "bp_lambda") for n in self._modules}
-        for name, bp_lambda in chosen.items():
-            if not isinstance(bp_lambda, (int, float)) or not 0.0 <= bp_lambda <= 1.0:
-                raise EstimatorError(
-                    f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda!r} for boundary {name!r}."
-                )
-        self._bp_lambda = {name: float(bp_lambda) for name, bp_lambda in chosen.items()}
+        self._bp_lambda = choose_lambdas(self._modules, value)
 
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
@@ -188,6 +189,7 @@ class DNIEngine:
             "bp_lambda": self.bp_lambda,
             "loss_denominator": str(self._loss_denominator),
             "rng": self._rng,
+            "on_nonfinite": "skip" if self._health.skips else "raise",
             "seed": self._pool.seed,
         }
 
@@ -195,9 +197,6 @@ class DNIEngine:
 
     def attach(self) -> None:
         """Hook the model. Outside a training step the hooks do nothing.
-
-        Where some of the model is compiled, code that torch.compile has made so far is dropped, since it
-        would pass by hooks that it has not seen; it is made again, with the hooks, when it is next run.
 
         Raises:
             StageError: The engine is attached already, or another one is.
@@ -208,13 +207,12 @@ class DNIEngine:
                 f"Expected a model without hooks of an engine, but {type(self._model).__name__} already has "
                 f"{whose}. Call `detach()` on that engine first."
             )
-        self._device = _device_of(self._model)
+        self._device = device_of(self._model)
         # by name, since a module may have been replaced since the engine was made
         modules = named_submodules(self._model)
         self._taps.install({modules[n]: partial(self._on_boundary, n) for n in self._modules})
-        self._taps.install({_resolve_output(self._model, self._output): self._on_output})
-        if is_compiled(self._model):
-            torch.compiler.reset()
+        self._taps.install({resolve_output(self._model, self._output): self._on_output})
+        drop_compiled(self._model)
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -231,11 +229,7 @@ class DNIEngine:
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
             return None
-        self._in_forward = False  # a checkpoint may run modules again while stages are differentiated
-        try:
-            passed_on = self._step.cut(name, output)
-        finally:
-            self._in_forward = True
+        passed_on = self._step.cut(name, output)
         if self._rng == "stage":
             torch.manual_seed(
                 derive_seed(self._pool.seed, "stage", name, self._step.fired[name], self._steps)
@@ -243,19 +237,19 @@ class DNIEngine:
         return passed_on
 
     def _on_output(self, output: Any) -> None:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
-            return
-        self._in_forward = False
-        try:
+        if self._step is not None and self._in_forward and torch.is_grad_enabled():
             self._step.see_output(output)
-        finally:
-            self._in_forward = True
 
     # ---- one step
 
     @contextmanager
     def training_step(
-        self, batch: Any = None, *, accumulate: int = 1, scale: Tensor | None = None
+        self,
+        batch: Any = None,
+        *,
+        accumulate: int = 1,
+        scale: Tensor | None = None,
+        several_losses: bool = False,
     ) -> Iterator[None]:
         """The block in which a training forward pass is cut.
 
@@ -263,6 +257,8 @@ class DNIEngine:
             batch: The user's batch; the context is found in it as `labels` says.
             accumulate: Number of forward passes whose losses the user averages.
             scale: What a gradient scaler will multiply the loss with.
+            several_losses: Whether the block holds any number of backward passes (or none), each through a
+                forward pass of its own, which need not run every boundary.
 
         Raises:
             StageError: The engine is not attached.
@@ -274,26 +270,20 @@ class DNIEngine:
                 f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
                 "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
             )
-        self._step = Step(self._settings(batch, accumulate, scale), self._pool.install)
+        settings = self._settings(batch, accumulate, scale, several_losses)
+        self._step = Step(settings, self._pool.install, self.profile)
         self._report, self._requested, self._in_forward = None, "nothing", True
         staged = seeded(derive_seed(self._pool.seed, "stage", None, 0, self._steps), self._device)
         try:
-            with staged if self._rng == "stage" else nullcontext():
+            drawn = staged if self._rng == "stage" else nullcontext()
+            with drawn, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
                 yield
-        except RuntimeError as error:
-            refuse_one_graph(error, self.boundaries)
-            if "leaf Variable that requires grad" in str(error) and self._step.fired:
-                raise BoundaryError(
-                    f"Expected the output of a boundary in {sorted(self._step.fired)} not to be changed in "
-                    "place by what follows it, but got an in-place operation on it. Choose as boundary "
-                    "the module that makes the change (an inplace=True activation, say), or make it out "
-                    "of place."
-                ) from error
-            raise
+            self._elements_per_row = self._step.elements_per_row
+            self._steps += 1  # a step that failed will be taken again
         finally:
             self._in_forward = False
-            self._elements_per_row = self._step.elements_per_row
-            self._steps += 1
+            if several_losses:
+                self._step = None
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate `loss` through the last stage and merge every gradient that counts.
@@ -319,26 +309,55 @@ class DNIEngine:
     def finish_backward(self) -> None:
         """Last third of `backward`: settle what came back and merge it into `.grad`."""
         assert self._step is not None
-        step, self._step = self._step, None
+        step = self._step
+        if not self._in_forward:  # else the forward pass of another loss may follow
+            self._step = None
         cuts = step.finish()
+        self._examine(step, cuts)
         if step.settings.report:
-            truths = true_gradients(cuts, step.top) if step.settings.probe else {}
-            names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
-            self._report = report_step(self._steps - 1, cuts, truths, names)
+            self._report = self._report_of(step, cuts)
         self._pool.remember(step.merge(cuts))
+
+    def _report_of(self, step: Step, cuts: Sequence[Cut]) -> StepReport:
+        truths: Mapping[Cut, Truth] = {}
+        if step.settings.probe:
+            with self.profile("dni.probe"):
+                truths = true_gradients(cuts, step.top)
+        names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
+        found = report_step(self._steps - (not self._in_forward), cuts, truths, names)
+        if self._report is None:
+            return found
+        return replace(found, boundaries={**self._report.boundaries, **found.boundaries})
+
+    def _examine(self, step: Step, cuts: Sequence[Cut]) -> None:
+        scaled = step.settings.scale is not None
+        if scaled or self._health.skips:
+            self._health.sift(cuts, keep_stage=scaled)
+        if not scaled:
+            self._health.observe(self._steps - (not self._in_forward), step.loss, cuts)
+        if step.settings.check_values:
+            self._health.look()
+
+    def check_values(self) -> None:
+        """Raise for what was not finite in any step since the last look; waits for an accelerator.
+
+        Raises:
+            EstimatorError, StageError: Naming what it was and the step.
+        """
+        self._health.look()
 
     def update_estimators(self) -> None:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
-        self._pool.update()
+        with self.profile("dni.estimator_step"):
+            self._pool.update()
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
 
-    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None) -> StepSettings:
+    def _settings(self, batch: Any, accumulate: int, scale: Tensor | None, several: bool) -> StepSettings:
         if accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
-        on_cpu = self._device.type == "cpu"
         return StepSettings(
             batch=batch,
             context=find_context(batch, self._labels),
@@ -349,8 +368,9 @@ class DNIEngine:
             scale=scale,
             report=self._requested != "nothing",
             probe=self._requested == "probe",
-            check_values=on_cpu or self._steps == 0 or self._requested != "nothing",
+            check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
+            own_parameters=(lambda n: self._model.get_submodule(n).parameters()) if several else None,
         )
 
     # ---- state
@@ -362,6 +382,7 @@ class DNIEngine:
             "steps": self._steps,
             "bp_lambda": self.bp_lambda,
             "elements_per_row": self._elements_per_row,
+            "skipped": self.skipped,
             **self._pool.state_dict(),
         }
 
@@ -374,22 +395,9 @@ class DNIEngine:
             BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
-        self._device = _device_of(self._model)
+        self._device = device_of(self._model)
         self._pool.load_state_dict(state, self._device)
         self._steps = state["steps"]
         self._elements_per_row = state["elements_per_row"]
+        self._health.skipped.update(state["skipped"])
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _resolve_output(model: nn.Module, output: str | None) -> nn.Module:
-    modules = named_submodules(model)
-    if output is not None and output not in modules:
-        raise BoundaryError(
-            f"Expected `output` to name a submodule of {type(model).__name__}, but got {output!r}. "
-            f"Its children are {[n for n in modules if n and '.' not in n]}."
-        )
-    return model if output is None else modules[output]

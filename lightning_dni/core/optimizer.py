@@ -1,42 +1,64 @@
-"""The estimators' optimizers: one per factory."""
+"""The estimators' optimizers, their schedules and their clipping."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.estimator import Installed
 from lightning_dni.errors import EstimatorError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
 
 class EstimatorOptimizers:
-    """One optimizer per factory, over the estimators built so far.
+    """One optimizer per factory, over the estimators that were built at the same time.
 
-    Estimators built between two steps share a parameter group, which names its `boundaries`; fused and
-    vectorized optimizers then work on all of them at once.
+    Their parameters share a group, which names its `boundaries`: fused and vectorized optimizers then work
+    on all of them at once. An estimator built later, for a stage that was thawed, gets an optimizer of its
+    own, whose schedule starts then.
 
     Args:
         factory: Makes an optimizer from parameter groups, or {boundary pattern: such a factory};
             boundaries that share a factory share an optimizer.
         boundaries: Names of all boundaries.
+        schedule: Makes a learning-rate scheduler from an optimizer; None for constant rates.
+        clip_norm: Norm to which the gradients of each estimator are clipped; None for no clipping.
+
+    Attributes:
+        clip_norm: The same.
 
     Raises:
         BoundaryError: No pattern matches a boundary.
+        EstimatorError: `clip_norm` is not positive.
     """
 
     def __init__(
-        self, factory: OptimizerFactory | Mapping[str, OptimizerFactory], boundaries: Sequence[str]
+        self,
+        factory: OptimizerFactory | Mapping[str, OptimizerFactory],
+        boundaries: Sequence[str],
+        schedule: ScheduleFactory | None = None,
+        clip_norm: float | None = None,
     ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise EstimatorError(
+                f"Expected `estimator_clip_norm` to be a norm above 0, or None, but got {clip_norm!r}."
+            )
         self._factories = {n: choose_by_pattern(n, factory, "estimator_optimizer") for n in boundaries}
-        self._optimizers: dict[int, Optimizer] = {}
+        self._schedule = schedule
+        self.clip_norm = clip_norm
+        self._optimizers: list[Optimizer] = []
+        self._schedulers: list[LRScheduler] = []
+        self._owned: list[tuple[nn.Parameter, ...]] = []
         self._waiting: dict[str, Installed] = {}
 
     def __iter__(self) -> Iterator[Optimizer]:
         self.make()
-        return iter(self._optimizers.values())
+        return iter(self._optimizers)
 
     def add(self, boundary: str, installed: Installed) -> None:
         """Take over the parameters of the estimator at `boundary`."""
@@ -53,34 +75,62 @@ class EstimatorOptimizers:
             self._take_over(list(self._waiting))
 
     def _take_over(self, boundaries: Sequence[str]) -> None:
-        """Give the estimators that wait at `boundaries` to their optimizers, one group for each."""
+        """Make optimizers for the estimators that wait at `boundaries`, one per factory."""
         by_factory: dict[int, list[str]] = {}
         for name in boundaries:
             by_factory.setdefault(id(self._factories[name]), []).append(name)
-        for key, names in by_factory.items():
-            parameters = [p for name in names for p in self._waiting.pop(name).parameters]
-            group = {"params": parameters, "boundaries": names}
-            if key in self._optimizers:
-                self._optimizers[key].add_param_group(group)
-            else:
-                self._optimizers[key] = _make(self._factories[names[0]], group)
+        for names in by_factory.values():
+            owned = [self._waiting.pop(name).parameters for name in names]
+            group = {"params": [p for each in owned for p in each], "boundaries": names}
+            optimizer = _make(self._factories[names[0]], group)
+            self._optimizers.append(optimizer)
+            self._owned += owned
+            if self._schedule is not None:
+                self._schedulers.append(_schedule(self._schedule, optimizer))
 
     def step(self) -> None:
-        """Take one step with the gradients that are there, and clear them."""
-        for optimizer in self:
+        """Take one step with the gradients that are there, clipped where asked, and clear them."""
+        self.make()
+        if self.clip_norm is not None:
+            for parameters in self._owned:
+                nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        for optimizer in self._optimizers:
             optimizer.step()
         self.zero_grad()
 
+    def advance(self) -> None:
+        """Move every schedule on by a step."""
+        for scheduler in self._schedulers:
+            scheduler.step()
+
     def zero_grad(self) -> None:
         """Forget the gradients (`Optimizer.zero_grad` spends more on being profiled)."""
-        for optimizer in self:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        for parameters in self._owned:
+            for parameter in parameters:
+                parameter.grad = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """One state per optimizer, in the order in which they were made."""
-        return [optimizer.state_dict() for optimizer in self]
+        """One state per optimizer with its `kind`, in the order in which they were made."""
+        self.make()
+        return [{"kind": type(each).__name__, **each.state_dict()} for each in self._optimizers]
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """One state per scheduler, in the same order."""
+        return [scheduler.state_dict() for scheduler in self._schedulers]
+
+    def load_schedules(self, states: Sequence[dict[str, Any]]) -> None:
+        """Load what `schedules` gave, after the optimizers' states.
+
+        Raises:
+            EstimatorError: There are more or fewer schedules here.
+        """
+        if len(states) != len(self._schedulers):
+            raise EstimatorError(
+                f"Expected {len(self._schedulers)} schedules of estimator optimizers, but got {len(states)}. "
+                "Resume with the `estimator_scheduler` of the saved run."
+            )
+        for scheduler, state in zip(self._schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Load what `state_dict` gave, into optimizers over the same estimators, none of them made yet.
@@ -102,8 +152,13 @@ class EstimatorOptimizers:
                 f"Expected {len(self._optimizers)} states of estimator optimizers, but got {len(states)}. "
                 "Resume with the `estimator_optimizer` of the saved run."
             )
-        for optimizer, state in zip(self._optimizers.values(), states, strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            if type(optimizer).__name__ != state["kind"]:
+                raise EstimatorError(
+                    f"Expected the state of the estimators' {type(optimizer).__name__}, but got that of "
+                    f"{state['kind']}. Resume with the `estimator_optimizer` of the saved run."
+                )
+            optimizer.load_state_dict({key: value for key, value in state.items() if key != "kind"})
 
 
 def _make(factory: OptimizerFactory, group: dict[str, Any]) -> Optimizer:
@@ -114,3 +169,13 @@ def _make(factory: OptimizerFactory, group: dict[str, Any]) -> Optimizer:
             f"{type(optimizer).__name__}. Pass partial(torch.optim.Adam, lr=...), for example."
         )
     return optimizer
+
+
+def _schedule(factory: ScheduleFactory, optimizer: Optimizer) -> LRScheduler:
+    scheduler = factory(optimizer)
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise EstimatorError(
+            "Expected `estimator_scheduler` to make a torch scheduler that steps without a metric, but got "
+            f"{type(scheduler).__name__}. Pass partial(StepLR, step_size=1000), for example."
+        )
+    return scheduler

@@ -1,6 +1,7 @@
 """The estimators of an engine: built from their first activation or from saved state, with optimizers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import GradientEstimator, Installed, Signal
-from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory
+from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory, ScheduleFactory
 from lightning_dni.core.randomness import RandomStream, derive_seed, seeded
 from lightning_dni.core.synthesis import learn
 from lightning_dni.errors import BoundaryError, EstimatorError
@@ -29,9 +30,11 @@ class EstimatorPool:
         optimizer: Makes their optimizer; or {boundary pattern: factory}.
         steps: Steps that the estimators take per update.
         seed: Seed of the streams in which they are built.
+        schedule: Makes a learning-rate scheduler from such an optimizer.
+        clip_norm: Norm to which the gradients of each estimator are clipped.
 
     Raises:
-        EstimatorError: `steps` is below one.
+        EstimatorError: `steps` is below one, or `clip_norm` not positive.
         BoundaryError: No pattern matches a boundary.
     """
 
@@ -42,6 +45,8 @@ class EstimatorPool:
         optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
         steps: int,
         seed: int,
+        schedule: ScheduleFactory | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise EstimatorError(
@@ -49,8 +54,8 @@ class EstimatorPool:
             )
         self._factories = {n: choose_by_pattern(n, factory, "estimator") for n in boundaries}
         self._boundaries = tuple(boundaries)
-        self._optimizer = optimizer
-        self.optimizers = EstimatorOptimizers(optimizer, boundaries)
+        self._make_optimizers = partial(EstimatorOptimizers, optimizer, boundaries, schedule, clip_norm)
+        self.optimizers = self._make_optimizers()
         self.steps = steps
         self.seed = seed
         self._specs: dict[str, BoundarySpec] = {}
@@ -99,6 +104,8 @@ class EstimatorPool:
 
     def update(self) -> None:
         """Step with the accumulated gradients, then again on the same lessons as often as asked."""
+        if not self._pending:
+            return
         self._pending = False
         self.optimizers.step()
         for _ in range(self.steps - 1):
@@ -107,6 +114,7 @@ class EstimatorPool:
                 if loss is not None:
                     loss.backward()  # type: ignore[no-untyped-call]
             self.optimizers.step()
+        self.optimizers.advance()
         self._lessons.clear()
 
     def drop_gradients(self) -> None:
@@ -130,6 +138,7 @@ class EstimatorPool:
                 {"name": type(o).__name__, "lr": o.param_groups[0].get("lr")} for o in self.optimizers
             ],
             "estimator_steps": self.steps,
+            "estimator_clip_norm": self.optimizers.clip_norm,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,9 +147,11 @@ class EstimatorPool:
             "boundaries": list(self._boundaries),
             "seed": self.seed,
             "specs": [spec.state_dict() for spec in self._specs.values()],
+            "kinds": {n: type(i.estimator).__name__ for n, i in self.installed.items()},
             "estimators": {n: i.estimator.state_dict() for n, i in self.installed.items()},
             "streams": {n: i.stream.state_dict() for n, i in self.installed.items() if i.stream is not None},
             "optimizers": self.optimizers.state_dict(),
+            "schedules": self.optimizers.schedules(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -156,16 +167,26 @@ class EstimatorPool:
                 f"{list(state['boundaries'])}. Resume with the `boundaries` of the saved run, or start its "
                 "estimators afresh."
             )
-        here, self._specs, self.installed = self._specs, {}, {}
-        self.seed = state["seed"]
+        before = self._specs, self.installed, self.seed, self.optimizers, self._restored
+        here, self._specs, self.installed, self._restored = self._specs, {}, {}, set()
+        try:
+            self._become(state, device, here)
+        except Exception:  # a state that is refused changes nothing
+            self._specs, self.installed, self.seed, self.optimizers, self._restored = before
+            raise
         self._lessons.clear()
-        self.optimizers = EstimatorOptimizers(self._optimizer, self._boundaries)
+
+    def _become(
+        self, state: Mapping[str, Any], device: torch.device, here: Mapping[str, BoundarySpec]
+    ) -> None:
+        self.seed = state["seed"]
+        self.optimizers = self._make_optimizers()
         for saved in state["specs"]:
             spec = BoundarySpec.from_state_dict(saved, device)
             if spec.name in here:
                 _check_width(spec, here[spec.name])
             self._build(spec)
-            self._load(spec.name, state["estimators"][spec.name])
+            self._load(spec.name, state["kinds"][spec.name], state["estimators"][spec.name])
             self._restored.add(spec.name)
         for name, stream in state["streams"].items():
             installed = self.installed[name]
@@ -173,9 +194,15 @@ class EstimatorPool:
                 installed.stream.load_state_dict(stream)
         if "optimizers" in state:  # absent where only weights were saved
             self.optimizers.load_state_dict(state["optimizers"])
+            self.optimizers.load_schedules(state["schedules"])
 
-    def _load(self, name: str, state: Mapping[str, Tensor]) -> None:
+    def _load(self, name: str, kind: str, state: Mapping[str, Tensor]) -> None:
         estimator = self.installed[name].estimator
+        if type(estimator).__name__ != kind:
+            raise EstimatorError(
+                f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got that of a "
+                f"{kind}. Resume with the `estimator` of the saved run."
+            )
         try:
             estimator.load_state_dict(state)
         except RuntimeError as error:

@@ -63,13 +63,18 @@ def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor
         ) from error
 
 
-def refuse_donated_buffers(error: RuntimeError, boundary: str) -> None:
+@contextmanager
+def donated_buffer_errors(boundary: str) -> Iterator[None]:
     """Say what to do where a compiled graph cannot be kept for a second pass.
 
     Raises:
-        StageError: That is what `error` is about.
+        StageError: In place of torch's error.
     """
-    if "donated buffers" in str(error):
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
         raise StageError(
             f"Expected the stage below boundary {boundary!r} to be differentiable twice on a probe step, but "
             "torch.compile has made a graph that reuses its memory. Set "

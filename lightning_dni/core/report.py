@@ -72,6 +72,10 @@ class Observable(Protocol):
     def bp_lambda(self) -> dict[str, float]:
         """The lambda of BP(lambda) at each boundary."""
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of skipped estimator updates by boundary; empty where none can be."""
+
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
         """Change lambda from the next training step on, everywhere or by boundary or pattern."""
 

@@ -1,6 +1,6 @@
 """What holds for one whole training step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class StepSettings:
         probe: Keep graphs for the true gradients.
         check_values: Look at labels and synthetic gradients, which waits for an accelerator.
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
+        own_parameters: The parameters of a boundary's module, where not every boundary need run.
     """
 
     batch: Any
@@ -39,6 +40,7 @@ class StepSettings:
     probe: bool = False
     check_values: bool = True
     keep_lessons: bool = False
+    own_parameters: Callable[[str], Iterable[Tensor]] | None = None
 
     @property
     def counts_elements(self) -> bool:

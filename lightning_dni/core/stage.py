@@ -1,6 +1,7 @@
 """A stage is what autograd says it is: the graph from one cut down to the cuts and leaves below it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -156,3 +157,23 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
             variable.grad = gradient + variable.grad
         else:
             variable.grad = variable.grad.add_(gradient)
+
+
+@contextmanager
+def in_place_errors(boundaries: Collection[str]) -> Iterator[None]:
+    """Say which of the `boundaries` that have run may not be changed in place, where autograd says only why.
+
+    Raises:
+        BoundaryError: In place of autograd's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" in str(error) and boundaries:
+            raise BoundaryError(
+                f"Expected the output of a boundary in {sorted(boundaries)} not to be changed in "
+                "place by what follows it, but got an in-place operation on it. Choose as boundary "
+                "the module that makes the change (an inplace=True activation, say), or make it out "
+                "of place."
+            ) from error
+        raise

@@ -1,8 +1,22 @@
-"""One decoupled training step: cut on the way up, settle on the way down."""
+"""One decoupled training step: cut on the way up, settle on the way down.
+
+1. The forward pass reaches a boundary with activation `h`; a detached copy is passed on.
+2. The boundary's estimator gives SG(h, c). The stage below is differentiated against it at once, its
+   gradients are set aside, its activations freed.
+3. What that leaves at the boundary below is the target gradient there: its estimator's gradient is
+   taken and `h` is released.
+4. The loss is differentiated through the last stage only.
+5. The gradients of every forward pass through which the loss came back are merged into `.grad`; those of
+   other passes are dropped.
+6. The user's optimizer steps, then the estimators'.
+
+With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
+1 that is backprop.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +27,23 @@ from torch.utils.weak import TensorWeakRef
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
-from lightning_dni.core.probe import refuse_donated_buffers
+from lightning_dni.core.probe import donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import check_gradient, differentiate_loss, synthesize
+from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Context = Tensor | None
+Profile = Callable[[str], AbstractContextManager[object]]
+"""Times what runs inside it, under a name."""
+
+_UNTIMED: AbstractContextManager[object] = nullcontext()
+
+
+def no_profile(name: str) -> AbstractContextManager[object]:
+    """Time nothing."""
+    return _UNTIMED
 
 
 class Step:
@@ -29,15 +52,23 @@ class Step:
     Args:
         settings: What holds for the whole step.
         install: Gives the estimator of a boundary, building it from its first activation.
+        profile: Times the phases of the step.
     """
 
-    def __init__(self, settings: StepSettings, install: Callable[[str, Sequence[Tensor]], Installed]) -> None:
+    def __init__(
+        self,
+        settings: StepSettings,
+        install: Callable[[str, Sequence[Tensor]], Installed],
+        profile: Profile = no_profile,
+    ) -> None:
         self.settings = settings
         self.cuts: list[Cut] = []
         self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
+        self.loss: Tensor | None = None
         self.elements_per_row = settings.elements_per_row
         self._install = install
+        self._profile = profile
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
@@ -108,6 +139,12 @@ class Step:
 
     def _consume(self, stage: Stage[Cut], consumer: str) -> None:
         for parent in stage.parents:
+            if parent.consumed:
+                raise BoundaryError(
+                    f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
+                    f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
+                    "through. Add the losses up, or run the forward pass once more."
+                )
             if parent.consumer is not None:
                 raise BoundaryError(
                     f"A path leaks around {parent.consumer}: the output of boundary "
@@ -154,20 +191,20 @@ class Step:
             record = crossing.record
             corrected = crossing.installed.estimator.correct(record, self._feedback(crossing))
             if corrected is not None:
-                check_gradient(corrected, record.h, crossing, self.settings.check_values)
-                crossing.synthetic = corrected
+                check_shapes(corrected, record.h, crossing)
+                crossing.synthetic, crossing.said = corrected, observed(corrected)
         gradients = crossing.applied_gradient()
         if gradients is not None:
             device = crossing.outputs[0].device.type
             autocast = torch.is_autocast_enabled(device)
-            try:
-                with torch.autocast(device, enabled=False) if autocast else nullcontext():
-                    crossing.param_grads = local_gradients(
-                        crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
-                    )
-            except RuntimeError as error:
-                refuse_donated_buffers(error, crossing.boundary)
-                raise
+            with (
+                self._profile("dni.local_backward"),
+                torch.autocast(device, enabled=False) if autocast else nullcontext(),
+                donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
+            ):
+                crossing.param_grads = local_gradients(
+                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
+                )
         if not self.settings.probe:
             crossing.outputs = []
         self._let_go(crossing)
@@ -203,7 +240,7 @@ class Step:
         made = differentiate_loss(crossing, feedback, share, self.settings)
         if made is None:
             return
-        crossing.estimator_grads, crossing.loss = made
+        crossing.estimator_grads = made
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
 
@@ -228,11 +265,14 @@ class Step:
         Raises:
             BoundaryError: A boundary did not run, or a path leaks around one.
         """
+        self.loss = loss.detach()
         if not loss.requires_grad:
             return
         stage = trace_stage([loss], self._owner_of, "the loss")
         self._consume(stage, "the loss")
         absent = [name for name in self.settings.bp_lambda if name not in self.fired]
+        if self.settings.own_parameters is not None:
+            absent = self._reached_uncut(absent, stage)
         absent += self._bypassed(stage)
         if absent:
             raise BoundaryError(
@@ -243,6 +283,15 @@ class Step:
                 "instead, or call torch.compiler.reset() once the engine is attached."
             )
         self.top = stage.parents
+
+    def _reached_uncut(self, absent: list[str], last: Stage[Cut]) -> list[str]:
+        """Those of the boundaries `absent` whose own parameters the loss came to all the same."""
+        assert self.settings.own_parameters is not None
+        stages = (last, *(c.stage for c in lineage(last.parents))) if absent else ()
+        variables = {id(v) for stage in stages for v in stage.variables}
+        return [
+            name for name in absent if any(id(p) in variables for p in self.settings.own_parameters(name))
+        ]
 
     def _bypassed(self, last: Stage[Cut]) -> list[str]:
         """Boundaries that only ran in a forward pass for nothing, while the loss came past them.
@@ -276,7 +325,9 @@ class Step:
             if crossing.due:
                 self._settle(crossing)
         counted = self._counted(self.top)
+        self.cuts = [crossing for crossing in self.cuts if crossing not in counted]
         for crossing in counted:
+            crossing.consumed = True
             if Signal.OUTPUT in crossing.awaited:
                 raise EstimatorError(
                     f"Expected the network's output for {crossing.who}, but the output module did not run "

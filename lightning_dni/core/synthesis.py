@@ -1,6 +1,5 @@
 """Ask an estimator, in its own precision and random stream, and check what it says."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -19,7 +18,7 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     """Have the estimator give its gradient for what `cut` passes on.
 
     Raises:
-        EstimatorError: The gradient has the wrong shape, or is not finite.
+        EstimatorError: The gradient has the wrong shape.
     """
     installed = cut.installed
     h = tuple(leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in cut.leaves)
@@ -28,11 +27,10 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not estimator.differentiates):
         gradient, state = estimator.synthesize(h, context, None)
     if gradient is not None:
-        # what regresses on its target is looked at there, where that costs less
-        later = learns and estimator.regresses
-        check_gradient(gradient, h, cut, settings.check_values and not later)
+        check_shapes(gradient, h, cut)
         if cut.elements_unknown:
             _check_zero(gradient, cut)
+    cut.said = observed(h if gradient is None else gradient)
     return Record(h, context, gradient, state)
 
 
@@ -45,29 +43,23 @@ def learn(installed: Installed, record: Record, feedback: Feedback, share: float
 
 def differentiate_loss(
     cut: Cut, feedback: Feedback, share: float, settings: StepSettings
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None:
-    """Gradients of the estimator's parameters, and (on reports) its loss; None if it learns nothing.
-
-    Raises:
-        EstimatorError: What the estimator gave is not finite.
-    """
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Gradients of the estimator's parameters, with its loss left on `cut`; None if it learns nothing."""
     installed, record = cut.installed, cut.record
     assert record is not None
-    estimator, said = installed.estimator, record.gradient
-    if estimator.differentiates and said is not None:
-        return _differentiate_sg_loss(cut, record, said, feedback, share, settings)
-    if settings.check_values and estimator.regresses and said is not None:
-        check_gradient(said, record.h, cut, check_values=True)
+    if installed.estimator.differentiates and record.gradient is not None:
+        return _differentiate_sg_loss(cut, record, record.gradient, feedback, share)
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
-    found = local_gradients([loss], None, installed.parameters)
-    return found, loss.detach() / share if settings.report else None
+    cut.learnt = loss.detach()
+    cut.loss = cut.learnt / share if settings.report else None
+    return local_gradients([loss], None, installed.parameters)
 
 
 def _differentiate_sg_loss(
-    cut: Cut, record: Record, said: Gradient, feedback: Feedback, share: float, settings: StepSettings
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    cut: Cut, record: Record, said: Gradient, feedback: Feedback, share: float
+) -> list[tuple[Tensor, Tensor]]:
     """The same for an estimator that needs no autograd, from what arrived or from the target made of it."""
     arrived, unit = feedback.target, 1.0
     if cut.learns_from_arrived:
@@ -76,9 +68,10 @@ def _differentiate_sg_loss(
     with estimating(cut.installed, record.h[0], grad=False):
         difference, factor = sg_loss_gradient(said, arrived, unit)
         found = cut.installed.estimator.parameter_gradients(record, tuple(difference), factor * share)
-    if settings.check_values and found and not _is_finite(min((g for _, g in found), key=Tensor.numel)):
-        check_gradient(said, record.h, cut, check_values=True)
-    return found, sg_loss(said, feedback.target) if feedback.target is not None else None
+    # where a gradient has the fewest elements, most of the differences went into each
+    cut.learnt = observed([min((g for _, g in found), key=Tensor.numel)] if found else difference)
+    cut.loss = None if feedback.target is None else sg_loss(said, feedback.target)
+    return found
 
 
 def estimating(installed: Installed, h: Tensor, grad: bool) -> AbstractContextManager[object]:
@@ -98,8 +91,8 @@ def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def check_gradient(gradient: Gradient, h: Sequence[Tensor], cut: Cut, check_values: bool) -> None:
-    """Refuse a gradient that does not fit `h`, or (where `check_values`) is not finite.
+def check_shapes(gradient: Gradient, h: Sequence[Tensor], cut: Cut) -> None:
+    """Refuse a gradient that does not fit `h`.
 
     Raises:
         EstimatorError: Naming the estimator of `cut`.
@@ -109,16 +102,12 @@ def check_gradient(gradient: Gradient, h: Sequence[Tensor], cut: Cut, check_valu
         raise EstimatorError(
             f"Expected {cut.who} to give one gradient per activation, of shapes {expected}, but got {got}."
         )
-    if check_values and not all(map(_is_finite, gradient)):
-        raise EstimatorError(
-            f"Expected {cut.who} to give finite gradients, but got some that are not. Lower the learning "
-            "rate of `estimator_optimizer`, or of the network."
-        )
 
 
-def _is_finite(gradient: Tensor) -> bool:
-    # a sum is finite unless a term is not, or unless it overflows: only then look closer
-    return math.isfinite(gradient.detach().sum().item()) or bool(gradient.isfinite().all())
+def observed(gradient: Sequence[Tensor]) -> Tensor:
+    """A scalar that is finite if all of `gradient` is (its sum: one pass, nothing made on the way)."""
+    sums = [g.detach().sum() for g in gradient]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def _check_zero(gradient: Gradient, cut: Cut) -> None:

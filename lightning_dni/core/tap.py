@@ -1,6 +1,8 @@
 """Forward hooks that are installed together, removed together, and dead on copies of the module."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,18 +47,27 @@ def carries_taps(model: nn.Module) -> bool:
     return any(isinstance(hook, Tap) for m in model.modules() for hook in m._forward_hooks.values())
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` or `module.compile()` was applied to `model` or any of its submodules."""
-    return any(COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules())
+def drop_compiled(model: nn.Module) -> None:
+    """Drop what torch.compile has made so far, if `model` or any submodule of it is compiled.
+
+    It would pass by hooks that it has not seen; it is made again, with them, when it is next run.
+    """
+    if any(COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+        torch.compiler.reset()
 
 
-def refuse_one_graph(error: RuntimeError, boundaries: Sequence[str]) -> None:
-    """Say what to do where torch.compile stopped at a hook because of fullgraph=True.
+@contextmanager
+def one_graph_errors(boundaries: Sequence[str]) -> Iterator[None]:
+    """Say what to do where torch.compile stops at a hook because of fullgraph=True.
 
     Raises:
-        BoundaryError: It did.
+        BoundaryError: In place of torch's error.
     """
-    if type(error).__name__ == "Unsupported" and "disable" in str(error):
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "Unsupported" or "disable" not in str(error):
+            raise
         raise BoundaryError(
             f"Expected boundaries {list(boundaries)} to lie outside what is compiled as one graph, but got "
             "torch.compile(..., fullgraph=True) around one. Compile the boundaries' own modules, or leave "
@@ -69,6 +80,7 @@ class Taps:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._busy = False
 
     @property
     def installed(self) -> bool:
@@ -78,7 +90,18 @@ class Taps:
     def install(self, callbacks: Mapping[nn.Module, OnOutput]) -> None:
         """Hook every module with its callback."""
         for module, on_output in callbacks.items():
-            self._handles.append(module.register_forward_hook(Tap(on_output)))
+            tap = Tap(partial(self._once, on_output))
+            self._handles.append(module.register_forward_hook(tap))
+
+    def _once(self, on_output: OnOutput, output: Any) -> Any:
+        """Ignore a module that a checkpoint runs again while a callback differentiates its stage."""
+        if self._busy:
+            return None
+        self._busy = True
+        try:
+            return on_output(output)
+        finally:
+            self._busy = False
 
     def remove(self) -> None:
         """Take every hook off again; harmless where none is installed."""

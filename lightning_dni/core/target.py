@@ -1,6 +1,6 @@
 """Pure functions of synthetic and target gradients: scale, mixture, loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.errors import EstimatorError
 
@@ -26,6 +27,22 @@ def check_denominator(choice: Denominator) -> None:
             f"Expected `loss_denominator` to be one of {DENOMINATORS} or a callable of batch and h, "
             f"but got {choice!r}."
         )
+
+
+def choose_lambdas(boundaries: Iterable[str], value: float | Mapping[str, float]) -> dict[str, float]:
+    """Lambda of BP(lambda) by boundary, from one value or {boundary or pattern: value}.
+
+    Raises:
+        EstimatorError: A value is outside [0, 1].
+        BoundaryError: No pattern matches a boundary.
+    """
+    chosen = {name: choose_by_pattern(name, value, "bp_lambda") for name in boundaries}
+    for name, bp_lambda in chosen.items():
+        if not isinstance(bp_lambda, (int, float)) or not 0.0 <= bp_lambda <= 1.0:
+            raise EstimatorError(
+                f"Expected `bp_lambda` to be in [0, 1], but got {bp_lambda!r} for boundary {name!r}."
+            )
+    return {name: float(bp_lambda) for name, bp_lambda in chosen.items()}
 
 
 def denominator(

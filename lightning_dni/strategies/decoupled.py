@@ -1,24 +1,30 @@
 """What every strategy of ours adds to one of Lightning's: the engine around the user's training step."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.step import no_profile
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given
 from lightning_dni.strategies.table import describe
 
 CHECKPOINT_KEY = "lightning_dni"
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
 class DecoupledTraining(Strategy):
@@ -31,6 +37,7 @@ class DecoupledTraining(Strategy):
 
     def __init__(self, options: Mapping[str, Any], **base: Any) -> None:
         super().__init__(**base)
+        _warn_of_another_lightning()
         self._options = options_given(options)
         self._engine: DNIEngine | None = None
         self._engine_of: pl.LightningModule | None = None
@@ -38,8 +45,13 @@ class DecoupledTraining(Strategy):
         self._resumes = False
         self._attached = False
         self._clears_early = False
+        self._watched: dict[Optimizer, RemovableHandle] = {}
 
     # ---- what others may see
+
+    def __repr__(self) -> str:
+        """What it is, and of which Lightning: the other one's Trainer shows this when it refuses it."""
+        return f"<{type(self).__name__}, a strategy for Trainers of `import lightning.pytorch as pl`>"
 
     @property
     def engine(self) -> DNIEngine:
@@ -74,7 +86,7 @@ class DecoupledTraining(Strategy):
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
-        _refuse_unsupported(trainer, module, self.optimizers)
+        _refuse_unsupported(trainer, self.optimizers)
         if self._engine is None or self._engine_of is not module:
             self._engine, self._engine_of = self._options_for(module).build(module), module
         if self._restored is not None:
@@ -85,40 +97,47 @@ class DecoupledTraining(Strategy):
                 "start afresh."
             )
         self._restored, self._resumes = None, False
+        profiler: Profiler = getattr(trainer, "profiler")  # noqa: B009  (set by a connector, untyped)
+        if not isinstance(profiler, PassThroughProfiler):
+            self._engine.profile = profiler.profile
         self._engine.attach()
         self._attached = True
-        self._clears_early = not _looks_at_old_gradients(trainer, module)
+        self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
+        self._watch_optimizers()
 
     @override
     def teardown(self) -> None:
         """Take the hooks off, also when setup or the fit has failed."""
         if self._engine is not None:
             self._engine.detach()
+            self._engine.profile = no_profile
+        self._leave_optimizers()
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
-
-    @override
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Set up the user's optimizer; say of several what is to be done instead."""
-        try:
-            super().setup_optimizers(trainer)
-        except RuntimeError as error:
-            if "multiple optimizers" in str(error):  # Lightning would advise manual optimization
-                raise _several_optimizers("several", trainer.lightning_module) from error
-            raise
 
     # ---- one step
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step with its forward pass cut at the boundaries."""
-        assert self.lightning_module is not None
-        batch, trainer = args[0] if args else None, self.lightning_module.trainer
-        accumulate = trainer.accumulate_grad_batches
-        if accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0:
+        module = self.lightning_module
+        assert module is not None
+        batch, trainer = args[0] if args else None, module.trainer
+        automatic, accumulate = module.automatic_optimization, trainer.accumulate_grad_batches
+        if automatic and (accumulate == 1 or trainer.fit_loop.batch_idx % accumulate == 0):
             self._begin_window()
-        with self.engine.training_step(batch, accumulate=accumulate):
+        with self.engine.training_step(
+            batch, accumulate=accumulate, scale=self._loss_scale(), several_losses=not automatic
+        ):
             return super().training_step(*args, **kwargs)
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the precision plugin will multiply the loss with, without waiting for the device."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+            return None
+        scale: Tensor = plugin.scaler.scale(torch.ones((), device=self.root_device))
+        return scale
 
     def _begin_window(self) -> None:
         """Forget gradients of the last window: ours, which a failed one may have left, and the user's.
@@ -132,9 +151,7 @@ class DecoupledTraining(Strategy):
                     parameter.grad = None
 
     @override
-    def backward(
-        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Differentiate the loss through the last stage and merge every gradient that counts."""
         module = self.lightning_module
         assert module is not None
@@ -151,15 +168,54 @@ class DecoupledTraining(Strategy):
     @override
     def optimizer_step(
         self,
-        optimizer: Optimizer,
+        optimizer: Any,  # an Optimizer, or a wrapper that Lightning takes for one
         closure: Callable[[], Any],
         model: "pl.LightningModule | torch.nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        """Let the user's optimizer step, then the estimators."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.engine.update_estimators()
+        """Let the user's optimizer step; the estimators follow when it has."""
+        output = super().optimizer_step(optimizer, _Once(closure, optimizer), model, **kwargs)
+        if optimizer not in self._watched:
+            self.engine.update_estimators()
+        self.engine.drop_estimator_gradients()  # left where a gradient scaler has found an overflow
+        if self._looks():
+            self.engine.check_values()
         return output
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Set up the user's optimizers, in mid-fit, too."""
+        super().setup_optimizers(trainer)
+        if self._attached:
+            self._watch_optimizers()
+
+    def _watch_optimizers(self) -> None:
+        """Have the estimators step after every step of the user's optimizers, whoever makes them step."""
+        self._leave_optimizers()
+        for optimizer in self.optimizers:
+            with suppress(AttributeError):  # a wrapper without torch's hooks: its steps are Lightning's
+                self._watched[optimizer] = optimizer.register_step_post_hook(self._after_step)
+
+    def _leave_optimizers(self) -> None:
+        while self._watched:
+            self._watched.popitem()[1].remove()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called, and do nothing then
+        if overflow is None or not bool(overflow):
+            self.engine.update_estimators()
+
+    def _looks(self) -> bool:
+        """Whether Lightning looks at values in this step, too, to log them."""
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        return bool(trainer.global_step % max(1, trainer.log_every_n_steps) == 0)
+
+    @override
+    def on_train_end(self) -> None:
+        """Look at what nobody has looked at yet."""
+        super().on_train_end()
+        self.engine.check_values()
 
     # ---- checkpoints: the estimators live in one key of their own
 
@@ -168,10 +224,10 @@ class DecoupledTraining(Strategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         """Write the estimators into one key of the checkpoint."""
-        if self._engine is not None:
+        if self._engine is not None and self._engine_of is self.lightning_module:
             state = self._engine.state_dict()
             if "optimizer_states" not in checkpoint:  # save_weights_only
-                del state["optimizers"]
+                del state["optimizers"], state["schedules"]
             checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -191,6 +247,18 @@ class DecoupledTraining(Strategy):
             self._restored, self._resumes = state, True
 
 
+def _warn_of_another_lightning() -> None:
+    other = sys.modules.get("pytorch_lightning")
+    kinds = [] if other is None else other.LightningModule.__subclasses__()
+    names = [kind.__name__ for kind in kinds if not kind.__module__.startswith("pytorch_lightning")]
+    if names:
+        rank_zero_warn(
+            f"Expected modules of lightning.pytorch, but {names} are of pytorch_lightning, whose classes are "
+            "others: a Trainer with this strategy refuses them. Replace `import pytorch_lightning as pl` by "
+            "`import lightning.pytorch as pl`, everywhere."
+        )
+
+
 def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether somebody may want the last window's gradients between its end and `zero_grad`."""
     kind = type(module)
@@ -204,29 +272,37 @@ def _looks_at_old_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> 
     )
 
 
-def _several_optimizers(number: str, module: pl.LightningModule) -> MisconfigurationException:
+class _Once:
+    """A closure that may be evaluated once: at a second time the synthetic gradients would be others.
+
+    Args:
+        closure: The user's, or Lightning's.
+        optimizer: What evaluates it, named in the error.
+    """
+
+    def __init__(self, closure: Callable[[], Any], optimizer: Any) -> None:
+        self._closure, self._optimizer, self._done = closure, optimizer, False
+
+    def __call__(self) -> Any:
+        if self._done:
+            raise _evaluates_again(self._optimizer)
+        self._done = True
+        return self._closure()
+
+
+def _evaluates_again(optimizer: Any) -> MisconfigurationException:
     return MisconfigurationException(
-        f"Expected one optimizer under strategy='dni', but {type(module).__name__}.configure_optimizers gave "
-        f"{number}. Merge them into parameter groups of one."
+        "Expected an optimizer that evaluates its closure once under synthetic gradients, but got "
+        f"{type(optimizer).__name__}, which evaluates it several times. Use SGD or Adam, for example."
     )
 
 
-def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"Expected automatic optimization under strategy='dni', but {name}.automatic_optimization is "
-            "False. Let Lightning run the optimizer, or use DNIEngine in your own loop."
-        )
-    if len(optimizers) != 1:
-        raise _several_optimizers(str(len(optimizers)), module)
-    if isinstance(optimizers[0], LBFGS):
-        raise MisconfigurationException(
-            "Expected an optimizer that evaluates its closure once under strategy='dni', but got "
-            f"{type(optimizers[0]).__name__}, which evaluates it several times. Use SGD or Adam, for example."
-        )
+def _refuse_unsupported(trainer: pl.Trainer, optimizers: Iterable[Any]) -> None:
+    repeating = next((o for o in optimizers if isinstance(o, LBFGS)), None)
+    if repeating is not None:
+        raise _evaluates_again(repeating)
     if str(trainer.precision) not in PRECISIONS:
         raise MisconfigurationException(
-            f"Expected a precision of {PRECISIONS} under strategy='dni', but got {trainer.precision!r}. Pass "
-            "`Trainer(precision=...)` one of them."
+            f"Expected a precision of {PRECISIONS} under synthetic gradients, but got {trainer.precision!r}. "
+            "Pass `Trainer(precision=...)` one of them."
         )

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_dni.core.context import Labels
 from lightning_dni.core.engine import DNIEngine
-from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException
@@ -25,9 +26,12 @@ class DNIOptions:
     output: str | None = None
     estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None
     estimator_steps: int = 1
+    estimator_scheduler: ScheduleFactory | None = None
+    estimator_clip_norm: float | None = None
     bp_lambda: float | Mapping[str, float] = 0.0
     loss_denominator: Denominator = "batch"
     rng: Literal["global", "stage"] = "global"
+    on_nonfinite: OnNonfinite = "raise"
 
     def build(self, model: nn.Module) -> DNIEngine:
         """An engine for `model`."""

@@ -8,7 +8,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dni.core.context import Labels
-from lightning_dni.core.optimizer import OptimizerFactory
+from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException, Precision
@@ -29,10 +30,14 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             `forward`.
         estimator_optimizer: Makes the estimators' optimizer; or {pattern: factory}. None: Adam, 1e-3.
         estimator_steps: Steps of the estimators per step of the user's optimizer.
+        estimator_scheduler: Makes a learning-rate scheduler from that optimizer; it steps with it.
+        estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: 0 (synthetic gradients only) to 1 (backprop); or {pattern: value}.
         loss_denominator: What the training loss is divided by: "batch", "sum", "elements", or a
             callable of batch and h.
         rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
+        on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
+            it; "skip" leaves out that estimator's update and counts it in `dni_skipped/<boundary>`.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 
@@ -51,9 +56,12 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         output: str | None = None,
         estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         estimator_steps: int = 1,
+        estimator_scheduler: ScheduleFactory | None = None,
+        estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
+        on_nonfinite: OnNonfinite = "raise",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
@@ -64,9 +72,12 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "output": output,
             "estimator_optimizer": estimator_optimizer,
             "estimator_steps": estimator_steps,
+            "estimator_scheduler": estimator_scheduler,
+            "estimator_clip_norm": estimator_clip_norm,
             "bp_lambda": bp_lambda,
             "loss_denominator": loss_denominator,
             "rng": rng,
+            "on_nonfinite": on_nonfinite,
         }
         super().__init__(given, device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self._parallel_devices: list[torch.device] | None = None

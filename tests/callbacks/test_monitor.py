@@ -9,7 +9,7 @@ import torch
 import yaml
 from callbacks.runs import AGGREGATES, KEYS, SPEED, csv_rows, rows_with
 from callbacks.twin import Twin
-from fits import BOUNDARIES, CLASSES, OPTIMIZERS, Net, different, dni, fit, loader, net, weights
+from fits import BOUNDARIES, CLASSES, OPTIMIZERS, AtBatchEnd, Net, different, dni, fit, loader, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -89,6 +89,18 @@ def test_estimators_that_learn_nothing_have_no_loss():
     assert not rows_with(rows, "dni_sg_loss/net_0")
     assert monitor.history[-1].error == dict.fromkeys(BOUNDARIES, 1.0)
     assert monitor.history[-1].cosine == dict.fromkeys(BOUNDARIES, 0.0)
+
+
+def test_skipped_updates_are_counted_in_every_row():
+    def poison(trainer, module, batch_idx):
+        if batch_idx == 5:
+            torch.nn.init.constant_(trainer.strategy.engine.estimators["net.1"].map.bias, float("nan"))
+
+    rows, _, _ = monitored(strategy=dni(on_nonfinite="skip"), callbacks=[AtBatchEnd(poison)])
+    counts = {step: (row["dni_skipped/net_0"], row["dni_skipped/net_1"]) for step, row in rows.items()}
+    assert counts == {1: (0, 0), 3: (0, 0), 5: (0, 0), 7: (2, 2), 9: (4, 4)}
+    rows, _, _ = monitored()
+    assert not any(key.startswith("dni_skipped") for row in rows.values() for key in row)
 
 
 def test_without_probe_only_the_target_is_compared():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from core.nets import VECTOR_ESTIMATORS, attached, blobs, mlp, run_step, unchecked, weights
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lightning_dni.core import BoundarySpec
 from lightning_dni.core.estimator import Installed
@@ -60,13 +61,66 @@ def test_what_makes_no_optimizer_is_refused():
         optimizers.make()
 
 
-def test_what_is_built_later_has_a_group_of_its_own():
-    optimizers = EstimatorOptimizers(ADAM, ["a", "b"])
+def test_what_is_built_later_has_an_optimizer_and_a_schedule_of_its_own():
+    optimizers = EstimatorOptimizers(SGD, ["a", "b"], partial(StepLR, step_size=1, gamma=0.5))
     for name in ("b", "a"):
         optimizers.add(name, installed())
         optimizers.step()
-    (optimizer,) = optimizers
-    assert [g["boundaries"] for g in optimizer.param_groups] == [["b"], ["a"]]
+        optimizers.advance()
+    assert [g["boundaries"] for o in optimizers for g in o.param_groups] == [["b"], ["a"]]
+    rates = [o.param_groups[0]["lr"] / o.defaults["lr"] for o in optimizers]
+    assert rates == [0.25, 0.5]
+
+
+def test_the_gradients_of_each_estimator_are_clipped_by_themselves():
+    optimizers = EstimatorOptimizers(partial(torch.optim.SGD, lr=1.0), ["a", "b"], clip_norm=2.0)
+    steep, flat = installed(), installed()
+    for name, one, gradient in (("a", steep, 30.0), ("b", flat, 0.01)):
+        optimizers.add(name, one)
+        for parameter in one.parameters:
+            torch.nn.init.zeros_(parameter)
+            parameter.grad = torch.full_like(parameter, gradient)
+    optimizers.step()
+    moved = torch.cat([p.detach().flatten() for p in steep.parameters])
+    torch.testing.assert_close(moved.norm(), torch.tensor(2.0))
+    assert all(torch.equal(p, torch.full_like(p, -0.01)) for p in flat.parameters)
+
+
+def test_schedules_are_restored_and_missing_ones_refused():
+    def made(schedule):
+        optimizers = EstimatorOptimizers(SGD, ["a"], schedule)
+        optimizers.add("a", installed())
+        optimizers.make()
+        return optimizers
+
+    halving = partial(StepLR, step_size=2, gamma=0.5)
+    saved, restored = made(halving), made(halving)
+    for _ in range(3):
+        saved.step()
+        saved.advance()
+    restored.load_schedules(saved.schedules())
+    assert restored.schedules() == saved.schedules()
+    with pytest.raises(EstimatorError, match=r"Expected 0 schedules.*got 1.*`estimator_scheduler`"):
+        made(None).load_schedules(saved.schedules())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"clip_norm": 0.0}, r"`estimator_clip_norm` to be a norm above 0, or None, but got 0\.0"),
+        ({"clip_norm": float("nan")}, "`estimator_clip_norm` to be a norm above 0"),
+        ({"schedule": ReduceLROnPlateau}, "`estimator_scheduler` to make .* but got ReduceLROnPlateau"),
+    ],
+)
+def test_what_cannot_schedule_or_clip_is_refused(options, match):
+    with pytest.raises(EstimatorError, match=match):
+        made_with(**options)
+
+
+def made_with(**options):
+    optimizers = EstimatorOptimizers(SGD, ["a"], **options)
+    optimizers.add("a", installed())
+    optimizers.make()
 
 
 def test_a_boundary_without_a_factory_is_refused():

@@ -157,14 +157,16 @@ def test_a_state_of_other_boundaries_is_refused():
 
 
 @pytest.mark.parametrize(
-    "other",
-    [LinearEstimator, partial(MLPEstimator, hidden_sizes=(4,)), partial(LocalLossEstimator, num_classes=3)],
+    ("other", "what"),
+    [
+        (LinearEstimator, "one that does not fit"),
+        (partial(MLPEstimator, hidden_sizes=(4,)), "that of a LinearEstimator"),
+        (partial(LocalLossEstimator, num_classes=3), "that of a LinearEstimator"),
+    ],
 )
-def test_a_state_that_does_not_fit_is_refused(other):
+def test_a_state_that_does_not_fit_is_refused(other, what):
     engine = DNIEngine(mlp(), ["0", "1"], other)
-    with pytest.raises(
-        EstimatorError, match=r"(?s)at boundary '0', but got one that does not fit.*`estimator` of the"
-    ):
+    with pytest.raises(EstimatorError, match=rf"(?s)at boundary '0', but got {what}.*`estimator` of the"):
         engine.load_state_dict(saved_state())
 
 

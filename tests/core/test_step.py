@@ -26,6 +26,13 @@ from torch.nn import functional as F
 
 from lightning_dni.estimators import LinearEstimator
 
+OURS = {
+    "torch",
+    "torch.utils.weak",
+    *(f"lightning_dni.core.{m}" for m in ("cut", "estimator", "stage", "step")),
+}
+"""Where what a step makes is defined; on CUDA builds torch itself leaves other things for the collector."""
+
 KINDS = pytest.mark.parametrize("kind", VECTOR_ESTIMATORS)
 EVERY_LAMBDA = pytest.mark.parametrize("bp_lambda", LAMBDAS)
 WIDTHS = (5, 6, 7, 6, CLASSES)
@@ -259,7 +266,7 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
             run_step(engine, model, blobs())
             engine.update_estimators()
             assert all(ref() is None for ref in seen)
-            alive.append(len(gc.get_objects()) - len(seen))
+            alive.append(sum(type(o).__module__ in OURS for o in gc.get_objects()))
     finally:
         gc.enable()
-    assert alive[-1] - alive[1] < 6  # one object a step would be six; other threads may leave one
+    assert alive[-1] == alive[1]

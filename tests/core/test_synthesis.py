@@ -6,12 +6,9 @@ from core.nets import Told
 from torch import nn
 
 from lightning_dni.core import BoundarySpec, Feedback, Record
-from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Installed
 from lightning_dni.core.randomness import RandomStream
-from lightning_dni.core.stage import Stage
-from lightning_dni.core.synthesis import check_gradient, estimating, learn
-from lightning_dni.errors import EstimatorError
+from lightning_dni.core.synthesis import estimating, learn, observed
 
 H = torch.randn(4, 3)
 
@@ -59,8 +56,6 @@ def test_what_learns_nothing_has_no_loss():
     assert learn(installed(), Record((H,), None, None, None), Feedback(), 0.5) is None
 
 
-def test_values_are_only_looked_at_where_asked():
-    cut = Cut("b", installed(), [H], [H], Stage([], []), 1.0, 0.0, waits=False, elements_unknown=False)
-    check_gradient((H * float("nan"),), (H,), cut, check_values=False)
-    with pytest.raises(EstimatorError, match="Told at boundary 'b' to give finite gradients"):
-        check_gradient((H * float("nan"),), (H,), cut, check_values=True)
+def test_what_is_observed_is_finite_where_everything_is():
+    assert observed((H, H[:2])).isfinite()
+    assert not observed((H, H * float("nan"))).isfinite()

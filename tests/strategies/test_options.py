@@ -157,6 +157,7 @@ for options in (
     {"estimator": lambda spec: torch.nn.Linear(8, 8)},
     {"estimator_steps": 1.5},
     {"bp_lambda": None},
+    {"on_nonfinite": "ignore"},
 ):
     try:
         fit(net(), dni(**options))
@@ -181,6 +182,7 @@ def test_arguments_of_a_wrong_type_are_named_where_no_type_checker_runs(pytestco
         "EstimatorError: Expected `estimator` to make a GradientEstimator for b"[:62],
         "EstimatorError: Expected `estimator_steps` to be an integer of at least 1"[:62],
         "EstimatorError: Expected `bp_lambda` to be in [0, 1], but got None for"[:62],
+        "EstimatorError: Expected `on_nonfinite` to be 'raise' or 'skip', but g"[:62],
     ]
 
 
@@ -213,6 +215,16 @@ def observed(**options):
             "estimator_optimizers",
             [{"name": "SGD", "lr": 0.5}],
         ),
+        (
+            {
+                "estimator_optimizer": partial(torch.optim.SGD, lr=0.5),
+                "estimator_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+            },
+            "estimator_optimizers",
+            [{"name": "SGD", "lr": 0.0625}],
+        ),
+        ({"estimator_clip_norm": 0.25}, "estimator_clip_norm", 0.25),
+        ({"on_nonfinite": "skip"}, "on_nonfinite", "skip"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -39,12 +39,6 @@ class Sample:
 # ---- what is refused
 
 
-class ByHand(Net):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class TwoOptimizers(Net):
     def configure_optimizers(self):
         return [torch.optim.SGD(stage.parameters(), lr=0.1) for stage in (self.net[0], self.net[1])]
@@ -55,22 +49,32 @@ class SecondOrder(Net):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Repeating(torch.optim.SGD):
+    """Evaluates its closure twice, as sharpness-aware and line-searching optimizers do."""
+
+    def step(self, closure=None):
+        closure()
+        return super().step(closure)
+
+
+class LooksTwice(Net):
+    def configure_optimizers(self):
+        return Repeating(self.parameters(), lr=0.1)
+
+
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "error", "message"),
     [
-        (ByHand, "automatic_optimization is False.*DNIEngine in your own loop"),
-        (
-            TwoOptimizers,
-            "Expected one optimizer under strategy=.dni.*parameter groups",
-        ),
-        (SecondOrder, "got LBFGS, which evaluates it several times"),
+        (TwoOptimizers, RuntimeError, "multiple optimizers is only supported with manual optimization"),
+        (SecondOrder, MisconfigurationException, "got LBFGS, which evaluates it several times"),
+        (LooksTwice, MisconfigurationException, "got Repeating, which evaluates it several times"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name_before_any_step(kind, message):
+def test_what_is_not_supported_is_refused_by_name_before_any_step(kind, error, message):
     torch.manual_seed(0)
     module = kind()
     before = weights(module)
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(error, match=message):
         fit(module, dni())
     assert different(before, weights(module)) == []
     assert hooks_on(module) == 0

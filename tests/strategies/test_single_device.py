@@ -10,9 +10,6 @@ import torch
 from fits import (
     CLASSES,
     FEATURES,
-    AtBatchEnd,
-    AtBatchStart,
-    Losses,
     Net,
     different,
     dni,
@@ -21,8 +18,6 @@ from fits import (
     net,
     weights,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_dni.errors import EstimatorError
@@ -258,49 +253,3 @@ def test_a_batch_without_labels_is_refused_where_the_estimator_needs_them():
 
     with pytest.raises(EstimatorError, match="Pass `labels=`"):
         fit(Alone(), dni(), DataLoader(torch.randn(16, FEATURES), 8))
-
-
-# ---- precision
-
-
-def test_under_bf16_mixed_the_estimators_run_and_learn_in_float32():
-    strategy = dni(estimator=MLP)
-    seen = []
-
-    def look(trainer, module, batch_idx):
-        estimator = trainer.strategy.engine.estimators["net.0"]
-        seen.append({t.dtype for t in [*estimator.parameters(), *estimator.buffers()]} - {torch.int64})
-        report = trainer.strategy.engine.last_report.boundaries["net.0"]
-        seen.append({report.synthetic.dtype, report.target.dtype, report.loss.dtype})
-
-    request = AtBatchStart(lambda trainer, module, batch_idx: trainer.strategy.engine.request_report())
-    module = net()
-    fit(module, strategy, callbacks=[request, AtBatchEnd(look)], precision="bf16-mixed", max_epochs=2)
-    assert all(dtypes == {torch.float32} for dtypes in seen)
-    assert {p.dtype for p in module.parameters()} == {torch.float32}
-
-
-def test_bf16_mixed_trains_close_to_float32():
-    final = {}
-    for precision in ("32-true", "bf16-mixed"):
-        losses = Losses()
-        fit(net(), dni(estimator=LOCAL), callbacks=[losses], precision=precision, max_epochs=3)
-        final[precision] = torch.tensor(losses.train)
-    torch.testing.assert_close(final["bf16-mixed"], final["32-true"], rtol=0.05, atol=0.05)
-
-
-def test_under_float64_the_estimators_are_float64():
-    strategy = dni()
-    fit(net(), strategy, precision="64-true")
-    assert {p.dtype for e in strategy.engine.estimators.values() for p in e.parameters()} == {torch.float64}
-    assert torch.get_default_dtype() == torch.float32
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", pytest.param("plugin", id="16-mixed")])
-def test_other_precisions_are_refused_by_name(precision):
-    # on the CPU, Trainer(precision="16-mixed") quietly means bf16-mixed: the plugin itself does not
-    plugin = precision == "plugin"
-    asked = {"plugins": MixedPrecision("16-mixed", "cpu")} if plugin else {"precision": precision}
-    expected = "16-mixed" if plugin else precision
-    with pytest.raises(MisconfigurationException, match=f"Expected a precision of .* but got '{expected}'"):
-        fit(net(), dni(), **asked)
