@@ -30,7 +30,6 @@ True
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -45,13 +44,12 @@ from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
-from lightning_dni.core.probe import Truth, true_gradients
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Profile, Step, no_profile
-from lightning_dni.core.tap import Taps, carries_taps, is_compiled, one_graph_errors
+from lightning_dni.core.tap import Taps, one_graph_errors
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
 from lightning_dni.errors import EstimatorError, StageError
 
@@ -205,26 +203,14 @@ class DNIEngine:
     def attach(self) -> None:
         """Hook the model. Outside a training step the hooks do nothing.
 
-        Where some of the model is compiled, code that torch.compile has made so far is dropped, since it
-        would pass by hooks that it has not seen; it is made again, with the hooks, when it is next run.
-
         Raises:
             StageError: The engine is attached already, or another one is.
         """
-        if self._taps.installed or carries_taps(self._model):
-            whose = "its" if self._taps.installed else "another engine's"
-            raise StageError(
-                f"Expected a model without hooks of an engine, but {type(self._model).__name__} already has "
-                f"{whose}. Call `detach()` on that engine first."
-            )
+        # by name, since a module may have been replaced since the engine was made
+        boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
+        self._taps.attach(self._model, boundaries, self._output, self._on_output)
         self._device = device_of(self._model)
         self._named = dict(self._model.named_parameters())
-        # by name, since a module may have been replaced since the engine was made
-        modules = named_submodules(self._model)
-        self._taps.install({modules[n]: partial(self._on_boundary, n) for n in self._modules})
-        self._taps.install({resolve_output(self._model, self._output): self._on_output})
-        if is_compiled(self._model):
-            torch.compiler.reset()
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
@@ -241,11 +227,7 @@ class DNIEngine:
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
             return None
-        self._in_forward = False  # a checkpoint may run modules again while stages are differentiated
-        try:
-            passed_on = self._step.cut(name, output)
-        finally:
-            self._in_forward = True
+        passed_on = self._step.cut(name, output)
         if self._rng == "stage":
             torch.manual_seed(self._stage_seed(name, self._step.fired[name]))
         return passed_on
@@ -254,13 +236,8 @@ class DNIEngine:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
     def _on_output(self, output: Any) -> None:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
-            return
-        self._in_forward = False
-        try:
+        if self._step is not None and self._in_forward and torch.is_grad_enabled():
             self._step.see_output(output)
-        finally:
-            self._in_forward = True
 
     # ---- one step
 
@@ -301,13 +278,9 @@ class DNIEngine:
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._in_forward = None, "nothing", True
-        staged = seeded(self._stage_seed(None, 0), self._device)
+        staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
-            with (
-                staged if self._rng == "stage" else nullcontext(),
-                in_place_errors(self._step.fired),
-                one_graph_errors(self._modules),
-            ):
+            with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
                 yield
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
@@ -343,31 +316,20 @@ class DNIEngine:
         step = self._step
         if not self._in_forward:  # else the forward pass of another loss may follow
             self._step = None
-        cuts = step.finish()
-        self._examine(step, cuts)
+        cuts, number = step.finish(), self._steps - (not self._in_forward)
+        self._examine(step, cuts, number)
         if step.settings.report:
-            self._report = self._report_of(step, cuts)
+            self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
         self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
 
-    def _report_of(self, step: Step, cuts: Sequence[Cut]) -> StepReport:
-        truths: Mapping[Cut, Truth] = {}
-        if step.settings.probe:
-            with self.profile("dni.probe"):
-                truths = true_gradients(cuts, step.top)
-        names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
-        found = report_step(self._steps - (not self._in_forward), cuts, truths, names)
-        if self._report is None:
-            return found
-        return replace(found, boundaries={**self._report.boundaries, **found.boundaries})
-
-    def _examine(self, step: Step, cuts: Sequence[Cut]) -> None:
+    def _examine(self, step: Step, cuts: Sequence[Cut], number: int) -> None:
         scaled = step.settings.scale is not None
         if scaled or self._health.skips:
             self._health.sift(cuts, keep_stage=scaled)
         if not scaled:
-            self._health.observe(self._steps - (not self._in_forward), step.loss, cuts)
+            self._health.observe(number, step.loss, cuts)
         if step.settings.check_values and self._exchange is None:
             self._health.look()
 
@@ -391,8 +353,6 @@ class DNIEngine:
     def _settings(
         self, batch: Any, accumulate: int, scale: Tensor | None, several: bool, last: bool
     ) -> StepSettings:
-        if accumulate < 1:
-            raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {accumulate}.")
         return StepSettings(
             batch=batch,
             context=find_context(batch, self._labels),

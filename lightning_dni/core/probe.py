@@ -64,23 +64,23 @@ def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor
 
 
 @contextmanager
-def donated_buffers(boundary: str) -> Iterator[None]:
+def donated_buffer_errors(boundary: str) -> Iterator[None]:
     """Say what to do where a compiled graph cannot be kept for a second pass.
 
     Raises:
-        StageError: In place of the compiler's error.
+        StageError: In place of torch's error.
     """
     try:
         yield
     except RuntimeError as error:
-        if "donated buffers" in str(error):
-            raise StageError(
-                f"Expected the stage below boundary {boundary!r} to be differentiable twice on a probe step, "
-                "but torch.compile has made a graph that reuses its memory. Set "
-                "`torch._functorch.config.donated_buffer = False` before training, or train without probes "
-                "(GradientMonitor(probe=False))."
-            ) from error
-        raise
+        if "donated buffers" not in str(error):
+            raise
+        raise StageError(
+            f"Expected the stage below boundary {boundary!r} to be differentiable twice on a probe step, but "
+            "torch.compile has made a graph that reuses its memory. Set "
+            "`torch._functorch.config.donated_buffer = False` before training, or train without probes "
+            "(GradientMonitor(probe=False))."
+        ) from error
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.probe import Truth
+from lightning_dni.core.probe import Truth, true_gradients
+from lightning_dni.core.step import Profile, Step, no_profile
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,34 @@ class HasEngine(Protocol):
 
 
 def report_step(
-    step: int, cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]
+    number: int,
+    step: Step,
+    cuts: Sequence[Cut],
+    model: nn.Module,
+    before: StepReport | None = None,
+    profile: Profile = no_profile,
 ) -> StepReport:
-    """Gather what the cuts of a finished step have kept.
+    """Gather what the cuts of a finished step have kept; on probe steps, measure the true gradients.
 
     Args:
-        step: The engine's step number.
-        cuts: The cuts that count, topmost first.
-        truths: The true gradients at each, empty where none were measured.
-        names: Names of the model's parameters.
+        number: The engine's number of the step.
+        step: The step.
+        cuts: Its cuts that count, topmost first.
+        model: The model, whose parameters have names.
+        before: What the step's earlier backward passes have shown.
+        profile: Times the measurement.
     """
+    truths: Mapping[Cut, Truth] = {}
+    if step.settings.probe:
+        with profile("dni.probe"):
+            truths = true_gradients(cuts, step.top)
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     crossings: dict[str, list[Cut]] = {}
     for cut in reversed(cuts):
         crossings.setdefault(cut.boundary, []).append(cut)
     boundaries = {name: _report(found, truths, names) for name, found in crossings.items()}
-    return StepReport(step=step, probed=bool(truths), boundaries=boundaries)
+    earlier = {} if before is None else before.boundaries
+    return StepReport(step=number, probed=step.settings.probe, boundaries={**earlier, **boundaries})
 
 
 def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]) -> BoundaryReport:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.target import Denominator, denominator
+from lightning_dni.errors import EstimatorError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class StepSettings:
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
         own_parameters: The parameters of a boundary's module, where not every boundary need run.
         exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
+
+    Raises:
+        EstimatorError: `accumulate` is below one.
     """
 
     batch: Any
@@ -44,6 +48,10 @@ class StepSettings:
     keep_lessons: bool = False
     own_parameters: Callable[[str], Iterable[Tensor]] | None = None
     exchange: Exchange | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {self.accumulate}.")
 
     @property
     def counts_elements(self) -> bool:

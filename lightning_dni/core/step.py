@@ -28,7 +28,7 @@ from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, Lesson, lineage
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
-from lightning_dni.core.probe import donated_buffers
+from lightning_dni.core.probe import donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
@@ -204,7 +204,7 @@ class Step:
             with (
                 self._profile("dni.local_backward"),
                 torch.autocast(device, enabled=False) if autocast else nullcontext(),
-                donated_buffers(crossing.boundary) if self.settings.probe else nullcontext(),
+                donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(
                     crossing.outputs, gradients, crossing.stage.variables, self.settings.probe

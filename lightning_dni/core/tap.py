@@ -1,15 +1,16 @@
 """Forward hooks that are installed together, removed together, and dead on copies of the module."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_dni.core.boundary import COMPILED
-from lightning_dni.errors import BoundaryError
+from lightning_dni.core.boundary import COMPILED, named_submodules, resolve_output
+from lightning_dni.errors import BoundaryError, StageError
 
 OnOutput = Callable[[Any], Any]
 """Receives a module's output; returns what to pass on instead, or None for the output itself."""
@@ -46,28 +47,32 @@ def carries_taps(model: nn.Module) -> bool:
     return any(isinstance(hook, Tap) for m in model.modules() for hook in m._forward_hooks.values())
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` or `module.compile()` was applied to `model` or any of its submodules."""
-    return any(COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules())
+def drop_compiled(model: nn.Module) -> None:
+    """Drop what torch.compile has made so far, if `model` or any submodule of it is compiled.
+
+    It would pass by hooks that it has not seen; it is made again, with them, when it is next run.
+    """
+    if any(COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+        torch.compiler.reset()
 
 
 @contextmanager
-def one_graph_errors(boundaries: Iterable[str]) -> Iterator[None]:
+def one_graph_errors(boundaries: Sequence[str]) -> Iterator[None]:
     """Say what to do where torch.compile stops at a hook because of fullgraph=True.
 
     Raises:
-        BoundaryError: In place of the compiler's error.
+        BoundaryError: In place of torch's error.
     """
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "Unsupported" and "disable" in str(error):
-            raise BoundaryError(
-                f"Expected boundaries {list(boundaries)} to lie outside what is compiled as one graph, but "
-                "got torch.compile(..., fullgraph=True) around one. Compile the boundaries' own modules, or "
-                "leave out fullgraph=True."
-            ) from error
-        raise
+        if type(error).__name__ != "Unsupported" or "disable" not in str(error):
+            raise
+        raise BoundaryError(
+            f"Expected boundaries {list(boundaries)} to lie outside what is compiled as one graph, but got "
+            "torch.compile(..., fullgraph=True) around one. Compile the boundaries' own modules, or leave "
+            "out fullgraph=True."
+        ) from error
 
 
 class Taps:
@@ -75,16 +80,50 @@ class Taps:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._busy = False
 
     @property
     def installed(self) -> bool:
         """Whether any hook is on a module."""
         return bool(self._handles)
 
-    def install(self, callbacks: Mapping[nn.Module, OnOutput]) -> None:
-        """Hook every module with its callback."""
-        for module, on_output in callbacks.items():
-            self._handles.append(module.register_forward_hook(Tap(on_output)))
+    def attach(
+        self,
+        model: nn.Module,
+        boundaries: Mapping[str, OnOutput],
+        output: str | None,
+        on_output: OnOutput,
+    ) -> None:
+        """Hook the submodules named in `boundaries`, and the one that gives the network's output.
+
+        Raises:
+            StageError: The model is hooked already.
+            BoundaryError: `output` names no submodule.
+        """
+        if carries_taps(model):
+            whose = "its" if self.installed else "another engine's"
+            raise StageError(
+                f"Expected a model without hooks of an engine, but {type(model).__name__} already has "
+                f"{whose}. Call `detach()` on that engine first."
+            )
+        modules = named_submodules(model)
+        for name, on_boundary in boundaries.items():
+            self._install(modules[name], on_boundary)
+        self._install(resolve_output(model, output), on_output)
+        drop_compiled(model)
+
+    def _install(self, module: nn.Module, on_output: OnOutput) -> None:
+        self._handles.append(module.register_forward_hook(Tap(partial(self._once, on_output))))
+
+    def _once(self, on_output: OnOutput, output: Any) -> Any:
+        """Ignore a module that a checkpoint runs again while a callback differentiates its stage."""
+        if self._busy:
+            return None
+        self._busy = True
+        try:
+            return on_output(output)
+        finally:
+            self._busy = False
 
     def remove(self) -> None:
         """Take every hook off again; harmless where none is installed."""

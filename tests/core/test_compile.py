@@ -6,8 +6,6 @@ import shutil
 import pytest
 import torch
 from core.nets import CLASSES, Told, assert_close, attached, blobs, grads, run_step, same_bits
-from fits import Net as Module
-from fits import dni, loader, quiet_trainer
 from oracles import decoupled_backward
 from torch import nn
 from torch._dynamo.utils import counters
@@ -350,48 +348,6 @@ def test_probes_are_the_same(arrange):
         reports.append(engine.last_report.boundaries)
     for name in NAMES:
         torch.testing.assert_close(reports[0][name].true, reports[1][name].true, rtol=0, atol=1e-14)
-
-
-def trained(compile_it, bp_lambda=0.0, module=Module):
-    torch.manual_seed(0)
-    model = module(dropout=0.2, batch_norm=True)
-    wrapper = compile_it(model)
-    fitted = model if wrapper is None else wrapper
-    trainer = quiet_trainer(dni(bp_lambda=bp_lambda))
-    torch.manual_seed(0)
-    for _ in range(2):
-        trainer.fit(fitted, loader(24))
-        trainer.fit_loop.max_epochs += 1
-    assert trainer.global_step == 6
-    return plain_names(model.state_dict())
-
-
-def parent(model):
-    model.net = torch.compile(model.net, backend="eager")
-
-
-def each_child(model):
-    for child in model.net:
-        child.compile(backend="eager")
-
-
-@pytest.mark.parametrize(("compile_it", "bp_lambda"), [(parent, 0.0), (each_child, 1.0)])
-def test_fits_are_the_same(compile_it, bp_lambda):
-    assert same_bits(trained(compile_it, bp_lambda), trained(lambda model: None, bp_lambda))
-
-
-class Silent(Module):
-    """Lightning cannot compile `self.log`."""
-
-    def log(self, *args, **kwargs):
-        pass
-
-
-def test_a_compiled_lightning_module_is_the_same():
-    def wrapped(model):
-        return torch.compile(model, backend="eager")
-
-    assert same_bits(trained(wrapped, module=Silent), trained(lambda model: None, module=Silent))
 
 
 @pytest.mark.slow
