@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test test-matrix lint install clean
 
 help:  ## say what each target does
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## make the virtual environment, CPU torch first
 
@@ -30,5 +30,18 @@ lint: install  ## format, lint, types, import layers
 test: lint  ## all checks, tests and doctests
 	$(RUN)/python -m pytest -q
 
+# lightning,torch: the oldest and the newest that are supported; both torches bring several GB of CUDA
+MATRIX = 2.5.0,2.4.0 2.6.6,2.15.0
+
+test-matrix:  ## the tests with other versions of lightning and torch, in .matrix/
+	@set -e; for pair in $(MATRIX); do \
+	  lightning=$${pair%,*}; torch=$${pair#*,}; there=.matrix/$$pair; \
+	  echo "lightning $$lightning, torch $$torch"; \
+	  test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
+	  $$there/bin/python -m pip install --quiet torch==$$torch; \
+	  $$there/bin/python -m pip install --quiet torch==$$torch lightning==$$lightning --editable '.[dev]'; \
+	  OMP_NUM_THREADS=1 $$there/bin/python -m pytest -q; \
+	done
+
 clean:  ## remove what the targets made
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .matrix runs .mypy_cache .ruff_cache .pytest_cache

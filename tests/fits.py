@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -91,6 +92,12 @@ class AtBatchEnd(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.action(trainer, module, batch_idx)
+
+
+def newer(name):
+    """A callback that older supported versions of Lightning lack, as a parameter that is skipped there."""
+    found = getattr(pl.callbacks, name, None)
+    return pytest.param(found, id=name, marks=pytest.mark.skipif(found is None, reason=f"no {name} there"))
 
 
 class BrokenError(Exception):

@@ -20,11 +20,11 @@ from fits import (
     fit,
     loader,
     net,
+    newer,
     weights,
 )
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
@@ -168,7 +168,7 @@ def test_lambda_one_is_plain_where_a_module_runs_twice():
     "callback",
     [
         pytest.param(lambda: StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2), id="SWA"),
-        pytest.param(EMAWeightAveraging, id="EMA"),
+        newer("EMAWeightAveraging"),
         pytest.param(lambda: GradientAccumulationScheduler({0: 1, 2: 3}), id="accumulation schedule"),
     ],
 )

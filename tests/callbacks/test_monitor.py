@@ -240,7 +240,7 @@ def test_every_logger_gets_the_configuration():
         assert found["staleness"] == 0
         assert isinstance(found["seed"], int)
         assert found["recipe"] == "digits_dni"
-        assert found["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(found["versions"]["torch"])
         assert found["versions"].keys() == {"lightning_dni", "torch", "lightning", "python"}
 
 

@@ -111,7 +111,7 @@ def test_an_engine_can_be_attached_again():
 
 def test_taps_pass_on_what_a_callback_returns():
     layer, taps = nn.Identity(), Taps()
-    taps.install({layer: lambda output: output + 1})
+    taps.attach(layer, {}, None, lambda output: output + 1)
     assert taps.installed
     assert layer(torch.zeros(1)).item() == 1
     taps.remove()

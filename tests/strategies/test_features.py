@@ -20,17 +20,16 @@ from fits import (
     hooks_on,
     loader,
     net,
+    newer,
     quiet_trainer,
     weights,
 )
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     Timer,
-    WeightAveraging,
 )
 from strategies.loops import MLP, HandLoop, assert_plain, assert_twins, by_hand, double, epoch, linear_dni
 from strategies.resuming import assert_same_state, state_of
@@ -158,7 +157,8 @@ def test_the_epoch_that_only_counts_batch_norm_teaches_the_estimators_nothing(ac
     assert different(at_epoch_end[-1][1], dict(module.named_parameters())) == []
 
 
-def test_an_exponential_average_is_that_of_the_hand_written_loop():
+@pytest.mark.parametrize("averaging", [newer("EMAWeightAveraging")])
+def test_an_exponential_average_is_that_of_the_hand_written_loop(averaging):
     module, strategy = net().double(), linear_dni()
     loop, average = hand_loop(module), None
     for batch in 2 * double(loader()):
@@ -166,13 +166,11 @@ def test_an_exponential_average_is_that_of_the_hand_written_loop():
         now = {n: t.clone() for n, t in loop.stages.state_dict().items()}
         average = now if average is None else {n: 0.9 * average[n] + 0.1 * now[n] for n in now}
     loop.stages.load_state_dict(average)
-    fit(module, strategy, val=loader(8), callbacks=[EMAWeightAveraging(decay=0.9)], max_epochs=2, **FLOAT64)
+    fit(module, strategy, val=loader(8), callbacks=[averaging(decay=0.9)], max_epochs=2, **FLOAT64)
     assert_twins(module, strategy, loop)
 
 
-@pytest.mark.parametrize(
-    "averaging", [partial(EMAWeightAveraging, decay=0.9), WeightAveraging], ids=["exponential", "mean"]
-)
+@pytest.mark.parametrize("averaging", [newer("EMAWeightAveraging"), newer("WeightAveraging")])
 def test_a_run_with_averaged_weights_is_resumed_bit_for_bit(tmp_path, averaging):
     keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
     whole = fit(net(), dni(), callbacks=[averaging(), keep], enable_checkpointing=True, max_epochs=3)
@@ -274,9 +272,8 @@ def test_lambda_one_is_plain_whatever_the_trainer_is_asked(options):
     [
         partial(ModelPruning, "l1_unstructured", amount=0.3, parameter_names=["weight"]),
         partial(Timer, duration="00:01:00:00"),
-        WeightAveraging,
+        newer("WeightAveraging"),
     ],
-    ids=["pruning", "timer", "weight averaging"],
 )
 def test_lambda_one_is_plain_beside_other_callbacks(callback):
     assert_plain(net(dropout=0.3), callbacks=lambda: [callback()], max_epochs=3)
