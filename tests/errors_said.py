@@ -15,8 +15,20 @@ def text_of(node):
     return UNKNOWN
 
 
+def sentences_of(tree):
+    """What the errors made in a module say, also where a function of it puts the sentence together."""
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS and node.args:
+            said = node.args[0]
+            if isinstance(said, ast.Call):
+                parts = [n for n in ast.walk(functions[said.func.id]) if isinstance(n, ast.JoinedStr)]
+                yield max(map(text_of, parts), key=len)
+            else:
+                yield text_of(said)
+
+
 def errors_in(folder):
     """Sentences of all errors made in the Python files below `folder`."""
-    nodes = (node for path in sorted(folder.rglob("*.py")) for node in ast.walk(ast.parse(path.read_text())))
-    calls = (node for node in nodes if isinstance(node, ast.Call) and node.args)
-    return [text_of(call.args[0]) for call in calls if getattr(call.func, "id", None) in ERRORS]
+    trees = [ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))]
+    return [sentence for tree in trees for sentence in sentences_of(tree)]
