@@ -206,12 +206,42 @@ def fails_on_one(rank):
             if rank == 1 and k == 3:
                 replica.engine.estimators["1"].map.weight.fill_(float("nan"))
         replica.step(batch)
+        if k == 4:  # processes look together, and not in every step
+            replica.engine.check_values()
 
 
-def test_a_failure_on_one_rank_ends_all_at_once():
-    with pytest.raises(ReplicaError, match=r"rank 1(?s:.*)to give finite gradients") as caught:
+def test_what_is_not_finite_on_one_rank_ends_all_together():
+    with pytest.raises(
+        ReplicaError, match=r"rank 1(?s:.*)boundary '1' to give finite gradients.*step 3"
+    ) as caught:
         on_ranks(fails_on_one, seconds=20)
     assert "hangs" not in str(caught.value)
+    assert "rank 0" in str(caught.value)
+
+
+def skips_on_one(rank):
+    replica = Replica(rank, on_nonfinite="skip")
+    for k, batch in enumerate(batches()):
+        with torch.no_grad():
+            kept = replica.engine.estimators["1"].map.weight.clone() if k else None
+            if rank == 1 and k == 3:
+                replica.engine.estimators["1"].map.weight.fill_(float("nan"))
+        replica.step(batch)
+        if rank == 1 and k == 3:
+            with torch.no_grad():
+                replica.engine.estimators["1"].map.weight.copy_(kept)
+    return replica.state(), replica.engine.skipped
+
+
+def test_what_is_skipped_on_one_rank_hangs_nobody_and_spoils_nothing():
+    (first, none), (_, some) = on_ranks(skips_on_one, seconds=20)
+    assert set(none.values()) == {0}
+    assert some["1"] == 1
+    assert all(t.isfinite().all() for t in _tensors(first))
+
+
+def _tensors(state):
+    return [t for t in torch.utils._pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
 
 
 def leaves_a_boundary_out(rank):
