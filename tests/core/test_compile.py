@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch.nn import functional as F
+from versions import newer_torch
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import BoundaryError, StageError
@@ -177,6 +178,7 @@ def test_a_region_around_one_of_two_boundaries_is_refused_by_that_name():
         run_step(engine, forward, batch)
 
 
+@newer_torch
 @pytest.mark.parametrize("whole", [compiled, lambda model, **options: model.compile(**options) or model])
 def test_one_full_graph_around_a_boundary_is_refused(whole):
     model, batch = Net(), blobs()
@@ -307,6 +309,7 @@ def graphs_after_each_step(model, steps=3):
     return found
 
 
+@newer_torch
 @pytest.mark.parametrize("arrange", [wrap_each, in_place_each])
 def test_nothing_of_the_engine_is_traced(arrange):
     """One graph for every submodule and no other, in the first step and never again."""
@@ -350,6 +353,7 @@ def test_probes_are_the_same(arrange):
         torch.testing.assert_close(reports[0][name].true, reports[1][name].true, rtol=0, atol=1e-14)
 
 
+@newer_torch
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_is_the_same():

@@ -99,7 +99,7 @@ def cases(draw):
     each = lambda values: draw(st.lists(values, min_size=depth, max_size=depth))
     names = st.lists(st.integers(0, depth - 1), min_size=1, max_size=depth, unique=True)
     boundaries = [str(i) for i in draw(names)]
-    some = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0))
+    some = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0, allow_subnormal=False))
     lambdas = {name: draw(some) for name in boundaries}
     return Case(
         widths=each(st.integers(1, 6)),

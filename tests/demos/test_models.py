@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
+from versions import safe_loading
 
 from lightning_dni.demos import ConvClassifier, MLPClassifier
 from lightning_dni.demos.models import ACTIVATIONS, OPTIMIZERS
@@ -172,6 +173,7 @@ def test_hyperparameters_are_primitives():
     }
 
 
+@safe_loading
 @pytest.mark.parametrize("make", CLASSIFIERS)
 def test_checkpoint_loads_without_arguments(make, tmp_path):
     model = make(num_classes=10, batch_norm=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fits import FEATURES, AtBatchEnd, Net, different, dni, fit, hooks_on, loader, net, quiet_trainer, weights
 from strategies.loops import MLP
+from versions import newer_torch
 
 X = torch.randn(5, FEATURES, generator=torch.Generator().manual_seed(7))
 
@@ -90,6 +91,7 @@ def test_a_copy_of_a_trained_module_trains_on_as_the_module_does(trained, how):
     assert different(*ends) == []
 
 
+@newer_torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", COPIES | EXPORTS)
 def test_a_module_may_be_copied_or_exported_in_mid_fit(how):

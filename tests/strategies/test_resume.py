@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from strategies.loops import MLP, linear_dni
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, leaves, state_of
+from versions import safe_loading
 
 from lightning_dni.estimators import CriticEstimator, LocalLossEstimator
 
@@ -229,6 +230,7 @@ def test_a_warm_start_from_weights_is_a_fit_of_those_weights(tmp_path):
     assert different(ends[0], ends[1]) == different(ends[0], ends[2]) == []
 
 
+@safe_loading
 @pytest.mark.parametrize("weights_only", [None, True, False])
 def test_resuming_may_insist_on_safe_loading(tmp_path, weights_only):
     strategy = partial(dni, estimator=NoisyEstimator, rng="stage")

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from strategies.loops import MLP
 from strategies.resuming import NoisyEstimator, assert_same_state, state_of
+from versions import safe_loading
 
 
 class WithRate(Net):
@@ -84,6 +85,7 @@ def test_looking_for_a_rate_leaves_estimators_their_optimizer_and_every_stream_w
     assert_same_state(without, with_it)
 
 
+@safe_loading
 def test_looking_for_a_batch_size_leaves_them_where_they_were_too():
     found, with_it = run([BatchSizeFinder(steps_per_trial=3, max_trials=1, init_val=2)])
     _, without = run(batch_size=found)
@@ -91,6 +93,7 @@ def test_looking_for_a_batch_size_leaves_them_where_they_were_too():
     assert_same_state(without, with_it)
 
 
+@safe_loading
 def test_a_finder_that_fails_leaves_module_and_trainer_usable():
     class Fails(WithRate):
         broken = True

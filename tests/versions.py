@@ -1,0 +1,16 @@
+"""What older supported versions of torch and Lightning do otherwise, as marks for tests."""
+
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from packaging.version import Version
+
+TORCH = Version(torch.__version__)
+
+newer_torch = pytest.mark.skipif(Version("2.6") > TORCH, reason="older torch exports and compiles otherwise")
+safe_loading = pytest.mark.skipif(
+    "weights_only" not in inspect.signature(pl.Trainer.fit).parameters,
+    reason="older Lightning has no `weights_only` to pass, and other finders",
+)
