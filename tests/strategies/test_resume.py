@@ -255,6 +255,7 @@ class Slow(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+@safe_loading
 def test_a_checkpoint_written_in_the_background_holds_the_estimators_of_its_step(tmp_path):
     slow, then = Slow(), []
 

@@ -72,6 +72,7 @@ def run(callbacks=(), batch_size=4, **options):
     return module.batch_size, state_of(trainer)
 
 
+@safe_loading
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("finder", [LearningRateFinder, FindsLater], ids=["at first", "in mid-fit"])
 def test_looking_for_a_rate_leaves_estimators_their_optimizer_and_every_stream_where_they_were(
