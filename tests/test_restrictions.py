@@ -12,12 +12,15 @@ RESTRICTIONS = {
     ],
     "precision other than": ["Expected a precision of"],
     "in manual optimization, a second backward pass": [
-        "Expected one backward pass through each forward pass"
+        "Expected one backward pass through each forward pass",
+        "to be differentiated by `manual_backward`",
+        "Expected the loss to come back to boundary",
     ],
     "a loss, activation, synthetic or target gradient that is not finite": [
         "Expected a finite loss",
-        "to give finite gradients, but got some that are not in step …: its parameters",
-        "to give finite gradients, but got some that are not in step …, from finite parameters",
+        "to give finite gradients, but got some that are not in …: its parameters",
+        "to give finite gradients, but got some that are not in …: the activation there",
+        "to give finite gradients, but got some that are not in …, from finite parameters",
         "Expected a finite target gradient",
         "Expected finite losses and gradients in every process",
     ],
@@ -26,7 +29,10 @@ RESTRICTIONS = {
         "Expected `boundaries` to name distinct modules",
     ],
     "a boundary that did not run": ["Expected every boundary to run"],
-    "a path around a boundary": ["(a skip connection past the boundary, an auxiliary head"],
+    "a path around a boundary": [
+        "(a skip connection past the boundary, an auxiliary head",
+        "Expected a graph of this step",
+    ],
     "a boundary's output that goes both into the next stage and past it": ["goes into it and past it"],
     "a boundary's output that is changed in place": ["not to be changed in place"],
     "re-entrant activation checkpointing": ["with use_reentrant=False below"],
@@ -64,7 +70,7 @@ RESTRICTIONS = {
         "Expected the state of the estimators' …",
         "Expected optimizer states for the estimators at",
         "states of estimator optimizers",
-        "schedules of estimator optimizers",
+        "Expected schedules of estimator optimizers",
         "Expected `estimator` to make a new estimator for boundary",
     ],
     "a boundary inside a region that torch.compile had compiled": [

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
+from lightning_dni.errors import StageError
 
 Lesson = tuple[Installed, Record, Feedback, float]
 """What an estimator learns from and with what share, kept where it takes several steps on it."""
@@ -41,6 +42,7 @@ class Cut:
         output: The network's output for these rows.
         loss: The estimator's loss, for reports.
         said: A scalar that is finite if the synthetic gradient is.
+        applied: A scalar that is finite if what was mixed from it is; None where that is not asked.
         learnt: A scalar that is finite if what the estimator learns from is.
         lesson: What further steps of the estimator learn from.
         param_grads: Gradients of the stage's variables, until they are merged.
@@ -69,6 +71,7 @@ class Cut:
     output: Tensor | None = None
     loss: Tensor | None = None
     said: Tensor | None = None
+    applied: Tensor | None = None
     learnt: Tensor | None = None
     lesson: Lesson | None = None
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Cut:
         """Whether the SG loss is differentiated from what arrived, without making the target first."""
         record = self.record
         return (
-            self.installed.estimator.differentiates
+            self.installed.explicit
             and isinstance(self.factor, float)
             and self.arrived is not None
             and record is not None
@@ -147,3 +150,31 @@ def lineage(top: Iterable[Cut]) -> set[Cut]:
                 found.add(parent)
                 queue.append(parent)
     return found
+
+
+def refuse_no_gradient(cut: Cut) -> None:
+    """Refuse a backward pass that had a way to `cut` and did not go it.
+
+    Raises:
+        StageError: Nothing came back.
+    """
+    if all(leaf.grad is None for leaf in cut.leaves):
+        raise StageError(
+            f"Expected the loss to come back to boundary {cut.boundary!r}, but nothing did: it was "
+            "differentiated for other tensors only. Call backward without `inputs`."
+        )
+
+
+def refuse_other_backward(cuts: Iterable[Cut]) -> None:
+    """Refuse a loss that was differentiated without the engine's knowledge.
+
+    Raises:
+        StageError: Something came back through a cut that nobody has settled.
+    """
+    for cut in cuts:
+        if not cut.delivered and any(leaf.grad is not None for leaf in cut.leaves):
+            raise StageError(
+                f"Expected every loss to be differentiated by `manual_backward` (or `engine.backward`), but "
+                f"got another way through boundary {cut.boundary!r}, of which the stages below never hear. "
+                "Call `self.manual_backward(loss)` instead of `loss.backward()`."
+            )

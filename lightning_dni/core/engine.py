@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
-from lightning_dni.core.cut import Cut
+from lightning_dni.core.cut import Cut, refuse_other_backward
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
@@ -46,9 +46,9 @@ from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport, report_step
-from lightning_dni.core.settings import StepSettings
+from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import in_place_errors
-from lightning_dni.core.step import Profile, Step, no_profile
+from lightning_dni.core.step import Past, Profile, Step, no_profile
 from lightning_dni.core.tap import Taps, one_graph_errors
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
 from lightning_dni.errors import EstimatorError, StageError
@@ -133,6 +133,7 @@ class DNIEngine:
         self._taps = Taps()
         self._step: Step | None = None
         self._in_forward = False
+        self._held: Past = {}
         self._elements_per_row: int | None = None
         self._steps = 0
         self._requested: Literal["nothing", "report", "probe"] = "nothing"
@@ -161,10 +162,7 @@ class DNIEngine:
         return dict(self._health.skipped)
 
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
-        """Change lambda from the next training step on.
-
-        Args:
-            value: One value, or {boundary or pattern: value}.
+        """Change lambda from the next training step on: one value, or {boundary or pattern: value}.
 
         Raises:
             EstimatorError: A value is outside [0, 1].
@@ -247,7 +245,7 @@ class DNIEngine:
         batch: Any = None,
         *,
         accumulate: int = 1,
-        scale: Tensor | None = None,
+        scale: Scale | None = None,
         several_losses: bool = False,
         first: bool = True,
         last: bool = True,
@@ -257,7 +255,7 @@ class DNIEngine:
         Args:
             batch: The user's batch; the context is found in it as `labels` says.
             accumulate: Number of forward passes whose losses the user averages.
-            scale: What a gradient scaler will multiply the loss with.
+            scale: What a gradient scaler will multiply the loss with, or a callable that gives it.
             several_losses: Whether the block holds any number of backward passes (or none), each through a
                 forward pass of its own, which need not run every boundary.
             first: Whether it is the first of them, at which gradients are zeroed (for replicas only).
@@ -265,16 +263,15 @@ class DNIEngine:
 
         Raises:
             StageError: The engine is not attached.
-            BoundaryError: A boundary is changed in place by the module above it, or lies inside what is
-                compiled with fullgraph=True.
+            BoundaryError: A boundary is changed in place, or compiled with fullgraph=True.
         """
         if not self._taps.installed:
             raise StageError(
-                f"Expected the engine to be attached, but {type(self._model).__name__} has none of its "
-                "hooks. Write `with engine:` around the training loop, or call `engine.attach()`."
+                "Expected the engine to be attached, but got no hook of it on the model. Write `with engine:` "
+                "around the training loop, or call `engine.attach()`."
             )
         settings = self._settings(batch, accumulate, scale, several_losses, last)
-        self._step = Step(settings, self._pool.install, self.profile)
+        self._step = Step(settings, self._pool.install, self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._in_forward = None, "nothing", True
@@ -282,10 +279,12 @@ class DNIEngine:
         try:
             with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
                 yield
+            if several_losses:
+                refuse_other_backward(self._step.cuts)
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
         finally:
-            self._in_forward = False
+            self._in_forward, self._held = False, self._step.held()
             if several_losses:
                 self._step = None
 
@@ -302,11 +301,11 @@ class DNIEngine:
         self.finish_backward()
 
     def prepare_backward(self, loss: Tensor) -> None:
-        """First third of `backward`, for whoever differentiates the loss himself: check the way down."""
+        """First third of `backward`, for whoever differentiates the loss: check the way down."""
         if self._step is None:
             raise StageError(
-                f"Expected a training step before backward, but got none for a loss of shape "
-                f"{tuple(loss.shape)}. Run the forward pass inside `with engine.training_step(batch):`."
+                "Expected a training step before backward, but got none. Run the forward pass inside "
+                "`with engine.training_step(batch):`."
             )
         self._step.prepare(loss)
 
@@ -330,8 +329,8 @@ class DNIEngine:
             self._health.sift(cuts, keep_stage=scaled)
         if not scaled:
             self._health.observe(number, step.loss, cuts)
-        if step.settings.check_values and self._exchange is None:
-            self._health.look()
+        if self._exchange is None and (step.settings.check_values or self._health.is_crowded):
+            self._health.look(at_once=step.settings.check_values and not scaled)
 
     def check_values(self) -> None:
         """Raise for what was not finite in any step since the last look; waits for an accelerator.
@@ -351,7 +350,7 @@ class DNIEngine:
         self._pool.drop_gradients()
 
     def _settings(
-        self, batch: Any, accumulate: int, scale: Tensor | None, several: bool, last: bool
+        self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool
     ) -> StepSettings:
         return StepSettings(
             batch=batch,
@@ -365,6 +364,7 @@ class DNIEngine:
             probe=self._requested == "probe",
             check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
             keep_lessons=self._pool.steps > 1,
+            skips=self._health.skips,
             own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
             exchange=self._exchange if last else None,
         )
@@ -392,8 +392,9 @@ class DNIEngine:
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
         self._device = device_of(self._model)
+        steps, elements, skipped = state["steps"], state["elements_per_row"], state["skipped"]
         self._pool.load_state_dict(state, self._device)
-        self._steps = state["steps"]
-        self._elements_per_row = state["elements_per_row"]
-        self._health.skipped.update(state["skipped"])
+        self._health.forget()
+        self._steps, self._elements_per_row = steps, elements
+        self._health.skipped.update(skipped)
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))

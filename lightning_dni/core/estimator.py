@@ -162,11 +162,15 @@ class GradientEstimator(nn.Module, ABC):
 
 
 class Installed(NamedTuple):
-    """An estimator at its boundary, with its parameters at hand and its stream if it draws from one."""
+    """An estimator at its boundary, with its parameters at hand and its stream if it draws from one.
+
+    `explicit`: whether its gradients are taken by `parameter_gradients`.
+    """
 
     estimator: GradientEstimator
     parameters: tuple[nn.Parameter, ...]
     stream: RandomStream | None = None
+    explicit: bool = False
 
 
 def rows_of(h: Sequence[Tensor]) -> int:

@@ -16,6 +16,10 @@ OnNonfinite = Literal["raise", "skip"]
 """What happens to an estimator's gradient that is not finite: an error, or no update in that step."""
 
 
+MOST_UNREAD = 512
+SKIP = "or pass on_nonfinite='skip' to leave out such updates"
+
+
 class Observation(NamedTuple):
     """A scalar that is finite if everything that went into it was.
 
@@ -56,6 +60,17 @@ class Health:
         self.skips = on_nonfinite == "skip"
         self.skipped = dict.fromkeys(boundaries, 0) if self.skips else {}
         self._unread: list[Observation] = []
+        self._suspects: dict[str, Installed] = {}
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so much was observed that somebody has to look."""
+        return len(self._unread) > MOST_UNREAD
+
+    def forget(self) -> None:
+        """Drop what was observed and not looked at."""
+        self._unread.clear()
+        self._suspects.clear()
 
     def observe(self, step: int, loss: Tensor | None, cuts: Sequence[Cut]) -> None:
         """Keep a scalar of everything in a step that must be finite; `cuts` topmost first."""
@@ -65,14 +80,15 @@ class Health:
         # in the order in which one follows from the other: the first that is not finite is the cause
         self._unread += [Observation(step, v, "gradient", c.boundary, c.installed) for c, v in gradients]
         if loss is not None:
-            self._unread.append(Observation(step, loss, "loss"))
+            self._unread.append(Observation(step, loss.sum() if loss.ndim else loss, "loss"))
         self._unread += [Observation(step, v, "lesson", c.boundary, c.installed) for c, v in lessons]
 
-    def look(self, exchange: Exchange | None = None) -> None:
+    def look(self, exchange: Exchange | None = None, at_once: bool = False) -> None:
         """Look at what was observed since the last look; waits for an accelerator, once.
 
         Args:
             exchange: Lets every replica stop with the one that has found something; all have to look then.
+            at_once: Whether no estimator has learnt since the observation, and its parameters tell.
 
         Raises:
             EstimatorError: An estimator gave, or learns from, something that is not finite.
@@ -81,7 +97,12 @@ class Health:
         unread, self._unread = self._unread, []
         values = _numbers([each.value for each in unread])
         pairs = zip(unread, values, strict=True)
-        error = next((_error(each, value) for each, value in pairs if not math.isfinite(value)), None)
+        bad = next(((each, value) for each, value in pairs if not math.isfinite(value)), None)
+        error = None if bad is None else _error(*bad, at_once)
+        gone = next((name for name, made in self._suspects.items() if not _is_sound(made)), None)
+        if error is None and gone is not None:
+            error = _diverged(_who(self._suspects[gone], gone), "a step that the gradient scaler has skipped")
+        self._suspects.clear()
         if (exchange is None or exchange.agree(error is None)) and error is None:
             return
         raise error or StageError(
@@ -96,15 +117,17 @@ class Health:
             cuts: The cuts that count.
             keep_stage: Leave the stages' gradients, for a gradient scaler to find.
         """
-        asked = [(c, v) for c in cuts for v in (c.said, c.learnt)]
+        asked = [(c, v) for c in cuts for v in (c.said, c.learnt, c.applied)]
         numbers = iter(_numbers([v for _, v in asked if v is not None]))
         finite = [v is None or math.isfinite(next(numbers)) for _, v in asked]
-        for cut, said, learnt in zip(cuts, finite[::2], finite[1::2], strict=True):
-            if not said and not keep_stage and cut.bp_lambda < 1.0:
+        for cut, said, learnt, applied in zip(cuts, finite[::3], finite[1::3], finite[2::3], strict=True):
+            if not keep_stage and not (applied if cut.waits else said):
                 cut.param_grads = []
             if not (said and learnt):
                 self.skipped[cut.boundary] = self.skipped.get(cut.boundary, 0) + 1
                 cut.estimator_grads, cut.lesson = [], None
+                if not self.skips:
+                    self._suspects[cut.boundary] = cut.installed
 
 
 def _numbers(values: Sequence[Tensor]) -> list[float]:
@@ -114,26 +137,44 @@ def _numbers(values: Sequence[Tensor]) -> list[float]:
     return torch.stack([v.to(first, torch.float32) for v in values]).tolist()
 
 
-def _error(seen: Observation, value: float) -> EstimatorError | StageError:
+def _error(seen: Observation, value: float, at_once: bool) -> EstimatorError | StageError:
     if seen.installed is None:
         return StageError(
-            f"Expected a finite loss, but got {value} in step {seen.step}, from synthetic gradients "
-            "that are finite. Look at the data and the loss, or lower the learning rate of the network."
+            f"Expected a finite loss, but got {value} in step {seen.step}, from activations that are finite "
+            "at every boundary, or were skipped. Look at the data and the loss, or lower the "
+            "learning rate of the network."
         )
-    who = f"{type(seen.installed.estimator).__name__} at boundary {seen.boundary!r}"
-    skip = "or pass on_nonfinite='skip' to leave out such updates"
+    who, when = _who(seen.installed, seen.boundary), f"step {seen.step}"
     if seen.what == "lesson":
         return EstimatorError(
             f"Expected a finite target gradient for {who}, but got one that is not (or is too large to be "
-            f"squared) in step {seen.step}. Lower the learning rate of the network, {skip}."
+            f"squared) in {when}. Lower the learning rate of the network, {SKIP}."
         )
-    if all(bool(p.isfinite().all()) for p in seen.installed.estimator.parameters()):
+    if not at_once:
         return EstimatorError(
-            f"Expected {who} to give finite gradients, but got some that are not in step {seen.step}, "
-            "from finite parameters: the activation there is not finite, or too large. Lower the learning "
-            f"rate of the network, or of `estimator_optimizer`, {skip}."
+            f"Expected {who} to give finite gradients, but got some that are not in {when}: the activation "
+            "there is not finite, or the estimator had diverged. Lower the learning rate of the network, or "
+            f"of `estimator_optimizer`, {SKIP}."
         )
+    if _is_sound(seen.installed):
+        return EstimatorError(
+            f"Expected {who} to give finite gradients, but got some that are not in {when}, "
+            "from finite parameters: the activation there is not finite, or too large. Lower the learning "
+            f"rate of the network, or of `estimator_optimizer`, {SKIP}."
+        )
+    return _diverged(who, when)
+
+
+def _diverged(who: str, when: str) -> EstimatorError:
     return EstimatorError(
-        f"Expected {who} to give finite gradients, but got some that are not in step {seen.step}: its "
-        f"parameters are no longer finite. Lower the learning rate of `estimator_optimizer`, {skip}."
+        f"Expected {who} to give finite gradients, but got some that are not in {when}: its "
+        f"parameters are no longer finite. Lower the learning rate of `estimator_optimizer`, {SKIP}."
     )
+
+
+def _who(installed: Installed, boundary: str | None) -> str:
+    return f"{type(installed.estimator).__name__} at boundary {boundary!r}"
+
+
+def _is_sound(installed: Installed) -> bool:
+    return all(bool(p.isfinite().all()) for p in installed.estimator.parameters())

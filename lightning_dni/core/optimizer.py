@@ -115,22 +115,23 @@ class EstimatorOptimizers:
         return [{"kind": type(each).__name__, **each.state_dict()} for each in self._optimizers]
 
     def schedules(self) -> list[dict[str, Any]]:
-        """One state per scheduler, in the same order."""
-        return [scheduler.state_dict() for scheduler in self._schedulers]
+        """One state per scheduler with its `kind`, in the same order."""
+        return [{"kind": type(each).__name__, **each.state_dict()} for each in self._schedulers]
 
     def load_schedules(self, states: Sequence[dict[str, Any]]) -> None:
         """Load what `schedules` gave, after the optimizers' states.
 
         Raises:
-            EstimatorError: There are more or fewer schedules here.
+            EstimatorError: There are other schedules here.
         """
-        if len(states) != len(self._schedulers):
+        here, saved = [type(each).__name__ for each in self._schedulers], [state["kind"] for state in states]
+        if here != saved:
             raise EstimatorError(
-                f"Expected {len(self._schedulers)} schedules of estimator optimizers, but got {len(states)}. "
-                "Resume with the `estimator_scheduler` of the saved run."
+                f"Expected schedules of estimator optimizers of kinds {here}, but got {saved}. Resume with "
+                "the `estimator_scheduler` of the saved run."
             )
         for scheduler, state in zip(self._schedulers, states, strict=True):
-            scheduler.load_state_dict(state)
+            scheduler.load_state_dict({key: value for key, value in state.items() if key != "kind"})
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Load what `state_dict` gave, into optimizers over the same estimators, none of them made yet.

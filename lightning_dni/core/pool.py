@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
 from lightning_dni.core.cut import Lesson
@@ -93,6 +94,8 @@ class EstimatorPool:
             RandomStream(derive_seed(self.seed, "stream", spec.name), spec.device)
             if estimator.stochastic
             else None,
+            # a parametrized weight is no leaf: autograd knows the way to what is
+            estimator.differentiates and not any(map(is_parametrized, estimator.modules())),
         )
         self._specs[spec.name], self.installed[spec.name] = spec, installed
         self.optimizers.add(spec.name, installed)
@@ -190,6 +193,7 @@ class EstimatorPool:
         except Exception:  # a state that is refused changes nothing
             self._specs, self.installed, self.seed, self.optimizers, self._restored = before
             raise
+        self._pending = False
         self._lessons.clear()
 
     def _become(

@@ -11,6 +11,9 @@ from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.target import Denominator, denominator
 from lightning_dni.errors import EstimatorError
 
+Scale = Tensor | Callable[[], Tensor]
+"""What a gradient scaler multiplies the loss with, as it is, or as it will be when it is asked."""
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -23,11 +26,12 @@ class StepSettings:
         loss_denominator: What the user's loss is divided by.
         elements_per_row: Elements of the network's output per row, if one was seen before this step.
         accumulate: Number of forward passes whose losses the user averages.
-        scale: What a gradient scaler multiplies the loss with; None for one.
+        scale: What a gradient scaler multiplies the loss with, or a callable that gives it; None for one.
         report: Keep gradients for the report.
         probe: Keep graphs for the true gradients.
         check_values: Look at labels and synthetic gradients, which waits for an accelerator.
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
+        skips: Whether what is not finite is left out.
         own_parameters: The parameters of a boundary's module, where not every boundary need run.
         exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
 
@@ -41,11 +45,12 @@ class StepSettings:
     loss_denominator: Denominator = "batch"
     elements_per_row: int | None = None
     accumulate: int = 1
-    scale: Tensor | None = None
+    scale: Scale | None = None
     report: bool = False
     probe: bool = False
     check_values: bool = True
     keep_lessons: bool = False
+    skips: bool = False
     own_parameters: Callable[[str], Iterable[Tensor]] | None = None
     exchange: Exchange | None = None
 
@@ -62,4 +67,6 @@ class StepSettings:
         """What turns a gradient in units of the per-row loss into one of the user's scaled loss."""
         divisor = denominator(self.loss_denominator, self.batch, value, rows_of(h), elements_per_row)
         factor = 1.0 / (divisor * self.accumulate)
-        return factor if self.scale is None else factor * self.scale
+        return (
+            factor if self.scale is None else factor * (self.scale() if callable(self.scale) else self.scale)
+        )

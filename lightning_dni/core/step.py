@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from lightning_dni.core.context import check_context
-from lightning_dni.core.cut import Cut, Lesson, lineage
+from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.probe import donated_buffer_errors
@@ -36,6 +36,8 @@ from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Context = Tensor | None
+Past = dict[int, tuple[TensorWeakRef, str]]
+"""Boundary tensors by id, with the boundary that each belongs to."""
 Profile = Callable[[str], AbstractContextManager[object]]
 """Times what runs inside it, under a name."""
 
@@ -54,6 +56,7 @@ class Step:
         settings: What holds for the whole step.
         install: Gives the estimator of a boundary, building it from its first activation.
         profile: Times the phases of the step.
+        past: The boundary tensors of earlier steps that somebody still holds.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Step:
         settings: StepSettings,
         install: Callable[[str, Sequence[Tensor]], Installed],
         profile: Profile = no_profile,
+        past: Past | None = None,
     ) -> None:
         self.settings = settings
         self.cuts: list[Cut] = []
@@ -71,6 +75,7 @@ class Step:
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._profile = profile
+        self._past = past or {}
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
@@ -139,7 +144,20 @@ class Step:
 
     def _owner_of(self, leaf: Tensor) -> Cut | None:
         entry = self._owners.get(id(leaf))
-        return entry[1] if entry is not None and entry[0]() is leaf else None
+        if entry is not None and entry[0]() is leaf:
+            return entry[1]
+        past = self._past.get(id(leaf)) if self._past else None
+        if past is not None and past[0]() is leaf:
+            raise BoundaryError(
+                f"Expected a graph of this step, but got one that was kept from an earlier step and ends at "
+                f"boundary {past[1]!r}, whose stage is closed. Detach what is kept from one step to the next."
+            )
+        return None
+
+    def held(self) -> Past:
+        """The boundary tensors, of this step and of earlier ones, that somebody still holds."""
+        now = {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
+        return {key: entry for key, entry in (self._past | now).items() if entry[0]() is not None}
 
     def _consume(self, stage: Stage[Cut], consumer: str) -> None:
         for parent in stage.parents:
@@ -198,6 +216,8 @@ class Step:
                 check_shapes(corrected, record.h, crossing)
                 crossing.synthetic, crossing.said = corrected, observed(corrected)
         gradients = crossing.applied_gradient()
+        if crossing.waits and self.settings.skips and gradients is not None:
+            crossing.applied = observed(gradients)
         if gradients is not None:
             device = crossing.outputs[0].device.type
             autocast = torch.is_autocast_enabled(device)
@@ -331,6 +351,7 @@ class Step:
         if self.settings.exchange is not None:
             self.settings.exchange.offer_accumulated(self._last)
         for crossing in self.top:
+            refuse_no_gradient(crossing)
             self._deliver(crossing)
             if crossing.due:
                 self._settle(crossing)
@@ -360,6 +381,8 @@ class Step:
             accumulate(gradients)
         else:
             self.settings.exchange.merge(gradients, named)
+        for crossing in counted:  # who asks for a second backward pass is told so, but keeps nothing alive
+            crossing.param_grads, crossing.estimator_grads, crossing.stage = [], [], Stage([], [])
         return [crossing.lesson for crossing in counted if crossing.lesson is not None]
 
     def _counted(self, top: Sequence[Cut]) -> list[Cut]:

@@ -24,7 +24,7 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     h = tuple(leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in cut.leaves)
     estimator = installed.estimator
     learns = bool(installed.parameters) and not settings.keep_lessons
-    with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not estimator.differentiates):
+    with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not installed.explicit):
         gradient, state = estimator.synthesize(h, context, None)
     if gradient is not None:
         check_shapes(gradient, h, cut)
@@ -47,7 +47,7 @@ def differentiate_loss(
     """Gradients of the estimator's parameters, with its loss left on `cut`; None if it learns nothing."""
     installed, record = cut.installed, cut.record
     assert record is not None
-    if installed.estimator.differentiates and record.gradient is not None:
+    if installed.explicit and record.gradient is not None:
         return _differentiate_sg_loss(cut, record, record.gradient, feedback, share)
     loss = learn(installed, record, feedback, share)
     if loss is None:
@@ -67,7 +67,8 @@ def _differentiate_sg_loss(
     assert arrived is not None
     with estimating(cut.installed, record.h[0], grad=False):
         difference, factor = sg_loss_gradient(said, arrived, unit)
-        found = cut.installed.estimator.parameter_gradients(record, tuple(difference), factor * share)
+        made = cut.installed.estimator.parameter_gradients(record, tuple(difference), factor * share)
+    found = [(variable, gradient) for variable, gradient in made if variable.requires_grad]
     # where a gradient has the fewest elements, most of the differences went into each
     cut.learnt = observed([min((g for _, g in found), key=Tensor.numel)] if found else difference)
     cut.loss = None if feedback.target is None else sg_loss(said, feedback.target)

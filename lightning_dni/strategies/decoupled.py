@@ -134,19 +134,21 @@ class DecoupledTraining(Strategy):
         with self.engine.training_step(
             batch,
             accumulate=accumulate,
-            scale=self._loss_scale(),
+            scale=self._loss_scale if self._has_scaler() else None,
             several_losses=not automatic,
             first=first,
             last=self._closes_window,
         ):
             return super().training_step(*args, **kwargs)
 
-    def _loss_scale(self) -> Tensor | None:
+    def _has_scaler(self) -> bool:
+        return isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.scaler is not None
+
+    def _loss_scale(self) -> Tensor:
         """What the precision plugin will multiply the loss with, without waiting for the device."""
-        plugin = self.precision_plugin
-        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
-            return None
-        scale: Tensor = plugin.scaler.scale(torch.ones((), device=self.root_device))
+        assert isinstance(self.precision_plugin, MixedPrecision)
+        assert self.precision_plugin.scaler is not None
+        scale: Tensor = self.precision_plugin.scaler.scale(torch.ones((), device=self.root_device))
         return scale
 
     def _begin_window(self) -> None:
@@ -202,7 +204,7 @@ class DecoupledTraining(Strategy):
     def _watch_optimizers(self) -> None:
         """Have the estimators step after every step of the user's optimizers, whoever makes them step."""
         self._leave_optimizers()
-        for optimizer in self.optimizers:
+        for optimizer in dict.fromkeys(self.optimizers):
             with suppress(AttributeError):  # a wrapper without torch's hooks: its steps are Lightning's
                 self._watched[optimizer] = optimizer.register_step_post_hook(self._after_step)
 

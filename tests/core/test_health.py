@@ -178,11 +178,25 @@ def test_a_scaler_finds_what_is_not_finite_and_the_estimators_learn_nothing_of_i
     model = mlp()
     engine = stepped(model)
     assert engine.skipped == {}
+    x, y = blobs()
+    with engine.training_step((x, y), scale=torch.tensor(4.0, dtype=torch.float64)):
+        out = model(x)
+        out.register_hook(lambda g: g * INF)
+        loss = F.cross_entropy(out, y) * 4.0
+    engine.backward(loss)
+    assert not all(p.grad.isfinite().all() for p in model[2].parameters())
+    assert all(p.grad is None for p in engine.estimators["1"].parameters())
+    assert engine.skipped == {"1": 1}
+
+
+def test_an_estimator_that_diverged_under_a_scaler_is_named_all_the_same():
+    model = mlp()
+    engine = stepped(model)
     poison(engine.estimators["1"])
-    run_step(engine, model, blobs(), scale=torch.tensor(4.0, dtype=torch.float64))
-    assert not all(p.grad.isfinite().all() for p in model[1].parameters())
-    assert all(p.grad is None for e in engine.estimators.values() for p in e.parameters())
-    assert engine.skipped == {"0": 1, "1": 1}
+    with pytest.raises(
+        EstimatorError, match=r"'1' to give finite.*scaler has skipped: its parameters are no"
+    ):
+        run_step(engine, model, blobs(), scale=torch.tensor(4.0, dtype=torch.float64))
 
 
 def test_an_empty_batch_is_finite():
