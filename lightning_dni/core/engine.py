@@ -267,7 +267,7 @@ class DNIEngine:
         """
         if not self._taps.installed:
             raise StageError(
-                "Expected the engine to be attached, but got no hook of it on the model. Write `with engine:` "
+                "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
         settings = self._settings(batch, accumulate, scale, several_losses, last)
@@ -394,7 +394,6 @@ class DNIEngine:
         self._device = device_of(self._model)
         steps, elements, skipped = state["steps"], state["elements_per_row"], state["skipped"]
         self._pool.load_state_dict(state, self._device)
-        self._health.forget()
         self._steps, self._elements_per_row = steps, elements
-        self._health.skipped.update(skipped)
+        self._health.restart(skipped)
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))

@@ -1,7 +1,7 @@
 """Whether what went into a step is finite, looked at when the device may be waited for."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,10 +67,11 @@ class Health:
         """Whether so much was observed that somebody has to look."""
         return len(self._unread) > MOST_UNREAD
 
-    def forget(self) -> None:
-        """Drop what was observed and not looked at."""
+    def restart(self, skipped: Mapping[str, int]) -> None:
+        """Drop what was observed and not looked at; go on counting from `skipped`."""
         self._unread.clear()
         self._suspects.clear()
+        self.skipped.update(skipped)
 
     def observe(self, step: int, loss: Tensor | None, cuts: Sequence[Cut]) -> None:
         """Keep a scalar of everything in a step that must be finite; `cuts` topmost first."""
