@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 from core.nets import CLASSES, Told, assert_close, attached, blobs, grads, run_step, same_bits
 from oracles import decoupled_backward
 from torch import nn
@@ -356,7 +357,8 @@ def test_probes_are_the_same(arrange):
 @newer_torch
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_is_the_same():
+def test_inductor_is_the_same(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # a pool of them would stay
     model, batch = Net(), blobs()
     model.net[0], model.net[1] = torch.compile(model.net[0]), torch.compile(model.net[1])
     engine = attached(model, NAMES, bp_lambda=0.5)

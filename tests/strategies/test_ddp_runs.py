@@ -112,7 +112,8 @@ def spoil(trainer, module, batch_idx):
             trainer.strategy.engine.estimators["net.1"].map.weight.fill_(float("nan"))
 
 trainer = fit(net(), ddp(), devices=2, callbacks=[AtBatchStart(spoil)])
-print("rank", trainer.global_rank, "has finished at", trainer.global_step)
+print(f"rank {trainer.global_rank} has finished at {trainer.global_step}", flush=True)
+trainer.strategy.barrier()  # the first to end would take the others along
 """
 
 
