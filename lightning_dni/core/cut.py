@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal
+from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal, who
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
 from lightning_dni.errors import StageError
@@ -80,7 +80,7 @@ class Cut:
     @property
     def who(self) -> str:
         """The estimator by kind and place, for messages."""
-        return f"{type(self.installed.estimator).__name__} at boundary {self.boundary!r}"
+        return who(self.installed.estimator, self.boundary)
 
     @property
     def due(self) -> bool:

@@ -173,6 +173,11 @@ class Installed(NamedTuple):
     explicit: bool = False
 
 
+def who(estimator: GradientEstimator, boundary: str) -> str:
+    """The estimator by kind and place, for messages."""
+    return f"{type(estimator).__name__} at boundary {boundary!r}"
+
+
 def rows_of(h: Sequence[Tensor]) -> int:
     """Number of rows of an activation whose leaves are `[batch, ...]`."""
     return h[0].shape[0]

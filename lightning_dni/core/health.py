@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import Installed
+from lightning_dni.core.estimator import Installed, who
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.errors import EstimatorError, StageError
 
@@ -102,7 +102,9 @@ class Health:
         error = None if bad is None else _error(*bad, at_once)
         gone = next((name for name, made in self._suspects.items() if not _is_sound(made)), None)
         if error is None and gone is not None:
-            error = _diverged(_who(self._suspects[gone], gone), "a step that the gradient scaler has skipped")
+            error = _diverged(
+                who(self._suspects[gone].estimator, gone), "a step that the gradient scaler has skipped"
+            )
         self._suspects.clear()
         if (exchange is None or exchange.agree(error is None)) and error is None:
             return
@@ -139,42 +141,38 @@ def _numbers(values: Sequence[Tensor]) -> list[float]:
 
 
 def _error(seen: Observation, value: float, at_once: bool) -> EstimatorError | StageError:
-    if seen.installed is None:
+    if seen.installed is None or seen.boundary is None:
         return StageError(
             f"Expected a finite loss, but got {value} in step {seen.step}, from activations that are finite "
             "at every boundary, or were skipped. Look at the data and the loss, or lower the "
             "learning rate of the network."
         )
-    who, when = _who(seen.installed, seen.boundary), f"step {seen.step}"
+    name, when = who(seen.installed.estimator, seen.boundary), f"step {seen.step}"
     if seen.what == "lesson":
         return EstimatorError(
-            f"Expected a finite target gradient for {who}, but got one that is not (or is too large to be "
+            f"Expected a finite target gradient for {name}, but got one that is not (or is too large to be "
             f"squared) in {when}. Lower the learning rate of the network, {SKIP}."
         )
     if not at_once:
         return EstimatorError(
-            f"Expected {who} to give finite gradients, but got some that are not in {when}: the activation "
+            f"Expected {name} to give finite gradients, but got some that are not in {when}: the activation "
             "there is not finite, or the estimator had diverged. Lower the learning rate of the network, or "
             f"of `estimator_optimizer`, {SKIP}."
         )
     if _is_sound(seen.installed):
         return EstimatorError(
-            f"Expected {who} to give finite gradients, but got some that are not in {when}, "
+            f"Expected {name} to give finite gradients, but got some that are not in {when}, "
             "from finite parameters: the activation there is not finite, or too large. Lower the learning "
             f"rate of the network, or of `estimator_optimizer`, {SKIP}."
         )
-    return _diverged(who, when)
+    return _diverged(name, when)
 
 
-def _diverged(who: str, when: str) -> EstimatorError:
+def _diverged(name: str, when: str) -> EstimatorError:
     return EstimatorError(
-        f"Expected {who} to give finite gradients, but got some that are not in {when}: its "
+        f"Expected {name} to give finite gradients, but got some that are not in {when}: its "
         f"parameters are no longer finite. Lower the learning rate of `estimator_optimizer`, {SKIP}."
     )
-
-
-def _who(installed: Installed, boundary: str | None) -> str:
-    return f"{type(installed.estimator).__name__} at boundary {boundary!r}"
 
 
 def _is_sound(installed: Installed) -> bool:

@@ -75,7 +75,7 @@ class Step:
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._profile = profile
-        self._past = past or {}
+        self._past = {key: entry for key, entry in (past or {}).items() if entry[0]() is not None}
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
 
@@ -146,7 +146,7 @@ class Step:
         entry = self._owners.get(id(leaf))
         if entry is not None and entry[0]() is leaf:
             return entry[1]
-        past = self._past.get(id(leaf)) if self._past else None
+        past = self._past.get(id(leaf))
         if past is not None and past[0]() is leaf:
             raise BoundaryError(
                 f"Expected a graph of this step, but got one that was kept from an earlier step and ends at "
@@ -155,9 +155,8 @@ class Step:
         return None
 
     def held(self) -> Past:
-        """The boundary tensors, of this step and of earlier ones, that somebody still holds."""
-        now = {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
-        return {key: entry for key, entry in (self._past | now).items() if entry[0]() is not None}
+        """The boundary tensors of this step and of earlier ones, for the next step to look after."""
+        return self._past | {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
 
     def _consume(self, stage: Stage[Cut], consumer: str) -> None:
         for parent in stage.parents:

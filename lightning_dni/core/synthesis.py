@@ -48,7 +48,7 @@ def differentiate_loss(
     installed, record = cut.installed, cut.record
     assert record is not None
     if installed.explicit and record.gradient is not None:
-        return _differentiate_sg_loss(cut, record, record.gradient, feedback, share)
+        return _differentiate_sg_loss(cut, record, record.gradient, feedback, share, settings.report)
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
@@ -58,7 +58,7 @@ def differentiate_loss(
 
 
 def _differentiate_sg_loss(
-    cut: Cut, record: Record, said: Gradient, feedback: Feedback, share: float
+    cut: Cut, record: Record, said: Gradient, feedback: Feedback, share: float, report: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """The same for an estimator that needs no autograd, from what arrived or from the target made of it."""
     arrived, unit = feedback.target, 1.0
@@ -71,7 +71,7 @@ def _differentiate_sg_loss(
     found = [(variable, gradient) for variable, gradient in made if variable.requires_grad]
     # where a gradient has the fewest elements, most of the differences went into each
     cut.learnt = observed([min((g for _, g in found), key=Tensor.numel)] if found else difference)
-    cut.loss = None if feedback.target is None else sg_loss(said, feedback.target)
+    cut.loss = sg_loss(said, feedback.target) if report and feedback.target is not None else None
     return found
 
 

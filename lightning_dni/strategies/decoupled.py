@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -134,22 +135,19 @@ class DecoupledTraining(Strategy):
         with self.engine.training_step(
             batch,
             accumulate=accumulate,
-            scale=self._loss_scale if self._has_scaler() else None,
+            scale=self._loss_scale(),
             several_losses=not automatic,
             first=first,
             last=self._closes_window,
         ):
             return super().training_step(*args, **kwargs)
 
-    def _has_scaler(self) -> bool:
-        return isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.scaler is not None
-
-    def _loss_scale(self) -> Tensor:
-        """What the precision plugin will multiply the loss with, without waiting for the device."""
-        assert isinstance(self.precision_plugin, MixedPrecision)
-        assert self.precision_plugin.scaler is not None
-        scale: Tensor = self.precision_plugin.scaler.scale(torch.ones((), device=self.root_device))
-        return scale
+    def _loss_scale(self) -> Callable[[], Tensor] | None:
+        """Gives what the precision plugin will multiply the loss with, without waiting for the device."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+            return None
+        return partial(plugin.scaler.scale, torch.ones((), device=self.root_device))
 
     def _begin_window(self) -> None:
         """Forget gradients of the last window: ours, which a failed one may have left, and the user's.
