@@ -1,0 +1,1 @@
+"""Stages of one model in several processes: splitting, transport, schedule. torch only."""
