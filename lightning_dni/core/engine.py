@@ -28,33 +28,27 @@ Example: a plain torch loop.
 True
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
-from lightning_dni.core.context import Labels, find_context
+from lightning_dni.core.base import Engine
+from lightning_dni.core.boundary import device_of
 from lightning_dni.core.cut import Cut, refuse_other_backward
-from lightning_dni.core.estimator import GradientEstimator
-from lightning_dni.core.exchange import Exchange
-from lightning_dni.core.health import Health, OnNonfinite
-from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
-from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.randomness import derive_seed, seeded
-from lightning_dni.core.report import StepReport, report_step
-from lightning_dni.core.settings import Scale, StepSettings
+from lightning_dni.core.report import report_step
+from lightning_dni.core.settings import Scale
 from lightning_dni.core.stage import in_place_errors
-from lightning_dni.core.step import Past, Profile, Step, no_profile
+from lightning_dni.core.step import Past, Step
 from lightning_dni.core.tap import Taps, one_graph_errors
-from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
-from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.errors import StageError
 
 
-class DNIEngine:
+class DNIEngine(Engine):
     """Cuts a model at named boundaries and trains the stages on synthetic gradients.
 
     Args:
@@ -85,116 +79,12 @@ class DNIEngine:
         EstimatorError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        boundaries: Sequence[str],
-        estimator: EstimatorFactory | Mapping[str, EstimatorFactory],
-        *,
-        labels: Labels = "auto",
-        output: str | None = None,
-        estimator_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
-        estimator_steps: int = 1,
-        estimator_scheduler: ScheduleFactory | None = None,
-        estimator_clip_norm: float | None = None,
-        bp_lambda: float | Mapping[str, float] = 0.0,
-        loss_denominator: Denominator = "batch",
-        rng: Literal["global", "stage"] = "global",
-        on_nonfinite: OnNonfinite = "raise",
-        seed: int | None = None,
-        exchange: Exchange | None = None,
-        rank: int = 0,
-    ) -> None:
-        check_denominator(loss_denominator)
-        if rng not in ("global", "stage"):
-            raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
-        self._model = model
-        self._modules = resolve_boundaries(model, boundaries)
-        self._output = output
-        resolve_output(model, output)
-        self._labels = labels
-        self._loss_denominator = loss_denominator
-        self._rng = rng
-        self._health = Health(on_nonfinite, self._modules)
-        self._exchange, self._replica = exchange, (rank,) if rank else ()
-        self._named: dict[str, nn.Parameter] = {}
-        self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
-        self._pool = EstimatorPool(
-            tuple(self._modules),
-            estimator,
-            estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
-            estimator_steps,
-            torch.initial_seed() if seed is None else seed,
-            estimator_scheduler,
-            estimator_clip_norm,
-        )
-        self.profile: Profile = no_profile
-        self._device = device_of(model)
+    def _reset(self) -> None:
         self._taps = Taps()
         self._step: Step | None = None
         self._in_forward = False
         self._held: Past = {}
-        self._elements_per_row: int | None = None
-        self._steps = 0
-        self._requested: Literal["nothing", "report", "probe"] = "nothing"
-        self._report: StepReport | None = None
-
-    # ---- what others may see
-
-    @property
-    def boundaries(self) -> tuple[str, ...]:
-        """Names of the boundaries, in the order in which the model registers them."""
-        return tuple(self._modules)
-
-    @property
-    def estimators(self) -> dict[str, GradientEstimator]:
-        """The estimators built so far, by boundary."""
-        return {name: installed.estimator for name, installed in self._pool.installed.items()}
-
-    @property
-    def bp_lambda(self) -> dict[str, float]:
-        """The lambda of BP(lambda) at each boundary."""
-        return dict(self._bp_lambda)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Number of estimator updates left out so far because something was not finite."""
-        return dict(self._health.skipped)
-
-    def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
-        """Change lambda from the next training step on: one value, or {boundary or pattern: value}.
-
-        Raises:
-            EstimatorError: A value is outside [0, 1].
-            BoundaryError: No pattern matches a boundary.
-        """
-        self._bp_lambda = choose_lambdas(self._modules, value)
-
-    def request_report(self) -> None:
-        """Have the next training step keep its gradients for `last_report`."""
-        if self._requested == "nothing":
-            self._requested = "report"
-
-    def request_probe(self) -> None:
-        """Have the next training step measure the true gradients too."""
-        self._requested = "probe"
-
-    @property
-    def last_report(self) -> StepReport | None:
-        """The report of the last step if one was requested for it, else None."""
-        return self._report
-
-    def describe(self) -> dict[str, object]:
-        """The configuration in primitives."""
-        return {
-            "boundaries": list(self._modules),
-            **self._pool.describe(),
-            "bp_lambda": self.bp_lambda,
-            "loss_denominator": str(self._loss_denominator),
-            "rng": self._rng,
-            "on_nonfinite": "skip" if self._health.skips else "raise",
-            "seed": self._pool.seed,
-        }
+        self._named: dict[str, nn.Parameter] = {}
 
     # ---- hooks
 
@@ -331,69 +221,3 @@ class DNIEngine:
             self._health.observe(number, step.loss, cuts)
         if self._exchange is None and (step.settings.check_values or self._health.is_crowded):
             self._health.look(at_once=step.settings.check_values and not scaled)
-
-    def check_values(self) -> None:
-        """Raise for what was not finite in any step since the last look; waits for an accelerator.
-
-        Raises:
-            EstimatorError, StageError: Naming what it was and the step.
-        """
-        self._health.look(self._exchange)
-
-    def update_estimators(self) -> None:
-        """Let each estimator take its steps; call it after the user's optimizer has stepped."""
-        with self.profile("dni.estimator_step"):
-            self._pool.update(self._exchange)
-
-    def drop_estimator_gradients(self) -> None:
-        """Forget what the estimators have learnt since their last step, when a step is skipped."""
-        self._pool.drop_gradients()
-
-    def _settings(
-        self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool
-    ) -> StepSettings:
-        return StepSettings(
-            batch=batch,
-            context=find_context(batch, self._labels),
-            bp_lambda=self._bp_lambda,
-            loss_denominator=self._loss_denominator,
-            elements_per_row=self._elements_per_row,
-            accumulate=accumulate,
-            scale=scale,
-            report=self._requested != "nothing",
-            probe=self._requested == "probe",
-            check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
-            keep_lessons=self._pool.steps > 1,
-            skips=self._health.skips,
-            own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
-            exchange=self._exchange if last else None,
-        )
-
-    # ---- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that must survive a restart, in tensors and primitives."""
-        return {
-            "version": 1,
-            "steps": self._steps,
-            "bp_lambda": self.bp_lambda,
-            "elements_per_row": self._elements_per_row,
-            "skipped": self.skipped,
-            **self._pool.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`, building the estimators from their saved specs.
-
-        `bp_lambda` stays as it is where the state has none.
-
-        Raises:
-            BoundaryError: The state is of other boundaries.
-            EstimatorError: An estimator's parameters or optimizer do not fit.
-        """
-        self._device = device_of(self._model)
-        steps, elements, skipped = state["steps"], state["elements_per_row"], state["skipped"]
-        self._pool.load_state_dict(state, self._device)
-        self._steps, self._elements_per_row = steps, elements
-        self._health.restart(skipped)
-        self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))
