@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Message:
     facts: tuple[float, ...] = ()
 
 
+@runtime_checkable
 class Outlet(Protocol):
     """The end that sends."""
 
@@ -46,6 +47,7 @@ class Outlet(Protocol):
         """
 
 
+@runtime_checkable
 class Inlet(Protocol):
     """The end that receives."""
 
