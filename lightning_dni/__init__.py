@@ -1,7 +1,7 @@
 """Train Lightning modules with synthetic gradients (Decoupled Neural Interfaces)."""
 
 from lightning_dni.callbacks import BPLambdaScheduler, GradientMonitor
-from lightning_dni.strategies import DNIDDPStrategy, DNIStrategy
+from lightning_dni.strategies import DNIDDPStrategy, DNIPipelineStrategy, DNIStrategy
 
 __version__ = "0.1.0"
-__all__ = ["BPLambdaScheduler", "DNIDDPStrategy", "DNIStrategy", "GradientMonitor"]
+__all__ = ["BPLambdaScheduler", "DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy", "GradientMonitor"]

@@ -1,11 +1,13 @@
 """What every engine has, however it runs a step: options, estimators, requests, and what must be saved."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.context import Labels, find_context
@@ -21,7 +23,7 @@ from lightning_dni.core.target import Denominator, check_denominator, choose_lam
 from lightning_dni.errors import EstimatorError
 
 
-class Engine:
+class Engine(ABC):
     """Options, estimators and reports of an engine; see `DNIEngine` for the arguments.
 
     Raises:
@@ -54,7 +56,7 @@ class Engine:
             raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
         self._model = model
         self._modules = resolve_boundaries(model, boundaries)
-        self._output = output
+        self._output_name = output
         resolve_output(model, output)
         self._labels = labels
         self._loss_denominator = loss_denominator
@@ -138,6 +140,37 @@ class Engine:
             "on_nonfinite": "skip" if self._health.skips else "raise",
             "seed": self._pool.seed,
         }
+
+    # ---- one step, as each engine runs it
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Hook the model. Outside a training step the hooks do nothing."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take every hook off the model and forget the step in progress."""
+
+    @abstractmethod
+    def training_step(
+        self,
+        batch: Any = None,
+        *,
+        accumulate: int = 1,
+        scale: Scale | None = None,
+        several_losses: bool = False,
+        first: bool = True,
+        last: bool = True,
+    ) -> AbstractContextManager[None]:
+        """The block around a training forward pass."""
+
+    @abstractmethod
+    def prepare_backward(self, loss: Tensor) -> None:
+        """First third of a backward pass, for whoever differentiates the loss."""
+
+    @abstractmethod
+    def finish_backward(self) -> None:
+        """Last third of a backward pass: merge what was set aside into `.grad`."""
 
     def check_values(self) -> None:
         """Raise for what was not finite in any step since the last look; waits for an accelerator.

@@ -96,7 +96,7 @@ class DNIEngine(Engine):
         """
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
-        self._taps.attach(self._model, boundaries, self._output, self._on_output)
+        self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
         self._device = device_of(self._model)
         self._named = dict(self._model.named_parameters())
 

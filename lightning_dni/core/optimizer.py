@@ -1,6 +1,6 @@
 """The estimators' optimizers, their schedules and their clipping."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -87,6 +87,31 @@ class EstimatorOptimizers:
             self._owned += owned
             if self._schedule is not None:
                 self._schedulers.append(_schedule(self._schedule, optimizer))
+
+    def part(
+        self, fresh: "EstimatorOptimizers", installed: Mapping[str, Installed], boundaries: Collection[str]
+    ) -> "EstimatorOptimizers":
+        """Give `fresh` optimizers the state of these for the estimators at `boundaries`.
+
+        Args:
+            fresh: Without any estimator yet.
+            installed: All estimators.
+            boundaries: Those to take over.
+        """
+        self.make()
+        for k, optimizer in enumerate(self._optimizers):
+            names = [n for group in optimizer.param_groups for n in group["boundaries"] if n in boundaries]
+            if not names:
+                continue
+            for name in names:
+                fresh.add(name, installed[name])
+            fresh.make()
+            for old, new in zip(optimizer.param_groups, fresh._optimizers[-1].param_groups, strict=True):
+                new |= {key: value for key, value in old.items() if key not in ("params", "boundaries")}
+                fresh._optimizers[-1].state.update({p: optimizer.state[p] for p in new["params"]})
+            if self._schedulers:
+                fresh._schedulers[-1].load_state_dict(self._schedulers[k].state_dict())
+        return fresh
 
     def step(self) -> None:
         """Take one step with the gradients that are there, clipped where asked, and clear them."""

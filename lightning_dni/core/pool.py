@@ -1,6 +1,6 @@
 """The estimators of an engine: built from their first activation or from saved state, with optimizers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -143,6 +143,13 @@ class EstimatorPool:
         self._pending = False
         self.optimizers.zero_grad()
         self._lessons.clear()
+
+    def keep(self, boundaries: Collection[str]) -> None:
+        """Let go of every estimator but those at `boundaries`, which train on as before."""
+        self.optimizers = self.optimizers.part(self._make_optimizers(), self.installed, boundaries)
+        self.installed = {n: i for n, i in self.installed.items() if n in boundaries}
+        self._specs = {n: spec for n, spec in self._specs.items() if n in boundaries}
+        self._restored &= set(boundaries)
 
     def describe(self) -> dict[str, object]:
         """The estimators in primitives."""

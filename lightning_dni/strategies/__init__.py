@@ -2,6 +2,7 @@
 
 from lightning_dni.strategies._compat import StrategyRegistry
 from lightning_dni.strategies.ddp import DNIDDPStrategy
+from lightning_dni.strategies.pipeline import DNIPipelineStrategy
 from lightning_dni.strategies.single_device import DNIStrategy
 
 StrategyRegistry.register(
@@ -17,4 +18,11 @@ StrategyRegistry.register(
     override=True,
 )
 
-__all__ = ["DNIDDPStrategy", "DNIStrategy"]
+StrategyRegistry.register(
+    DNIPipelineStrategy.strategy_name,
+    DNIPipelineStrategy,
+    description="Synthetic gradients (decoupled neural interfaces), every stage in a process of its own",
+    override=True,
+)
+
+__all__ = ["DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy"]

@@ -87,8 +87,8 @@ def average_sparse(variable: Tensor) -> None:
     variable.grad = grad
 
 
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite `tensors` with those of rank 0, many at once."""
+def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
+    """Overwrite `tensors` with those of rank `source`, many at once."""
     kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
     held = 0
     for tensor in tensors:
@@ -100,6 +100,6 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
         held += tensor.numel() * tensor.element_size()
     for chunk in (chunk for chunks in kinds.values() for chunk in chunks):
         flat = torch.cat([t.reshape(-1) for t in chunk])
-        dist.broadcast(flat.view(torch.uint8), src=0)  # bytes: every backend takes them, whatever the dtype
+        dist.broadcast(flat.view(torch.uint8), src=source)  # bytes: every backend takes them, whatever the dtype
         pieces = torch.split(flat, [t.numel() for t in chunk])
         copy_all([(t, piece.view(t.shape)) for t, piece in zip(chunk, pieces, strict=True)])

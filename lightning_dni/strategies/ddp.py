@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dni.core.base import Engine
 from lightning_dni.core.context import Labels
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
@@ -125,13 +126,13 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             broadcast([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
 
     @override
-    def _build_engine(self, module: pl.LightningModule) -> DNIEngine:
+    def _build_engine(self, module: pl.LightningModule) -> Engine:
         if self.world_size == 1:
             return super()._build_engine(module)
         self._reducer = GradientReducer(self._bucket_cap_mb, self._timeout)
         seed = self.broadcast(torch.initial_seed())
         return self._options_for(module).build(
-            module, seed=seed, exchange=self._reducer, rank=self.global_rank
+            DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank
         )
 
     # ---- one step

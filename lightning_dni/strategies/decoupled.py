@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.step import no_profile
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
@@ -40,7 +41,7 @@ class DecoupledTraining(Strategy):
         super().__init__(**base)
         _warn_of_another_lightning()
         self._options = options_given(options)
-        self._engine: DNIEngine | None = None
+        self._engine: Engine | None = None
         self._engine_of: pl.LightningModule | None = None
         self._restored: dict[str, Any] | None = None
         self._resumes = False
@@ -56,7 +57,7 @@ class DecoupledTraining(Strategy):
         return f"<{type(self).__name__}, a strategy for Trainers of `import lightning.pytorch as pl`>"
 
     @property
-    def engine(self) -> DNIEngine:
+    def engine(self) -> Engine:
         """The engine of the fit that runs, or of the last one.
 
         Raises:
@@ -107,8 +108,8 @@ class DecoupledTraining(Strategy):
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
         self._watch_optimizers()
 
-    def _build_engine(self, module: pl.LightningModule) -> DNIEngine:
-        return self._options_for(module).build(module)
+    def _build_engine(self, module: pl.LightningModule) -> Engine:
+        return self._options_for(module).build(DNIEngine, module)
 
     @override
     def teardown(self) -> None:
@@ -140,7 +141,11 @@ class DecoupledTraining(Strategy):
             first=first,
             last=self._closes_window,
         ):
-            return super().training_step(*args, **kwargs)
+            return self._run_step(partial(super().training_step, *args, **kwargs))
+
+    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
+        """Run the user's training step inside the engine's."""
+        return step()
 
     def _loss_scale(self) -> Callable[[], Tensor] | None:
         """Gives what the precision plugin will multiply the loss with, without waiting for the device."""
@@ -235,11 +240,14 @@ class DecoupledTraining(Strategy):
     ) -> None:
         """Write the estimators into one key of the checkpoint."""
         if self._engine is not None and self._engine_of is self.lightning_module:
-            state = self._engine.state_dict()
+            state = self._engine_state()
             if "optimizer_states" not in checkpoint:  # save_weights_only
                 del state["optimizers"], state["schedules"]
             checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _engine_state(self) -> dict[str, Any]:
+        return self.engine.state_dict()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

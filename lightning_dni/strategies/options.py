@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_dni.core.base import Engine
 from lightning_dni.core.context import Labels
-from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException
+
+E = TypeVar("E", bound=Engine)
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class DNIOptions:
     rng: Literal["global", "stage"] = "global"
     on_nonfinite: OnNonfinite = "raise"
 
-    def build(self, model: nn.Module, **replica: Any) -> DNIEngine:
-        """An engine for `model`; `replica` says what makes it one of several (seed, exchange, rank)."""
-        return DNIEngine(model, **{f.name: getattr(self, f.name) for f in fields(self)}, **replica)
+    def build(self, kind: type[E], model: nn.Module, **replica: Any) -> E:
+        """An engine of `kind` for `model`; `replica` makes it one of several (seed, exchange, rank)."""
+        return kind(model, **{f.name: getattr(self, f.name) for f in fields(self)}, **replica)
 
 
 def options_given(given: Mapping[str, Any]) -> DNIOptions | None:

@@ -1,0 +1,381 @@
+"""StageEngine: one stage of a pipeline, which goes on without waiting for what comes back.
+
+One batch at stage k, at `staleness` D:
+
+1. The activation of the stage below arrives; the stage runs on it up to its own boundary.
+2. Its output h is sent on. The estimator there gives SG(h, c), the stage is differentiated against it, and
+   what that leaves at the lower boundary is sent back: the target gradient of the stage below.
+3. The user's optimizer steps.
+4. The target gradient of D updates ago arrives, and the estimator learns from it.
+
+The lag is part of the algorithm, so a run is the same to the bit however fast each stage is. At D = 0 it is
+what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for the target gradient.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dni.core.base import Engine
+from lightning_dni.core.context import check_context
+from lightning_dni.core.cut import Cut
+from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.settings import Scale, StepSettings
+from lightning_dni.core.stage import accumulate, in_place_errors
+from lightning_dni.core.tap import Taps
+from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.pipeline.crossing import (
+    Pending,
+    ask,
+    correct,
+    differentiate,
+    gradients_at,
+    learn,
+    open_cut,
+)
+from lightning_dni.pipeline.inbox import Inbox
+from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.passage import Passage
+from lightning_dni.pipeline.pending import Pending, load, save
+from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.splitting import StageRunner
+
+T = TypeVar("T")
+
+TRAINING = "training_step"
+"""The step of the user's in which the model is trained."""
+
+
+class StageEngine(Engine):
+    """Trains one stage of a model on synthetic gradients, beside the engines of the other stages.
+
+    It takes the arguments of `DNIEngine`; `place` says which stage it is, once that is known.
+    """
+
+    def _reset(self) -> None:
+        self.stage, self._staleness, self._links = 0, 0, Links()
+        self._boundary: str | None = None
+        self._below: str | None = None
+        self._own: set[int] = set()
+        self.plan: StagePlan | None = None
+        self._passages: dict[str, Passage] = {}
+        self._current: Passage | None = None
+        self._taps = Taps()
+        self._inbox = Inbox(self._links, 0, 0)
+        self._step: StepSettings | None = None
+        self._crossing: Pending | None = None
+        self._seen: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._number, self._updates = 0, -1
+        self._evaluated = 0
+        self._saved: Mapping[str, Any] | None = None
+
+    # ---- which stage this is
+
+    def join(self, stage: int, links: Links, staleness: int) -> None:
+        """Become stage `stage` of a pipeline.
+
+        Args:
+            stage: Number of this stage; 0 is given the batch alone.
+            links: The ways to its neighbours.
+            staleness: Number of updates after which a target gradient is learnt from.
+
+        Raises:
+            EstimatorError: `staleness` is not an integer of at least 0.
+        """
+        if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
+            raise EstimatorError(
+                f"Expected `staleness` to be an integer of at least 0, but got {staleness!r}. Pass 0 to wait "
+                "for the target gradient of the same batch."
+            )
+        self.stage, self._links, self._staleness = stage, links, staleness
+        self._passages.clear()
+
+    def place(self, plan: StagePlan, step: str = TRAINING) -> None:
+        """Take over the part of this stage in a step of the user's, and hook the model.
+
+        Args:
+            plan: What of the model belongs to which stage in that step.
+            step: Name of the step; other names than the training step's are evaluated only.
+        """
+        self.detach()
+        runner = StageRunner(self._model, plan, self.stage)
+        self._passages[step] = Passage(runner, plan, self.stage, self._links)
+        if step == TRAINING:
+            self.plan, order, k = plan, plan.boundaries, self.stage
+            self._boundary = order[k] if k < len(order) else None
+            self._below = order[k - 1] if k else None
+            self._elements_per_row = self._elements_per_row or plan.elements_per_row
+            self._own = {id(p) for n, p in self._model.named_parameters() if plan.owner(n) == k}
+            self._inbox = Inbox(self._links, self._staleness, len(order) - k)
+            if self._saved is not None:
+                self._take_over(self._saved)
+        self._use(step)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is known what of the model belongs to this stage in a training step."""
+        return TRAINING in self._passages
+
+    def knows(self, step: str) -> bool:
+        """Whether `place` was called for `step`."""
+        return step in self._passages
+
+    def attach(self) -> None:
+        """Hook the model, if the stage is known."""
+        if self.is_placed:
+            self._use(TRAINING)
+
+    def detach(self) -> None:
+        """Take every hook off the model and forget the step in progress."""
+        self._taps.remove()
+        if self._current is not None:
+            self._current.runner.detach()
+        self._current = self._step = self._crossing = self._seen = None
+
+    def _use(self, step: str) -> Passage:
+        """Hook the model for `step`, where it is hooked for another one."""
+        if step not in self._passages:
+            raise StageError(
+                f"Expected the engine to know its part in {step!r}, but it knows {sorted(self._passages)}. Call "
+                "`place` with the plan that `trace_stages` makes of one such step."
+            )
+        passage = self._passages[step]
+        if passage is not self._current:
+            self.detach()
+            if step == TRAINING and self.is_last:
+                self._taps.attach(self._model, {}, self._output_name, self._see_output)
+            passage.runner.attach()
+            self._current = passage
+        return passage
+
+    def _placed(self) -> Passage:
+        assert self._current is not None
+        return self._current
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the loss is computed here."""
+        return self._boundary is None
+
+    # ---- one step
+
+    @contextmanager
+    def training_step(
+        self,
+        batch: Any = None,
+        *,
+        accumulate: int = 1,
+        scale: Scale | None = None,
+        several_losses: bool = False,
+        first: bool = True,
+        last: bool = True,
+    ) -> Iterator[None]:
+        """The block around one `run`; its arguments are those of `DNIEngine.training_step`."""
+        passage = self._use(TRAINING)
+        self._updates += first
+        self._step = self._settings(batch, accumulate, scale, several_losses, last)
+        self._report, self._requested, self._seen = None, "nothing", None
+        self._number = self._steps
+        passage.receive(Kind.TRAIN, self._number, batch)
+        call = 1 if self.stage else 0
+        seed = derive_seed(self._pool.seed, "stage", self._below, call, self._steps, *self._replica)
+        staged = seeded(seed, self._device) if self._rng == "stage" else nullcontext()
+        boundaries = [] if self._boundary is None else [self._boundary]
+        with staged, in_place_errors(boundaries):
+            yield
+        self._steps += 1
+
+    def run(self, step: Callable[[], T]) -> T | None:
+        """Run the user's training step as this stage; None where it is not the last one."""
+        return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
+
+    def evaluate(self, step: Callable[[], T], batch: Any = None, name: str = TRAINING) -> T | None:
+        """Run the user's evaluation step `name` as this stage; None where it is not the last one."""
+        passage = self._use(name)
+        passage.receive(Kind.EVALUATE, self._evaluated, batch)
+        result = passage.run(step, Kind.EVALUATE, self._evaluated)
+        self._evaluated += 1
+        return result
+
+    def _see_output(self, output: Any) -> None:
+        """Take note of the network's output, on the last stage."""
+        if self._step is None or not torch.is_grad_enabled():
+            return
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if tensors and tensors[0].ndim:
+            self._seen = tensors[0].detach()
+            self._elements_per_row = self._seen.numel() // max(1, self._seen.shape[0])
+
+    def _on_output(self, outputs: list[Tensor], value: Any) -> None:
+        assert self._step is not None
+        assert self._boundary is not None
+        if not outputs:  # nothing below takes a gradient
+            return
+        received = self._placed().received
+        cut = open_cut(self._boundary, outputs, received, self._own, self._pool.install, self._step, value)
+        self._refuse_what_waits(cut)
+        estimator = cut.installed.estimator
+        context = check_context(
+            self._step.context,
+            estimator.num_classes,
+            estimator.context_size,
+            rows_of(cut.leaves),
+            cut.who,
+            self._step.check_values,
+        )
+        ask(cut, context, self._step, keeps_graph=self._staleness == 0)
+        self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
+        if not cut.waits:
+            self._differentiate(cut)
+
+    def _refuse_what_waits(self, cut: Cut) -> None:
+        if cut.waits and self._staleness:
+            what = f"bp_lambda={cut.bp_lambda}" if cut.bp_lambda else f"{cut.who}, which is told first,"
+            raise EstimatorError(
+                f"Expected a stage that does not wait, with staleness={self._staleness}, but got {what} at "
+                f"boundary {cut.boundary!r}. Pass staleness=0, or schedule='1f1b' for exact gradients."
+            )
+
+    def _differentiate(self, cut: Cut) -> None:
+        received = self._placed().received
+        with self.profile("dni.local_backward"):
+            differentiate(cut, received)
+        self._send_back(received)
+
+    def _send_back(self, received: list[Tensor]) -> None:
+        """Tell the stage below what its output was worth."""
+        if received:
+            assert self._links.gradient_out is not None
+            facts = (float(self._elements_per_row or 0),)
+            message = Message(self._number, Kind.TRAIN, gradients_at(received), facts=facts)
+            self._links.gradient_out.send(message)
+
+    # ---- backward, as a strategy calls it around its own
+
+    def backward(self, loss: Tensor | None) -> None:
+        """Differentiate `loss` on the last stage; merge the gradients of this stage into `.grad`."""
+        if loss is not None:
+            self.prepare_backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.finish_backward()
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """First third of `backward`: look at the loss, on the last stage."""
+        self._loss = loss.detach() if self.is_last else None
+
+    def finish_backward(self) -> None:
+        """Last third of `backward`: send back what the loss has left below, merge what was set aside."""
+        crossing, self._crossing = self._crossing, None
+        if self.is_last:
+            self._send_back(self._placed().received)
+            self._send_output()
+            self._health.observe(self._number, self._loss, [])
+            self._look()
+            return
+        self._inbox.add(self._number, self._updates, crossing)
+        if crossing is None:
+            return
+        if crossing.cut.waits:
+            self._inbox.take_gradient(crossing)
+            correct(crossing)
+            self._differentiate(crossing.cut)
+        self._examine(crossing.cut)
+        accumulate(crossing.cut.param_grads)
+        crossing.cut.param_grads = []
+
+    def _send_output(self) -> None:
+        if self._links.output_out is None:
+            return
+        if self._seen is None:
+            raise EstimatorError(
+                "Expected the network's output for the estimators of the stages below, but the output module "
+                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
+            )
+        self._links.output_out.send(Message(self._number, Kind.TRAIN, (self._seen.contiguous(),)))
+
+    def _examine(self, cut: Cut) -> None:
+        """Look at what the estimator said; leave it out, or stop, where that is not finite."""
+        if self._health.skips:
+            before = self._health.skipped[cut.boundary]
+            self._health.sift([cut], keep_stage=False)
+            if self._health.skipped[cut.boundary] > before:
+                cut.record = None
+        else:
+            self._health.observe(self._number, None, [cut])
+            self._look()
+        cut.said = cut.applied = None
+
+    def _look(self) -> None:
+        if self._step is not None and (self._step.check_values or self._health.is_crowded):
+            self._health.look(at_once=self._step.check_values)
+
+    # ---- what came back
+
+    def update_estimators(self) -> None:
+        """Let the estimator learn from what is due; call it after the user's optimizer has stepped."""
+        if self.is_last or self._step is None:
+            return
+        with self.profile("dni.estimator_step"):
+            due = self._inbox.collect(self._updates)
+            for crossing in due:
+                self._learn(crossing)
+            if due:
+                lessons = [c.cut.lesson for c in due if c.cut.lesson is not None]
+                self._pool.remember(lessons)
+            super().update_estimators()
+
+    def _learn(self, crossing: Pending) -> None:
+        assert self._step is not None
+        cut = crossing.cut
+        if crossing.gradient is not None and crossing.gradient.facts:
+            self._elements_per_row = int(crossing.gradient.facts[0]) or None
+        learn(crossing, self._step, self._staleness)
+        if self._health.skips:
+            self._health.sift([cut], keep_stage=True)
+        else:
+            self._health.observe(crossing.step, None, [cut])
+            self._look()
+        accumulate(cut.estimator_grads)
+        cut.estimator_grads, cut.record = [], None
+
+    # ---- state
+
+    def drain(self) -> None:
+        """Receive what is under way, without learning from it: it can then be saved."""
+        self._inbox.drain()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This stage's part of what must survive a restart; see `join_states`."""
+        if not self.is_placed and self._saved is not None:
+            return dict(self._saved)
+        state = super().state_dict()
+        state["pipeline"] = {
+            "staleness": self._staleness,
+            "updates": self._updates,
+            "evaluated": self._evaluated,
+            "pending": {} if self._boundary is None else {self._boundary: save(self._inbox.pending)},
+        }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a whole state, of a pipeline or of one process, as soon as it is known which part is ours."""
+        self._saved = state
+        if self.is_placed:
+            self._take_over(state)
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state.items() if key != "pipeline"})
+        self._pool.keep([] if self._boundary is None else [self._boundary])
+        self._saved = None
+        moved = state.get("pipeline")
+        self._updates = self._steps - 1 if moved is None else moved["updates"]
+        if moved is not None and moved["staleness"] == self._staleness and self._boundary is not None:
+            installed = self._pool.installed.get(self._boundary)
+            kept = moved["pending"].get(self._boundary, [])
+            self._inbox.restore([] if installed is None else load(self._boundary, installed, kept))

@@ -1,0 +1,133 @@
+"""One batch's way through a stage: the activation that arrives, the user's step on it, what is sent on."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dni.core.value import differentiable
+from lightning_dni.errors import StageError
+from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.splitting import StageRunner
+
+T = TypeVar("T")
+
+OnOutput = Callable[[list[Tensor], Any], None]
+"""Receives the tensors of a stage's output that carry a gradient, and the whole output."""
+
+
+class Passage:
+    """Takes batches through one stage, in order.
+
+    Args:
+        runner: Runs the user's step as this stage.
+        plan: What crosses which boundary.
+        stage: Number of the stage.
+        links: The ways to its neighbours.
+
+    Attributes:
+        runner: The same.
+        received: The tensors of the current batch that came from below and take a gradient.
+    """
+
+    def __init__(self, runner: StageRunner, plan: StagePlan, stage: int, links: Links) -> None:
+        self.runner, self._plan, self._stage, self._links = runner, plan, stage, links
+        self._value: Any = None
+        self._fingerprint = 0
+        self._sent = False
+        self.received: list[Tensor] = []
+
+    def receive(self, kind: Kind, step: int, batch: Any, fingerprinted: bool = True) -> None:
+        """Wait for what the stage below gives for this batch.
+
+        Args:
+            kind: What the batch is for.
+            step: Number of the batch among those of its kind.
+            batch: The user's batch, which every stage has.
+            fingerprinted: Whether to compare it with the one that the stage below had.
+
+        Raises:
+            StageError: The stage below is at another batch, or has stopped.
+        """
+        self._fingerprint = fingerprint(batch) if fingerprinted else 0
+        self._value, self.received, self._sent = None, [], False
+        if self._links.activation_in is None:
+            return
+        message = self._links.activation_in.receive()
+        self._check(message, kind, step)
+        carries = int(message.facts[0])
+        leaves: list[Tensor] = []
+        for i, tensor in enumerate(message.tensors):
+            assert tensor is not None
+            leaf = tensor.requires_grad_() if kind is Kind.TRAIN and carries >> i & 1 else tensor
+            leaves.append(leaf)
+        self.received = [leaf for leaf in leaves if leaf.requires_grad]
+        self._value = self._plan.crossing[self._plan.boundaries[self._stage - 1]].unpack(leaves)
+
+    def _check(self, message: Message, kind: Kind, step: int) -> None:
+        below, here = f"stage {self._stage - 1}", f"stage {self._stage}"
+        if (message.kind, message.step) != (kind, step):
+            raise StageError(
+                f"Expected {below} to be at the batch at which {here} is ({kind.name.lower()} batch {step}), "
+                f"but got {message.kind.name.lower()} batch {message.step}. Give every process the same "
+                "number of batches in the same order."
+            )
+        if self._fingerprint and message.fingerprint and self._fingerprint != message.fingerprint:
+            raise StageError(
+                f"Expected {below} and {here} to read the same batch, but {kind.name.lower()} batch {step} "
+                "differs between them. Give every process the same data in the same order, with the same "
+                "augmentation: a map-style data set under Lightning's own sampler, one seed on every process."
+            )
+
+    def run(
+        self, step: Callable[[], T], kind: Kind, number: int, on_output: OnOutput | None = None
+    ) -> T | None:
+        """Run the user's step as this stage; None where the stage is not the last one.
+
+        Raises:
+            StageError: The step ended without coming to the stage's boundary.
+        """
+
+        def emit(output: Any) -> None:
+            self._send(output, kind, number, on_output)
+
+        last = self._links.activation_out is None
+        receive = None if self._links.activation_in is None else lambda: self._value
+        result = self.runner.run(step, receive, None if last else emit)
+        self._value = None
+        if not last and not self._sent:
+            raise StageError(
+                f"Expected the step to run boundary {self._plan.boundaries[self._stage]!r}, but it ended "
+                "without. Call the module itself, in every step, or leave it out of `boundaries`."
+            )
+        return result
+
+    def _send(self, output: Any, kind: Kind, step: int, on_output: OnOutput | None) -> None:
+        boundary = self._plan.boundaries[self._stage]
+        tensors = self._plan.crossing[boundary].pack(output)
+        carriers = [tensors[i] for i in differentiable(list(tensors), boundary)]
+        carries = sum(1 << i for i, x in enumerate(tensors) if x.requires_grad)
+        sent = tuple(t.detach().contiguous() for t in tensors)
+        self._sent = True
+        assert self._links.activation_out is not None
+        self._links.activation_out.send(Message(step, kind, sent, self._fingerprint, (float(carries),)))
+        if on_output is not None:
+            on_output(carriers, output)
+
+
+def fingerprint(batch: Any) -> int:
+    """A number of the first bytes of a batch's tensors on the CPU; 0 where there are none.
+
+    >>> fingerprint(torch.arange(3)) == fingerprint(torch.arange(3)) != fingerprint(torch.arange(4))
+    True
+    """
+    seen = 0
+    for tensor in pytree.tree_leaves(batch):
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
+            few = tensor.detach().flatten()[:256].contiguous().view(torch.uint8).numpy()
+            seen = zlib.crc32(few.tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode(), seen))
+    return seen

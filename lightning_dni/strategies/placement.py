@@ -1,0 +1,125 @@
+"""Which process is which stage, and which part of the user's module belongs to it."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+
+from lightning_dni.pipeline.passage import fingerprint
+from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.selfcheck import check_split
+from lightning_dni.pipeline.tracing import trace_stages
+from lightning_dni.strategies._compat import MisconfigurationException, Precision, quiet_copy
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: the last stage is global rank 0, so loggers and progress bars see its loss.
+
+    Attributes:
+        stage: Number of the stage of this process.
+        ranks: Global rank of each stage of each copy of the pipeline, as `ranks[stage][copy]`.
+    """
+
+    stage: int
+    ranks: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, boundaries: Sequence[str]) -> "Place":
+        """The place of process `rank`.
+
+        Raises:
+            MisconfigurationException: There is not one process per stage.
+        """
+        stages = len(boundaries) + 1
+        if world_size != stages:
+            raise MisconfigurationException(
+                f"Expected one process per stage, which is {stages} for boundaries {list(boundaries)}, but got "
+                f"{world_size}. Pass `Trainer(devices=..., num_nodes=...)` that many, or other boundaries."
+            )
+        return cls(stages - 1 - rank, tuple((stages - 1 - k,) for k in range(stages)))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.stage == len(self.ranks) - 1
+
+
+class Trial:
+    """One run of a step of the user's on a copy of the module, of which nothing is seen outside.
+
+    Args:
+        module: The module; it is copied.
+        step: Name of the step.
+        args: What the step is given.
+        precision: The Trainer's precision plugin.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, step: str, args: Sequence[Any], precision: Precision
+    ) -> None:
+        cpu = torch.device("cpu")
+        self._copy = quiet_copy(module).to(cpu)
+        self._step, self._args = step, move_data_to_device(tuple(args), cpu)
+        self._precision = precision
+
+    @property
+    def _trains(self) -> bool:
+        return self._step == "training_step"
+
+    def _run(self) -> Any:
+        contexts: dict[str, Callable[[], Any]] = {
+            "training_step": self._precision.train_step_context,
+            "validation_step": self._precision.val_step_context,
+            "test_step": self._precision.test_step_context,
+            "predict_step": self._precision.predict_step_context,
+        }
+        with contexts[self._step]():
+            return getattr(self._copy, self._step)(*self._args)
+
+    def plan(self, boundaries: Sequence[str], output: str | None) -> StagePlan:
+        """See what belongs to which stage, and that the stages together do what the whole module does.
+
+        Raises:
+            BoundaryError: The module cannot be cut there.
+            StageError: A parameter is used in two stages, or the stages do something else.
+        """
+        plan = trace_stages(self._copy, boundaries, self._run, grad=self._trains, output=output)
+        if self._trains:
+            check_split(self._copy, plan, self._run)
+        return plan
+
+
+def compare_plans(plan: StagePlan, batch: Any) -> None:
+    """See that every process has found the same stages, from the same batch.
+
+    Raises:
+        MisconfigurationException: On every process, where one differs.
+    """
+    here = (plan.boundaries, sorted(plan.tensors.items()), fingerprint(batch))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    if any(other[2] != found[0][2] for other in found):
+        raise MisconfigurationException(
+            "Expected every process to read the same first batch, but got different ones on ranks "
+            f"{[r for r, other in enumerate(found) if other[2] != found[0][2]]}. Use one seed "
+            "(`seed_everything`) on all processes, and leave the sampler to the Trainer "
+            "(use_distributed_sampler=True)."
+        )
+    if any(other[:2] != found[0][:2] for other in found):
+        raise MisconfigurationException(
+            f"Expected every process to find the same stages, but got {[list(other[0]) for other in found]}. "
+            "Build the same module and boundaries on every rank."
+        )
+
+
+def own_tensors(module: nn.Module, plan: StagePlan, stage: int) -> list[torch.Tensor]:
+    """Parameters and buffers of a stage."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return [tensor for name, tensor in named if plan.owner(name) == stage]

@@ -1,0 +1,213 @@
+"""The stages, without processes: at staleness 0 they are one process, at staleness D a loop with that lag."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, blobs, mlp
+from oracles import mlp_stages
+from pipeline.lagged import NaiveLaggedDNI
+from torch.nn import functional as F
+
+from lightning_dni.core import DNIEngine
+from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators import LinearEstimator
+from lightning_dni.pipeline.together import StagesTogether
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=1e-2),
+}
+WIDTHS = {2: (5, 6, CLASSES), 3: (5, 6, 7, CLASSES), 4: (5, 6, 7, 6, CLASSES)}
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches(steps=50, dtype=torch.float32):
+    """Every fifth is a partial one."""
+    torch.manual_seed(1)
+    return [blobs(rows=8 if i % 5 else 3, dtype=dtype) for i in range(steps)]
+
+
+def together(model, estimator, data, staleness=0, optimizer="sgd", **options):
+    boundaries = [str(k) for k in range(len(model) - 1)]
+    return StagesTogether(
+        model, boundaries, estimator, loss_of, OPTIMIZERS[optimizer], data[0], staleness, seed=3, **options
+    )
+
+
+def one_process(model, estimator, data, optimizer="sgd", accumulate=1, **options):
+    boundaries = [str(k) for k in range(len(model) - 1)]
+    engine = DNIEngine(model, boundaries, estimator, rng="stage", seed=3, **options)
+    user, losses = OPTIMIZERS[optimizer](model.parameters()), []
+    with engine:
+        for i in range(0, len(data), accumulate):
+            user.zero_grad()
+            for batch in data[i : i + accumulate]:
+                with engine.training_step(batch, accumulate=accumulate):
+                    loss = loss_of(model, batch) / accumulate
+                engine.backward(loss)
+                losses.append(loss.detach() * accumulate)
+            user.step()
+            engine.update_estimators()
+    return engine, losses
+
+
+def assert_same_bits(stages, engine, model):
+    """The whole model, and every estimator with its buffers."""
+    for name, value in stages.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    estimators = {n: e for each in stages.engines for n, e in each.estimators.items()}
+    assert estimators.keys() == engine.estimators.keys()
+    for name, estimator in estimators.items():
+        for key, value in estimator.state_dict().items():
+            assert torch.equal(value, engine.estimators[name].state_dict()[key]), (name, key)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("bp_lambda", LAMBDAS)
+@pytest.mark.parametrize("name", VECTOR_ESTIMATORS)
+def test_without_lag_stages_are_one_process(stages, bp_lambda, name):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[stages], dropout=0.2, batch_norm=True, dtype=torch.float32), batches()
+    options = {"bp_lambda": bp_lambda}
+    staged = together(model, VECTOR_ESTIMATORS[name], data, **options)
+    before = copy.deepcopy(model.state_dict())
+    losses = [staged.step([batch]) for batch in data]
+    engine, expected = one_process(model, VECTOR_ESTIMATORS[name], data, **options)
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert_same_bits(staged, engine, model)
+    moved = [n for n, value in before.items() if not torch.equal(value, staged.state_dict()[n])]
+    if name != "zero" or bp_lambda:
+        assert {n.partition(".")[0] for n in moved} == {str(k) for k in range(stages)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adam"},
+        {"estimator_steps": 2},
+        {"loss_denominator": "sum"},
+        {"estimator_clip_norm": 0.1},
+        {"on_nonfinite": "skip"},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_without_lag_options_mean_the_same(options):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches()
+    staged = together(model, VECTOR_ESTIMATORS["linear"], data, **options)
+    losses = [staged.step([batch]) for batch in data]
+    engine, expected = one_process(model, VECTOR_ESTIMATORS["linear"], data, **options)
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert_same_bits(staged, engine, model)
+
+
+def test_without_lag_accumulated_batches_are_the_same():
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(30)
+    staged = together(model, VECTOR_ESTIMATORS["linear"], data)
+    for i in range(0, 30, 3):
+        staged.step(data[i : i + 3])
+    engine, _ = one_process(model, VECTOR_ESTIMATORS["linear"], data, accumulate=3)
+    assert_same_bits(staged, engine, model)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
+    torch.manual_seed(0)
+    model = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True)
+    data = batches(dtype=torch.float64)
+    naive = NaiveLaggedDNI(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
+    staged = together(
+        model,
+        partial(LinearEstimator, num_classes=CLASSES),
+        data,
+        staleness,
+        estimator_optimizer=partial(torch.optim.Adam, lr=1e-2),
+    )
+    user = OPTIMIZERS["sgd"](naive.stages.parameters())
+    for batch in data:
+        loss = staged.step([batch])
+        user.zero_grad()
+        expected = naive.gradients(*batch)
+        user.step()
+        naive.update()
+        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+    for name, value in staged.state_dict().items():
+        torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
+
+
+def test_the_lag_changes_what_is_learnt():
+    data = batches()
+    torch.manual_seed(0)
+    model = mlp(WIDTHS[3], dtype=torch.float32)
+    ends = []
+    for staleness in (0, 1, 2):
+        staged = together(model, VECTOR_ESTIMATORS["linear"], data, staleness)
+        for batch in data:
+            staged.step([batch])
+        ends.append(staged.state_dict()["0.0.weight"])
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[1], ends[2])
+
+
+def test_outputs_come_down_one_stage_per_lag():
+    """A critic two stages below the loss learns from outputs of 2 D updates ago, one stage below D."""
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(10)
+    staged = together(model, VECTOR_ESTIMATORS["critic"], data, staleness=2)
+    learnt = {name: [] for name in ("0", "1")}
+    for batch in data:
+        before = [copy.deepcopy(e.estimators) for e in staged.engines]
+        staged.step([batch])
+        for name in learnt:
+            old, now = before[int(name)].get(name), staged.engines[int(name)].estimators[name]
+            same = old is not None and all(
+                torch.equal(p, q) for p, q in zip(old.parameters(), now.parameters(), strict=True)
+            )
+            learnt[name].append(old is not None and not same)
+    assert learnt == {"0": [False] * 4 + [True] * 6, "1": [False] * 2 + [True] * 8}
+
+
+def test_a_lag_and_a_stage_that_waits_exclude_each_other():
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
+    staged = together(model, VECTOR_ESTIMATORS["linear"], data, staleness=1, bp_lambda=0.5)
+    with pytest.raises(EstimatorError, match=r"staleness=1, but got bp_lambda=0.5 .* Pass staleness=0"):
+        staged.step([data[0]])
+
+
+@pytest.mark.parametrize("staleness", [-1, 1.0, True, None])
+def test_a_lag_that_is_no_number_of_updates_is_refused(staleness):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(1)
+    with pytest.raises(EstimatorError, match=r"Expected `staleness` to be an integer of at least 0"):
+        together(model, VECTOR_ESTIMATORS["linear"], data, staleness)
+
+
+@pytest.mark.parametrize("name", ["linear", "critic", "mlp"])
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_saved_pipeline_goes_on_as_if_it_had_not_stopped(name, staleness):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[4], dropout=0.2, dtype=torch.float32), batches(20)
+    whole = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
+    first = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
+    for batch in data:
+        whole.step([batch])
+    for batch in data[:9]:
+        first.step([batch])
+    for engine in reversed(first.engines):
+        engine.drain()
+    second = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
+    for k, engine in enumerate(second.engines):
+        second.models[k].load_state_dict(first.models[k].state_dict())
+        second.optimizers[k].load_state_dict(first.optimizers[k].state_dict())
+        engine.load_state_dict(copy.deepcopy(first.engines[k].state_dict()))
+    for batch in data[9:]:
+        second.step([batch])
+    for name_, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name_]), name_
