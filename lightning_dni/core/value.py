@@ -13,6 +13,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.
 """What may stand beside tensors because no tensor can hide in it."""
 
 
+def is_plain(x: Any) -> bool:
+    """Whether `x` is something in which no tensor can hide."""
+    return x is None or isinstance(x, _PLAIN)
+
+
 def open_value(boundary: str, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Flatten a tensor, or a tuple, list, dict or named tuple of them, however nested.
 
@@ -20,7 +25,7 @@ def open_value(boundary: str, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
         BoundaryError: Something else is in it, in which a tensor could pass uncut.
     """
     flat, structure = pytree.tree_flatten(value)
-    opaque = next((x for x in flat if x is not None and not isinstance(x, (Tensor, *_PLAIN))), None)
+    opaque = next((x for x in flat if not isinstance(x, Tensor) and not is_plain(x)), None)
     if opaque is not None:
         raise BoundaryError(
             f"Expected the output of boundary {boundary!r} to be a tensor, or a tuple, list or dict of "

@@ -1,0 +1,156 @@
+"""Tensors without values for what lies below a stage: shapes to compute with, never numbers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lightning_dni.errors import BoundaryError
+from lightning_dni.pipeline.tracing import METADATA
+
+NEEDS_GRAD = frozenset({"register_hook", "retain_grad", "register_post_accumulate_grad_hook"})
+
+
+class Below:
+    """What a stage may do with the values of the stages below: anything until its input has arrived.
+
+    Attributes:
+        stage: The stage.
+        boundary: Its lower boundary.
+        open: Whether the input is still to arrive.
+        refused: The first refusal; it stands also where the user's code catches it.
+        foreign: Parameters and buffers of other stages, by their ids; they have no values here.
+    """
+
+    def __init__(self, stage: int, boundary: str) -> None:
+        self.stage, self.boundary = stage, boundary
+        self.open = False
+        self.refused: BoundaryError | None = None
+        self.foreign: frozenset[int] = frozenset()
+
+    def refuse(self, what: str, remedy: str) -> BoundaryError:
+        """Note and return the error that says `what` the code of this stage did."""
+        error = BoundaryError(
+            f"Expected stage {self.stage} to need nothing from below boundary {self.boundary!r} but its output, "
+            f"but got {what}. {remedy}"
+        )
+        self.refused = self.refused or error
+        return error
+
+    def skip_connection(self, what: str) -> BoundaryError:
+        """The refusal of a value that came past the boundary."""
+        return self.refuse(
+            f"{what} (a skip connection past the boundary)",
+            "Move the boundary to where the two have met, such as the end of the residual block, or choose a "
+            "module that returns both.",
+        )
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run `func` on shapes.
+
+        Raises:
+            BoundaryError: The input has arrived, values are needed, or the batch would change.
+        """
+        name = getattr(func, "__name__", str(func))
+        if not self.open and name not in METADATA and name != "__get__":
+            raise self.skip_connection(f"a tensor from below in `{name}`")
+        self._check_in_place(name, args, kwargs)
+        try:
+            return self.shapes(func, args, kwargs)
+        except Exception as error:
+            raise self.refuse(
+                f"code between the modules below it in which `{name}` cannot run without values ({error})",
+                "Put that code into a module of its own, or move the boundary.",
+            ) from error
+
+    def shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run `func` on shapes only, whatever it needs and changes."""
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = pytree.tree_map(_to_meta, (args, kwargs))
+            if getattr(func, "__name__", "") in NEEDS_GRAD:
+                args = (args[0].detach().requires_grad_(), *args[1:])
+            return self.mark(func(*args, **kwargs))
+
+    def _check_in_place(self, name: str, args: Any, kwargs: Any) -> None:
+        changes = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or "set" in name)
+        targets = [*(args[:1] if changes else ()), kwargs.get("out")]
+        for target in pytree.tree_leaves(targets):
+            if isinstance(target, Tensor) and not (
+                isinstance(target, Placeholder) or target.is_meta or id(target) in self.foreign
+            ):
+                raise self.refuse(
+                    f"a change in place of a tensor of the batch by `{name}`",
+                    "Use the form that makes a new tensor, or put that code into a module of its own.",
+                )
+
+    def mark(self, value: Any) -> Any:
+        """`value` with a placeholder for every tensor in it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(value, Tensor):
+                return self._mark(value)
+            return pytree.tree_map(self._mark, value)
+
+    def _mark(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        placeholder = _to_meta(x).as_subclass(Placeholder)
+        placeholder.below = self
+        return placeholder
+
+
+class Placeholder(Tensor):
+    """The shape of a tensor that another stage has."""
+
+    below: Below
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Go on with shapes, or refuse."""
+        kwargs = kwargs or {}
+        below = next(x.below for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Placeholder))
+        return below.compute(func, args, kwargs)
+
+
+def _to_meta(x: Any) -> Any:
+    if not isinstance(x, Tensor) or type(x) is Tensor and x.is_meta:
+        return x
+    if isinstance(x, Placeholder):
+        return x.as_subclass(Tensor)
+    return x.detach().to("meta")
+
+
+def bare(x: Any) -> Any:
+    """A placeholder as a plain tensor on the meta device; anything else as it is."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor) if isinstance(x, Placeholder) else x
+
+
+def _has_tensors(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Code below the lower boundary: what depends on other stages' tensors has shapes only.
+
+    Args:
+        below: Decides what may be done.
+        everything: Whether all tensors have shapes only, also those of the batch.
+    """
+
+    def __init__(self, below: Below, everything: bool = False) -> None:
+        super().__init__()
+        self._below, self._everything = below, everything
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        below = self._below
+        if self._everything:
+            return below.shapes(func, args, kwargs) if _has_tensors(args, kwargs) else func(*args, **kwargs)
+        if below.open:
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            foreign = below.foreign
+            if any(isinstance(x, Placeholder) or id(x) in foreign for x in tensors):
+                return below.compute(func, args, kwargs)
+        return func(*args, **kwargs)
