@@ -30,7 +30,6 @@ from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
 from lightning_dni.errors import EstimatorError, StageError
 from lightning_dni.pipeline.crossing import (
-    Pending,
     ask,
     correct,
     differentiate,

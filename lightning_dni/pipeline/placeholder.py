@@ -114,7 +114,7 @@ class Placeholder(Tensor):
 
 
 def _to_meta(x: Any) -> Any:
-    if not isinstance(x, Tensor) or type(x) is Tensor and x.is_meta:
+    if not isinstance(x, Tensor) or (type(x) is Tensor and x.is_meta):
         return x
     if isinstance(x, Placeholder):
         return x.as_subclass(Tensor)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,11 +78,14 @@ class StagesTogether:
         losses: list[Tensor | None] = []
         for engine, model in zip(self.engines, self.models, strict=True):
             with engine.training_step(batch, accumulate=accumulate, first=first):
-                losses.append(engine.run(lambda model=model: self._loss_of(model, batch) / accumulate))
+                losses.append(engine.run(partial(self._share, model, batch, accumulate)))
         for engine, loss in zip(reversed(self.engines), reversed(losses), strict=True):
             engine.backward(loss)
         assert losses[-1] is not None
         return losses[-1].detach() * accumulate
+
+    def _share(self, model: nn.Module, batch: Any, accumulate: int) -> Tensor:
+        return self._loss_of(model, batch) / accumulate
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole model, each from the stage that trains it."""

@@ -17,8 +17,7 @@ from lightning_dni.pipeline.keeping import undisturbed
 from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, without_wrappers
 
 METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_complex "
-    "is_floating_point get_device data_ptr type __len__ __repr__ __set__".split()
+    ["size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous", "is_complex", "is_floating_point", "get_device", "data_ptr", "type", "__len__", "__repr__", "__set__"]
 )
 """Functions that say something about a tensor but do not use its values."""
 

@@ -100,6 +100,8 @@ def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
         held += tensor.numel() * tensor.element_size()
     for chunk in (chunk for chunks in kinds.values() for chunk in chunks):
         flat = torch.cat([t.reshape(-1) for t in chunk])
-        dist.broadcast(flat.view(torch.uint8), src=source)  # bytes: every backend takes them, whatever the dtype
+        dist.broadcast(
+            flat.view(torch.uint8), src=source
+        )  # bytes: every backend takes them, whatever the dtype
         pieces = torch.split(flat, [t.numel() for t in chunk])
         copy_all([(t, piece.view(t.shape)) for t, piece in zip(chunk, pieces, strict=True)])

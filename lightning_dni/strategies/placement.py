@@ -1,6 +1,5 @@
 """Which process is which stage, and which part of the user's module belongs to it."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 class NaiveLaggedDNI(NaiveLinearDNI):
     """As the loop without a lag, but an estimator regresses, with its weights of now, what came back then."""
 
-    def __init__(self, stages, widths, num_classes, staleness, lr=1e-2):
+    def __init__(self, stages, widths, num_classes, staleness, lr=0.05):
         super().__init__(stages, widths, num_classes, lr=lr)
         self.pending = [deque() for _ in self.maps]
         self.staleness = staleness
-        self.optimizers = [torch.optim.Adam(m.parameters(), lr=lr) for m in self.maps]
+        self.optimizers = [torch.optim.SGD(m.parameters(), lr=lr) for m in self.maps]
 
     def gradients(self, x, y):
         """Accumulate the stages' gradients against synthetic ones; what came back is set aside."""

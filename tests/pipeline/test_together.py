@@ -67,9 +67,14 @@ def assert_same_bits(stages, engine, model):
             assert torch.equal(value, engine.estimators[name].state_dict()[key]), (name, key)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("bp_lambda", LAMBDAS)
-@pytest.mark.parametrize("name", VECTOR_ESTIMATORS)
+@pytest.mark.parametrize(
+    ("stages", "bp_lambda", "name"),
+    [
+        *((3, bp_lambda, name) for bp_lambda in LAMBDAS for name in VECTOR_ESTIMATORS),
+        *((stages, bp_lambda, "linear") for stages in (2, 4) for bp_lambda in LAMBDAS),
+        (4, 0.0, "critic"),
+    ],
+)
 def test_without_lag_stages_are_one_process(stages, bp_lambda, name):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[stages], dropout=0.2, batch_norm=True, dtype=torch.float32), batches()
@@ -127,7 +132,7 @@ def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
         partial(LinearEstimator, num_classes=CLASSES),
         data,
         staleness,
-        estimator_optimizer=partial(torch.optim.Adam, lr=1e-2),
+        estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
     )
     user = OPTIMIZERS["sgd"](naive.stages.parameters())
     for batch in data:
@@ -181,7 +186,7 @@ def test_a_lag_and_a_stage_that_waits_exclude_each_other():
         staged.step([data[0]])
 
 
-@pytest.mark.parametrize("staleness", [-1, 1.0, True, None])
+@pytest.mark.parametrize("staleness", [-1, True])
 def test_a_lag_that_is_no_number_of_updates_is_refused(staleness):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(1)
