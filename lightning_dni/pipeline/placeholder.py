@@ -33,8 +33,8 @@ class Below:
     def refuse(self, what: str, remedy: str) -> BoundaryError:
         """Note and return the error that says `what` the code of this stage did."""
         error = BoundaryError(
-            f"Expected stage {self.stage} to need nothing from below boundary {self.boundary!r} but its output, "
-            f"but got {what}. {remedy}"
+            f"Expected stage {self.stage} to need nothing from below boundary {self.boundary!r} but its "
+            f"output, but got {what}. {remedy}"
         )
         self.refused = self.refused or error
         return error
@@ -114,7 +114,7 @@ class Placeholder(Tensor):
 
 
 def _to_meta(x: Any) -> Any:
-    if not isinstance(x, Tensor) or type(x) is Tensor and x.is_meta:
+    if not isinstance(x, Tensor) or (type(x) is Tensor and x.is_meta):
         return x
     if isinstance(x, Placeholder):
         return x.as_subclass(Tensor)
