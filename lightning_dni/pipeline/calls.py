@@ -47,7 +47,7 @@ def plain_call(module: nn.Module) -> OnCall:
 def usual_call(module: nn.Module) -> OnCall:
     """What calling `module` runs now."""
     current = getattr(module, SLOT)
-    return module._call_impl if current is None else current  # type: ignore[no-any-return]
+    return module._call_impl if current is None else current
 
 
 class Calls:
@@ -70,8 +70,8 @@ class Calls:
         previous = module.__dict__.get(SLOT)
         if isinstance(previous, Call):
             raise StageError(
-                f"Expected a model that is not split, but another split answers for a {type(module).__name__} "
-                "in it. Call `detach()` on the other one first."
+                "Expected a model that is not split, but another split answers for a "
+                f"{type(module).__name__} in it. Call `detach()` on the other one first."
             )
         call = Call(on_call)
         # past __setattr__: wrappers pass attributes on to what they wrap

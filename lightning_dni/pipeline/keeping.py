@@ -26,7 +26,7 @@ class RandomState:
     def restore(self) -> None:
         """Go on from there."""
         torch.set_rng_state(self._cpu)
-        if self._on_cuda is not None:
+        if self._cuda is not None and self._on_cuda is not None:
             torch.cuda.set_rng_state(self._on_cuda, self._cuda)
         random.setstate(self._python)
         if self._numpy is not None:
@@ -58,11 +58,12 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Give random numbers and the buffers of `model` back as they were."""
-    contents = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    contents = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
         with same_randomness(device_of(model)), same_buffers(model):
             yield
     finally:
         with torch.no_grad():
-            for buffer, content in contents:
-                buffer.copy_(content)
+            for buffer, version, content in contents:
+                if buffer._version != version:  # a graph may have saved it
+                    buffer.copy_(content)

@@ -33,8 +33,8 @@ class Below:
     def refuse(self, what: str, remedy: str) -> BoundaryError:
         """Note and return the error that says `what` the code of this stage did."""
         error = BoundaryError(
-            f"Expected stage {self.stage} to need nothing from below boundary {self.boundary!r} but its output, "
-            f"but got {what}. {remedy}"
+            f"Expected stage {self.stage} to need nothing from below boundary {self.boundary!r} but its "
+            f"output, but got {what}. {remedy}"
         )
         self.refused = self.refused or error
         return error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import COMPILED
@@ -134,8 +134,8 @@ class StagePlan:
         """
         if not 0 <= stage < self.stages:
             raise StageError(
-                f"Expected `stage` in [0, {self.stages}) for boundaries {list(self.boundaries)}, but got {stage}. "
-                "There is one stage more than boundaries."
+                f"Expected `stage` in [0, {self.stages}) for boundaries {list(self.boundaries)}, but got "
+                f"{stage}. There is one stage more than boundaries."
             )
 
     def owner(self, name: str) -> int:
@@ -164,3 +164,10 @@ class StagePlan:
 def without_wrappers(name: str) -> str:
     """A tensor's or module's name in the model before torch.compile wrapped any of it."""
     return ".".join(level for level in name.split(".") if level != COMPILED)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `model`, by each name that it has without torch.compile."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    named = [*parameters, *model.named_buffers(remove_duplicate=False)]
+    return {without_wrappers(name): tensor for name, tensor in named}

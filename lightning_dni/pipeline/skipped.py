@@ -98,9 +98,14 @@ class SkippedModule:
 
     def _run_on_shapes(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._below.mark((args, kwargs))
-        with same_buffers(self._module), same_randomness(device_of(self._module)), torch.no_grad():
-            with torch.device("meta"), ShapesOnly(self._below, everything=True):
-                return plain_call(self._module)(*args, **kwargs)
+        with (
+            same_buffers(self._module),
+            same_randomness(device_of(self._module)),
+            torch.no_grad(),
+            torch.device("meta"),
+            ShapesOnly(self._below, everything=True),
+        ):
+            return plain_call(self._module)(*args, **kwargs)
 
     def _as_traced(self, args: Any, kwargs: Any, error: Exception) -> _Recipe:
         """The shapes of the traced output, with as many rows as there are now."""

@@ -13,7 +13,7 @@ from lightning_dni.core.boundary import named_submodules
 from lightning_dni.errors import StageError
 from lightning_dni.pipeline.calls import Calls, is_compiled, plain_call, usual_call
 from lightning_dni.pipeline.placeholder import Below, Placeholder, ShapesOnly
-from lightning_dni.pipeline.plan import StagePlan, without_wrappers
+from lightning_dni.pipeline.plan import StagePlan, named_tensors
 from lightning_dni.pipeline.skipped import SkippedModule
 
 T = TypeVar("T")
@@ -68,26 +68,19 @@ class StageRunner:
             raise
 
     def _place(self) -> None:
-        seen: set[nn.Module] = set()
-        for name, module in named_submodules(self._model).items():
-            if module not in seen:
-                seen.add(module)
-                on_call = self._replacement(name, module)
-                if on_call is not None:
-                    self._calls.place(module, on_call)
-        foreign = {n: t for n, t in self._tensors().items() if not self._plan.holds(self._stage, n)}
-        self._below.foreign = frozenset(map(id, foreign.values()))
         modules = named_submodules(self._model)
+        named = {module: name for name, module in reversed(modules.items())}
+        named |= {modules[name]: name for name in self._plan.boundaries}
+        for module, name in named.items():
+            on_call = self._replacement(name, module)
+            if on_call is not None:
+                self._calls.place(module, on_call)
+        foreign = {
+            n: t for n, t in named_tensors(self._model).items() if not self._plan.holds(self._stage, n)
+        }
+        self._below.foreign = frozenset(map(id, foreign.values()))
         parents = [(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in foreign]
         self._kept = [(m, n) for m, n in parents if n in m._buffers]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        model = self._model
-        named = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        return {without_wrappers(name): tensor for name, tensor in named}
 
     def _replacement(self, name: str, module: nn.Module) -> Callable[..., Any] | None:
         """What answers for `module` while attached; None where it does itself."""
@@ -162,8 +155,8 @@ class StageRunner:
         for name, end, boundary in (("receive", receive, self._lower), ("emit", emit, self._upper)):
             if (end is None) != (boundary is None):
                 raise StageError(
-                    f"Expected `{name}` to be {'None' if boundary is None else 'given'} on stage {self._stage} "
-                    f"of {self._plan.stages}, but got {end!r}."
+                    f"Expected `{name}` to be {'None' if boundary is None else 'given'} on stage "
+                    f"{self._stage} of {self._plan.stages}, but got {end!r}."
                 )
 
     def _call_step(self, step: Callable[[], T], run: "_Run") -> T | None:
@@ -189,14 +182,15 @@ class StageRunner:
             raise self._did_not_run(self._upper)
         if run.emitted and not run.left:
             raise StageError(
-                f"Expected the run of stage {self._stage} to end at boundary {self._upper!r}, but the step caught "
-                "what ends it. Write `except Exception:` in place of a bare `except:`, and do not return from `finally`."
+                f"Expected the run of stage {self._stage} to end at boundary {self._upper!r}, but the step "
+                "caught what ends it. Write `except Exception:` in place of a bare `except:`, and do not "
+                "return from `finally`."
             )
 
     def _did_not_run(self, boundary: str) -> StageError:
         return StageError(
-            f"Expected the step to run boundary {boundary!r} on stage {self._stage}, but it did not, though it "
-            "did when the model was traced. Choose modules that run in every step."
+            f"Expected the step to run boundary {boundary!r} on stage {self._stage}, but it did not, "
+            "though it did when the model was traced. Choose modules that run in every step."
         )
 
     def _check_value(self, value: Any, what: str) -> None:
@@ -262,6 +256,6 @@ class _Run:
 
     def leave_shapes(self) -> None:
         """Take the mode off at once, unless the user has entered another one above it."""
-        stack = torch.overrides._get_current_function_mode_stack()
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         if stack and stack[-1] is self.mode:
             self.shapes.close()

@@ -14,10 +14,28 @@ from lightning_dni.core.boundary import named_submodules, resolve_boundaries, re
 from lightning_dni.errors import BoundaryError, StageError
 from lightning_dni.pipeline.calls import Calls, plain_call
 from lightning_dni.pipeline.keeping import undisturbed
-from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, without_wrappers
+from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, named_tensors, without_wrappers
 
 METADATA = frozenset(
-    ["size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous", "is_complex", "is_floating_point", "get_device", "data_ptr", "type", "__len__", "__repr__", "__set__"]
+    {
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "element_size",
+        "is_contiguous",
+        "is_complex",
+        "is_floating_point",
+        "get_device",
+        "data_ptr",
+        "type",
+        "__len__",
+        "__repr__",
+        "__set__",
+    }
 )
 """Functions that say something about a tensor but do not use its values."""
 
@@ -51,9 +69,9 @@ def trace_stages(
     trace = _Trace(model, names, grad)
     seen: list[Any] = []
     output_module = resolve_output(model, output)
-    with undisturbed(model), trace.watch(lambda m, out: seen.append(out) if m is output_module else None):
-        with torch.set_grad_enabled(grad):
-            run()
+    watched = trace.watch(lambda m, out: seen.append(out) if m is output_module else None)
+    with undisturbed(model), watched, torch.set_grad_enabled(grad):
+        run()
     trace.check_order()
     return StagePlan(
         boundaries=tuple(trace.order),
@@ -104,8 +122,7 @@ class _Trace:
         self.calls: dict[nn.Module, list[TracedCall]] = {}
         self._uses: dict[str, set[int]] = {}
         self._names: dict[int, list[str]] = {}
-        tensors = [*model.named_parameters(remove_duplicate=False), *self._named_buffers()]
-        self.tensors = {without_wrappers(name): tensor for name, tensor in tensors}
+        self.tensors = named_tensors(model)
         for name, tensor in self.tensors.items():
             self._names.setdefault(id(tensor), []).append(name)
         self._constant: set[str] = set()
@@ -168,8 +185,8 @@ class _Trace:
     def _pass(self, boundary: str, facts: Crossing) -> None:
         if boundary in self.order:
             raise BoundaryError(
-                f"Expected every boundary to run once in a forward pass of the pipeline, but got a second "
-                f"run of {boundary!r}. Choose a module that runs once, or wrap the repeated part in one module."
+                f"Expected every boundary to run once in a forward pass of the pipeline, but got a "
+                f"second run of {boundary!r}. Choose a module that runs once, or wrap what repeats in one."
             )
         if not facts.leaves:
             raise BoundaryError(
@@ -178,8 +195,8 @@ class _Trace:
             )
         if self.grad and not any(leaf.requires_grad for leaf in facts.leaves):
             raise BoundaryError(
-                f"Expected a differentiable tensor to cross boundary {boundary!r}, but got none that requires "
-                "a gradient. Unfreeze something below it, or choose a later boundary."
+                f"Expected a differentiable tensor to cross boundary {boundary!r}, but got none that "
+                "requires a gradient. Unfreeze something below it, or choose a later boundary."
             )
         self.order.append(boundary)
         self.crossing[boundary] = facts
@@ -217,8 +234,9 @@ class _Trace:
             if len(stages) > 1 and not self._constant.issuperset(tensor_names):
                 raise StageError(
                     f"Expected every parameter and buffer to be used in one stage, but "
-                    f"{' and '.join(map(repr, tensor_names))} is used in stages {stages} of the boundaries "
-                    f"{self.order} (tied weights). Choose boundaries so that all its uses lie in one stage, or untie it."
+                    f"{' and '.join(map(repr, tensor_names))} is used in stages {stages} of "
+                    f"boundaries {self.order} (tied weights). Choose boundaries so that all its uses lie "
+                    "in one stage, or give each stage its own."
                 )
         called = self.stages_of_calls()
         owners = {i: self._owner(names[0], called) for i, names in self._names.items()}
