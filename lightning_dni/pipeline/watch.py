@@ -1,0 +1,343 @@
+"""A thread beside the one that trains: it knows when another stage has failed, died or frozen.
+
+It takes nothing for dead that is only slow. A call that holds the interpreter's lock stops heartbeats too,
+so on the same machine the operating system is asked; only far processes are judged by their silence.
+"""
+
+import atexit
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_dni.errors import StageError
+from lightning_dni.pipeline.board import PERIOD, Board, Fault, Store, prepare
+from lightning_dni.pipeline.process import Condition, Process, this_process
+
+T = TypeVar("T")
+
+FEW = 32
+"""So many processes all watch each other; more watch their neighbours only."""
+
+TICK = 0.1
+REMEDY = "Every stage stops; see the log of that one, and start again from the last checkpoint."
+
+
+class Limits(NamedTuple):
+    """Seconds after which something is done.
+
+    Attributes:
+        silence: Without a heartbeat, until a stopped process on this machine is ended.
+        far_silence: Without a heartbeat, until a process on another machine is taken for dead.
+        patience: Between a lost connection and naming it as the cause.
+        grace: Between an error elsewhere and ending this process, where the training thread stays away.
+        farewell: The same where the training thread knows of the error.
+    """
+
+    silence: float = 5.0
+    far_silence: float = 60.0
+    patience: float = 2.0
+    grace: float = 3.0
+    farewell: float = 60.0
+
+
+def open_watch(name: str, limits: Limits = Limits()) -> "Watch":  # noqa: B008
+    """Start to watch; every process of the default group calls it.
+
+    Args:
+        name: What this process does, as "Stage 2".
+        limits: Seconds after which something is done.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    timeout = timedelta(seconds=max(30.0, limits.far_silence))
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    store, port = None, 0
+    if rank == 0:
+        store = _store(host, 0, timeout, is_master=True)
+        prepare(store, size)
+        port = store.port
+    said: list[Any] = [None] * size
+    dist.all_gather_object(said, (tuple(this_process(name, rank)), host, port))
+    if store is None:
+        _, host, port = said[0]
+        store = _store(host, port, timeout)
+    return Watch(store, rank, [Process(*process) for process, _, _ in said], limits)
+
+
+def _store(host: str, port: int, timeout: timedelta, is_master: bool = False) -> Any:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=is_master, wait_for_workers=False, timeout=timeout
+    )
+
+
+class Watch:
+    """What one process knows of the others.
+
+    Args:
+        store: A connection that nobody else uses, to a store that rank 0 keeps.
+        rank: Of this process.
+        processes: All of them, by rank.
+        limits: Seconds after which something is done.
+
+    Attributes:
+        where: What the training thread is doing, as "step 15".
+    """
+
+    def __init__(self, store: Store, rank: int, processes: Sequence[Process], limits: Limits) -> None:
+        self._rank, self._processes, self._limits = rank, list(processes), limits
+        self._pid = os.getpid()
+        self._peers = _peers_of(rank, len(processes))
+        self._board = Board(store, rank, self._peers)
+        self._fault: Fault | None = None
+        self._known_since = self._told_since = 0.0
+        self._told = False
+        self._closing = Event()
+        self._silent = dict.fromkeys(self._peers, 0.0)
+        self._heard = dict.fromkeys(self._peers, 0)
+        self._stale, self._passes = 0.0, 0
+        self._gone_at: dict[int, int] = {}
+        self._thread = Thread(target=self._run, name="dni watch", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    @property
+    def where(self) -> str:
+        """What the training thread is doing."""
+        return self._board.mine.where
+
+    @where.setter
+    def where(self, where: str) -> None:
+        self._board.mine.where = where
+
+    # ---- for the training thread
+
+    def check(self) -> None:
+        """Return at once where nothing is known to be wrong.
+
+        Raises:
+            StageError: A stage has failed, died or frozen.
+        """
+        if self._fault is not None:
+            raise self._error()
+
+    def report(self, exception: BaseException) -> None:
+        """Tell all others why this process stops; what only follows from another error is not told."""
+        if _is_connection_error(exception):
+            self._await_fault(self._limits.patience)
+        if self._fault is None:
+            said = f"{type(exception).__name__}: {str(exception).strip()}".rstrip(".: ")
+            trace = "".join(traceback.format_exception(exception))[-4000:]
+            me = self._processes[self._rank]
+            self._publish(f"{me} failed in {self.where}: {said}. {REMEDY}\nThat stage says:\n{trace}")
+        self._error()
+
+    def blame(self, symptom: Exception) -> StageError:
+        """The error to raise where a connection was lost: the cause, if it becomes known soon."""
+        self._await_fault(self._limits.patience)
+        if self._fault is None:
+            me = self._processes[self._rank]
+            self._publish(f"{me} noticed in {self.where}: {str(symptom).strip()} {REMEDY}")
+        return self._error()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns, which waits for other processes; on a thread of its own.
+
+        Raises:
+            StageError: A stage has stopped meanwhile.
+        """
+        outcome: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        Thread(target=_call, args=(function, device, outcome), name="dni call", daemon=True).start()
+        while True:
+            try:
+                done, value = outcome.get(timeout=TICK)
+                break
+            except Empty:
+                self.check()
+        if done:
+            return value  # type: ignore[no-any-return]
+        if _is_connection_error(value):
+            raise self.blame(value) from value
+        raise value
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective on CPUs.
+
+        Raises:
+            StageError: A stage has stopped meanwhile.
+        """
+        self.call(work.wait)
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Stop to watch. Rank 0 waits for a while until the others need its store no more."""
+        if self._closing.is_set() or os.getpid() != self._pid:
+            return
+        self._closing.set()
+        atexit.unregister(self.close)
+        self._thread.join(seconds)
+        self._board.mine.left = True
+        self._board.refresh()
+        if self._rank == 0:
+            self._await_others(seconds)
+        self._board.stop(1.0)
+
+    def _await_others(self, seconds: float) -> None:
+        """Keep the store until every other process has left, or has read that this one leaves."""
+        counts = {rank: beat.count for rank, beat in self._board.beats.items()}
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(self._needs_me(*pair) for pair in counts.items()):
+            self._board.refresh()
+            time.sleep(PERIOD / 6)
+
+    def _needs_me(self, rank: int, count: int) -> bool:
+        beat = self._board.beats[rank]
+        # the exchange in which this count was read may have been over before; two more cannot
+        has_read = beat.count > count + 2
+        running = self._processes[rank].condition() in (Condition.RUNNING, Condition.UNKNOWN)
+        return running and not (beat.left or has_read or self._board.lost)
+
+    # ---- errors
+
+    def _error(self) -> StageError:
+        assert self._fault is not None
+        if not self._told:
+            self._told, self._told_since = True, time.monotonic()
+        return StageError(self._fault.text)
+
+    def _await_fault(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._fault is None and time.monotonic() < until:
+            time.sleep(TICK / 4)
+
+    def _publish(self, text: str) -> None:
+        """Tell all others, unless somebody was first; whoever was first is believed here too."""
+        fault = Fault(self._rank, text)
+        until = time.monotonic() + 1.0
+        self._board.publish(fault)
+        while not (self._board.fault or self._board.lost) and time.monotonic() < until:
+            time.sleep(TICK / 10)
+        self._learn(self._board.fault or fault)
+
+    def _learn(self, fault: Fault) -> None:
+        if self._fault is None:
+            self._known_since = time.monotonic()
+            self._fault = fault
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while not self._closing.wait(PERIOD):
+            now = time.monotonic()
+            if self._fault is None:
+                # only what this thread was there to see counts: it may have been kept away itself
+                self._look(min(now - before, 2 * PERIOD))
+            else:
+                self._leave_in_time(now)
+            before = now
+
+    def _look(self, seconds: float) -> None:
+        if self._board.fault is not None:
+            self._learn(self._board.fault)
+            return
+        self._look_at_store(seconds)
+        for rank in self._peers:
+            if self._fault is None and not self._board.beats[rank].left:
+                self._look_at(rank, seconds)
+
+    def _look_at_store(self, seconds: float) -> None:
+        if self._passes != self._board.passes:
+            self._passes, self._stale = self._board.passes, 0.0
+            return
+        self._stale += seconds
+        keeper = self._processes[0]
+        if self._rank == 0 or self._board.beats[0].left:
+            return
+        if self._board.lost is not None or self._stale > self._limits.silence:
+            self._judge(keeper, self._stale, lost=self._board.lost is not None)
+
+    def _look_at(self, rank: int, seconds: float) -> None:
+        count = self._board.beats[rank].count
+        if count != self._heard[rank]:
+            self._silent[rank] = 0.0
+        elif not self._stale:  # else nobody can be heard
+            self._silent[rank] += seconds
+        self._heard[rank] = count
+        if self._passes_since_gone(rank) or self._silent[rank] > self._limits.silence:
+            self._judge(self._processes[rank], self._silent[rank])
+
+    def _passes_since_gone(self, rank: int) -> int:
+        """How often the board was read since a process was seen to be gone: its last word comes first."""
+        if self._processes[rank].condition() is not Condition.GONE:
+            return 0
+        first = self._gone_at.setdefault(rank, self._board.passes)
+        self._board.refresh()
+        return self._board.passes - first
+
+    def _judge(self, process: Process, silent: float, lost: bool = False) -> None:
+        """Say that a process is dead, if it is."""
+        condition = process.condition()
+        found = f"its process {process.pid} {condition.value}"
+        if condition is Condition.GONE:
+            self._publish(f"{process} is gone: {found}, last heard of in {self._where(process)}. {REMEDY}")
+        elif condition is Condition.STOPPED and silent > self._limits.silence:
+            self._publish(
+                f"{process} is frozen: {found} and sends no heartbeat for {silent:.0f} s, last heard of in "
+                f"{self._where(process)}; it was killed. {REMEDY}"
+            )
+            process.kill()
+        elif condition is Condition.UNKNOWN and silent > self._limits.far_silence:
+            self._publish(
+                f"{process} is dead or cannot be reached: no heartbeat for {silent:.0f} s, last heard of in "
+                f"{self._where(process)}. {REMEDY}"
+            )
+        elif lost and silent > self._limits.silence:
+            self._publish(f"{process} cannot be reached: {self._board.lost}. {REMEDY}")
+
+    def _where(self, process: Process) -> str:
+        return self._board.beats[process.rank].where
+
+    def _leave_in_time(self, now: float) -> None:
+        """End a process whose training thread is stuck, as in a collective that never ends."""
+        assert self._fault is not None
+        if self._told:
+            overdue = now - self._told_since > self._limits.farewell
+        else:
+            overdue = now - self._known_since > self._limits.grace
+        if overdue:
+            stuck = f"The training thread was stuck in {self.where}, so this process ends here."
+            os.write(2, f"{self._fault.text}\n{stuck}\n".encode())
+            os._exit(1)
+
+
+def _peers_of(rank: int, size: int) -> list[int]:
+    """Whom to watch; rank 0 keeps the store and has to know about all, and all about it."""
+    if rank == 0 or size <= FEW:
+        return [r for r in range(size) if r != rank]
+    around: Iterable[int] = (0, rank - 2, rank - 1, rank + 1, rank + 2)
+    return sorted({r % size for r in around} - {rank})
+
+
+def _call(function: Callable[[], Any], device: int | None, outcome: SimpleQueue[tuple[bool, Any]]) -> None:
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)
+        outcome.put((True, function()))
+    except BaseException as error:
+        outcome.put((False, error))
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether torch.distributed has lost somebody, which is never the first thing that went wrong."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    signs = ("gloo", "closed by peer", "reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
