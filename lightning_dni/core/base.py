@@ -81,8 +81,9 @@ class Engine(ABC):
         self._report: StepReport | None = None
         self._reset()
 
+    @abstractmethod
     def _reset(self) -> None:
-        """Forget the run in progress."""
+        """Forget the run in progress, or have none yet."""
 
     # ---- what others may see
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.base import Engine
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import rows_of
@@ -28,7 +27,7 @@ from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
-from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.crossing import (
     ask,
     correct,
@@ -38,32 +37,23 @@ from lightning_dni.pipeline.crossing import (
     open_cut,
 )
 from lightning_dni.pipeline.inbox import Inbox
-from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.message import Kind, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, load, save
 from lightning_dni.pipeline.plan import StagePlan
-from lightning_dni.pipeline.splitting import StageRunner
+from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
 T = TypeVar("T")
 
-TRAINING = "training_step"
-"""The step of the user's in which the model is trained."""
 
-
-class StageEngine(Engine):
+class StageEngine(StagedEngine):
     """Trains one stage of a model on synthetic gradients, beside the engines of the other stages.
 
-    It takes the arguments of `DNIEngine`; `place` says which stage it is, once that is known.
+    It takes the arguments of `DNIEngine`; `join` and `place` say which stage it is, once that is known.
     """
 
     def _reset(self) -> None:
-        self.stage, self._staleness, self._links = 0, 0, Links()
-        self._boundary: str | None = None
-        self._below: str | None = None
-        self._own: set[int] = set()
-        self.plan: StagePlan | None = None
-        self._passages: dict[str, Passage] = {}
-        self._current: Passage | None = None
+        super()._reset()
         self._taps = Taps()
         self._inbox = Inbox(self._links, 0, 0)
         self._step: StepSettings | None = None
@@ -71,96 +61,28 @@ class StageEngine(Engine):
         self._seen: Tensor | None = None
         self._loss: Tensor | None = None
         self._number, self._updates = 0, -1
-        self._evaluated = 0
         self._saved: Mapping[str, Any] | None = None
 
-    # ---- which stage this is
-
-    def join(self, stage: int, links: Links, staleness: int) -> None:
-        """Become stage `stage` of a pipeline.
-
-        Args:
-            stage: Number of this stage; 0 is given the batch alone.
-            links: The ways to its neighbours.
-            staleness: Number of updates after which a target gradient is learnt from.
-
-        Raises:
-            EstimatorError: `staleness` is not an integer of at least 0.
-        """
-        if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
-            raise EstimatorError(
-                f"Expected `staleness` to be an integer of at least 0, but got {staleness!r}. Pass 0 to wait "
-                "for the target gradient of the same batch."
-            )
-        self.stage, self._links, self._staleness = stage, links, staleness
-        self._passages.clear()
-
-    def place(self, plan: StagePlan, step: str = TRAINING) -> None:
-        """Take over the part of this stage in a step of the user's, and hook the model.
-
-        Args:
-            plan: What of the model belongs to which stage in that step.
-            step: Name of the step; other names than the training step's are evaluated only.
-        """
-        self.detach()
-        runner = StageRunner(self._model, plan, self.stage)
-        self._passages[step] = Passage(runner, plan, self.stage, self._links)
-        if step == TRAINING:
-            self.plan, order, k = plan, plan.boundaries, self.stage
-            self._boundary = order[k] if k < len(order) else None
-            self._below = order[k - 1] if k else None
-            self._elements_per_row = self._elements_per_row or plan.elements_per_row
-            self._own = {id(p) for n, p in self._model.named_parameters() if plan.owner(n) == k}
-            self._inbox = Inbox(self._links, self._staleness, len(order) - k)
-            if self._saved is not None:
-                self._take_over(self._saved)
-        self._use(step)
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether it is known what of the model belongs to this stage in a training step."""
-        return TRAINING in self._passages
-
-    def knows(self, step: str) -> bool:
-        """Whether `place` was called for `step`."""
-        return step in self._passages
-
-    def attach(self) -> None:
-        """Hook the model, if the stage is known."""
-        if self.is_placed:
-            self._use(TRAINING)
+    def _take_part(self, plan: StagePlan) -> None:
+        self._elements_per_row = self._elements_per_row or plan.elements_per_row
+        kept = [crossing for crossing in self._inbox.pending if crossing.is_complete]
+        self._inbox = Inbox(self._links, self._staleness, len(plan.boundaries) - self.stage)
+        self._inbox.restore(kept)  # of a fit before this one
+        if self._saved is not None:
+            self._take_over(self._saved)
 
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
         self._taps.remove()
-        if self._current is not None:
-            self._current.runner.detach()
-        self._current = self._step = self._crossing = self._seen = None
+        super().detach()
+        self._step = self._crossing = self._seen = None
 
     def _use(self, step: str) -> Passage:
-        """Hook the model for `step`, where it is hooked for another one."""
-        if step not in self._passages:
-            raise StageError(
-                f"Expected the engine to know its part in {step!r}, but it knows {sorted(self._passages)}. Call "
-                "`place` with the plan that `trace_stages` makes of one such step."
-            )
-        passage = self._passages[step]
-        if passage is not self._current:
-            self.detach()
-            if step == TRAINING and self.is_last:
-                self._taps.attach(self._model, {}, self._output_name, self._see_output)
-            passage.runner.attach()
-            self._current = passage
+        fresh = self._current is None or self._passages.get(step) is not self._current
+        passage = super()._use(step)
+        if fresh and step == TRAINING and self.is_last:
+            self._taps.attach(self._model, {}, self._output_name, self._see_output)
         return passage
-
-    def _placed(self) -> Passage:
-        assert self._current is not None
-        return self._current
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the loss is computed here."""
-        return self._boundary is None
 
     # ---- one step
 
@@ -193,14 +115,6 @@ class StageEngine(Engine):
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
         return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
-
-    def evaluate(self, step: Callable[[], T], batch: Any = None, name: str = TRAINING) -> T | None:
-        """Run the user's evaluation step `name` as this stage; None where it is not the last one."""
-        passage = self._use(name)
-        passage.receive(Kind.EVALUATE, self._evaluated, batch)
-        result = passage.run(step, Kind.EVALUATE, self._evaluated)
-        self._evaluated += 1
-        return result
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
@@ -363,7 +277,7 @@ class StageEngine(Engine):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a whole state, of a pipeline or of one process, as soon as it is known which part is ours."""
+        """Restore a whole state, of a pipeline or of one process, once it is known which part is ours."""
         self._saved = state
         if self.is_placed:
             self._take_over(state)

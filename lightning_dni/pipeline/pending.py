@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import Installed, Record
+from lightning_dni.core.estimator import Installed, Record, Signal
 from lightning_dni.core.stage import Stage
 from lightning_dni.pipeline.message import Kind, Message
 
@@ -33,6 +33,12 @@ class Pending:
     share: float
     gradient: Message | None = None
     output: Message | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all has come that the estimator learns from."""
+        hears_output = Signal.OUTPUT in self.cut.installed.estimator.needs
+        return self.gradient is not None and not (hears_output and self.output is None)
 
 
 def take_gradient(cut: Cut, message: Message) -> None:

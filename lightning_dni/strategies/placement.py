@@ -39,8 +39,8 @@ class Place:
         stages = len(boundaries) + 1
         if world_size != stages:
             raise MisconfigurationException(
-                f"Expected one process per stage, which is {stages} for boundaries {list(boundaries)}, but got "
-                f"{world_size}. Pass `Trainer(devices=..., num_nodes=...)` that many, or other boundaries."
+                f"Expected one process per stage, which is {stages} for boundaries {list(boundaries)}, but "
+                f"got {world_size}. Pass that many in `Trainer(devices=..., num_nodes=...)`."
             )
         return cls(stages - 1 - rank, tuple((stages - 1 - k,) for k in range(stages)))
 
