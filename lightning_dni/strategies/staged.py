@@ -96,16 +96,19 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
-        self._links = connect(
-            place.ranks,
+        self._links = self._connect(options, boundaries)
+        self.engine.join(place.stage, self._links, self._staleness)
+        agree(trainer, module, place.is_last)
+
+    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
+        return connect(
+            self._placed().ranks,
             window=self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
             with_output=_hears_output(options, boundaries),
             guard=self._watch,
         )
-        self.engine.join(place.stage, self._links, self._staleness)
-        agree(trainer, module, place.is_last)
 
     @override
     def _build_engine(self, module: pl.LightningModule) -> StageEngine:
