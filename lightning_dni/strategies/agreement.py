@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -90,19 +91,29 @@ class MetricAgreement(EarlyStopping):
         self._share(trainer)
 
 
-def agree(trainer: pl.Trainer, module: pl.LightningModule, is_last: bool) -> None:
+def agree(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    is_last: bool,
+    copies: dist.ProcessGroup | None = None,
+) -> None:
     """Prepare `trainer` for stages of which only the last one has anything to log.
 
     Args:
         trainer: This process's.
         module: Its module.
         is_last: Whether its stage has the loss.
+        copies: The processes that run the same stage; None where there is one.
     """
     thin_sigterm_broadcast(trainer, SIGTERM_EVERY)
     if not is_last:
         drop_logged_values(trainer)
     for part in module.modules():
-        if isinstance(part, torchmetrics.Metric):  # else it would gather over all stages, which have nothing
+        if not isinstance(part, torchmetrics.Metric):
+            continue
+        if is_last and copies is not None:
+            part.process_group = copies
+        else:  # it would gather over all stages, which have nothing
             part.distributed_available_fn = _alone
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009
     if not any(isinstance(callback, MetricAgreement) for callback in callbacks):

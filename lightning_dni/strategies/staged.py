@@ -1,6 +1,6 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from lightning_dni.pipeline.watch import Watch, open_watch
 from lightning_dni.strategies._compat import AVERAGING, MisconfigurationException, TrainerFn
 from lightning_dni.strategies.agreement import agree
 from lightning_dni.strategies.bucket import broadcast
+from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.gathering import (
     gather,
@@ -51,6 +52,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._staleness = staleness
         self._place: Place | None = None
         self._links: Links | None = None
+        self._copies: Copies | None = None
         self._watch: Watch | None = None
         self._failed = False
 
@@ -67,8 +69,9 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every stage reads the same batches."""
-        return {"num_replicas": 1, "rank": 0}
+        """Every stage reads the same batches; copies of the pipeline share them."""
+        place = self._placed()
+        return {"num_replicas": place.copies, "rank": place.copy}
 
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
@@ -93,12 +96,13 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         boundaries = tuple(resolve_boundaries(module, options.boundaries))
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
         self._watch = open_watch(f"Stage {place.stage}")
+        self._copies = Copies(place, self._timeout) if place.copies > 1 else None
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
         self._links = self._connect(options, boundaries)
         self.engine.join(place.stage, self._links, self._staleness)
-        agree(trainer, module, place.is_last)
+        agree(trainer, module, place.is_last, None if self._copies is None else self._copies.group)
 
     def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
         return connect(
@@ -113,7 +117,29 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def _build_engine(self, module: pl.LightningModule) -> StageEngine:
         seed = self.broadcast(torch.initial_seed())
-        return self._options_for(module).build(StageEngine, module, seed=seed)
+        exchange = None if self._copies is None else self._copies.reducer
+        return self._options_for(module).build(
+            StageEngine, module, seed=seed, exchange=exchange, rank=self._placed().copy
+        )
+
+    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
+        return connect(
+            self._placed().ranks,
+            window=self._staleness + 2,
+            device=self.root_device,
+            timeout=self._timeout,
+            with_output=_hears_output(options, boundaries),
+            guard=self._watch,
+        )
+
+    @override
+    def _build_engine(self, module: pl.LightningModule) -> StageEngine:
+        seed = self.broadcast(torch.initial_seed())
+        replica = {
+            "exchange": None if self._copies is None else self._copies.reducer,
+            "rank": self._placed().copy,
+        }
+        return self._options_for(module).build(StageEngine, module, seed=seed, **replica)
 
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
@@ -123,7 +149,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         trial = Trial(self.lightning_module, step, args, self.precision_plugin)
         options = self._options_for(self.lightning_module)
         plan = trial.plan(options.boundaries, options.output)
-        self._together(partial(compare_plans, plan, args[0] if args else None))
+        self._together(partial(compare_plans, plan, args[0] if args else None, self._placed()))
         self.engine.place(plan, step)
         if step == TRAINING:
             self._drop_foreign_state()
@@ -135,6 +161,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """Run this stage's part of the user's training step."""
         self._note("training", args)
         self._find_part(TRAINING, args)
+        if self._copies is not None and self.lightning_module is not None:
+            self._copies.share_buffers(self.lightning_module, self.engine, self._closes_window)
         return super().training_step(*args, **kwargs)
 
     @override
@@ -176,8 +204,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Leave logged values alone: only the last stage has them."""
-        return tensor
+        """Reduce logged values over the copies of the last stage: no other has any."""
+        if self._copies is None or not self._placed().is_last:
+            return tensor
+        return super().reduce(tensor, self._copies.group, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -207,8 +237,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         plan = self.engine.plan
         if plan is not None:
             assert self.lightning_module is not None
-            ranks = [copies[0] for copies in self._placed().ranks]
-            self._together(partial(share_module, self.lightning_module, plan, ranks))
+            self._together(partial(share_module, self.lightning_module, plan, self._placed().firsts))
 
     @override
     def on_train_end(self) -> None:
@@ -227,7 +256,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
         found = self._together(partial(gather, state))
-        return state if found is None else join_optimizer_states(found)
+        return state if found is None else join_optimizer_states(self._of_stages(found))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -249,7 +278,11 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self.engine.drain()
         state = self.engine.state_dict()
         found = self._together(partial(gather, state))
-        return state if found is None else join_engine_states(found)
+        return state if found is None else join_engine_states(self._of_stages(found))
+
+    def _of_stages(self, found: Sequence[T]) -> list[T]:
+        """What the stages of the first copy have said, the last stage first."""
+        return [found[rank] for rank in reversed(self._placed().firsts)]
 
     def _placed(self) -> Place:
         assert self._place is not None
