@@ -122,25 +122,6 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             StageEngine, module, seed=seed, exchange=exchange, rank=self._placed().copy
         )
 
-    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
-        return connect(
-            self._placed().ranks,
-            window=self._staleness + 2,
-            device=self.root_device,
-            timeout=self._timeout,
-            with_output=_hears_output(options, boundaries),
-            guard=self._watch,
-        )
-
-    @override
-    def _build_engine(self, module: pl.LightningModule) -> StageEngine:
-        seed = self.broadcast(torch.initial_seed())
-        replica = {
-            "exchange": None if self._copies is None else self._copies.reducer,
-            "rank": self._placed().copy,
-        }
-        return self._options_for(module).build(StageEngine, module, seed=seed, **replica)
-
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
         if self.engine.knows(step):
