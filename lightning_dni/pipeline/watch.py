@@ -7,6 +7,7 @@ so on the same machine the operating system is asked; only far processes are jud
 import atexit
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -106,7 +107,7 @@ class Watch:
         self._gone_at: dict[int, int] = {}
         self._thread = Thread(target=self._run, name="dni watch", daemon=True)
         self._thread.start()
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
 
     @property
     def where(self) -> str:
@@ -181,13 +182,20 @@ class Watch:
         if self._closing.is_set() or os.getpid() != self._pid:
             return
         self._closing.set()
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self._thread.join(seconds)
         self._board.mine.left = True
         self._board.refresh()
         if self._rank == 0:
             self._await_others(seconds)
         self._board.stop(1.0)
+
+    def _at_exit(self) -> None:
+        """Nobody has closed it: the script was left by an exception, or forgot to."""
+        uncaught = getattr(sys, "last_value", None)
+        if uncaught is not None and os.getpid() == self._pid:
+            self.report(uncaught)
+        self.close()
 
     def _await_others(self, seconds: float) -> None:
         """Keep the store until every other process has left, or has read that this one leaves."""

@@ -1,6 +1,7 @@
 """One direction between two processes, as torch.distributed carries it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from lightning_dni.pipeline.message import Message
 
 FOREVER = timedelta(days=365)
 """How long to wait where a slow stage must not be taken for a dead one; the watch finds the dead ones."""
+
+_NEVER = 1
+"""A tag that nobody sends with."""
 
 
 class Parcel(NamedTuple):
@@ -45,6 +49,7 @@ class Wire:
         device: torch.device | None = None,
     ) -> None:
         self.peer = peer
+        self._at = dist.get_group_rank(control, peer)
         self._control, self._data = control, data
         self._device = device or torch.device("cpu")
         # waiting for a transfer on the stream that computes would make the computing wait
@@ -60,8 +65,9 @@ class Wire:
         full = [self._on_its_way(*f) for f in flat if f is not None and f[0].nbytes]
         groups = [self._control, *(group for group, _ in full)]
         tensors = [words, *(tensor for _, tensor in full)]
-        works = [dist.isend(t, self.peer, group) for t, group in zip(tensors, groups, strict=True)]
-        return Parcel([w for w in works if w is not None], tensors)
+        # not dist.isend: the group has to serve to the end, also where the default group is gone already
+        works = [group.send([t], self._at, 0) for t, group in zip(tensors, groups, strict=True)]
+        return Parcel(works, tensors)
 
     def _on_its_way(self, layout: Layout, flat: Tensor) -> tuple[dist.ProcessGroup, Tensor]:
         if layout.on_host:
@@ -100,9 +106,8 @@ class Wire:
         return layout.restore(flat if layout.on_host else flat.to(self._device))
 
     def _wait(self, buffer: Tensor, group: dist.ProcessGroup | None) -> None:
-        work = dist.irecv(buffer, self.peer, group)
-        assert work is not None
-        work.wait(FOREVER)
+        assert group is not None
+        group.recv([buffer], self._at, 0).wait(FOREVER)
 
     def adopt(self, tensors: Sequence[Tensor | None]) -> None:
         """Tell the allocator that the stream that computes now uses what has come."""
@@ -113,11 +118,17 @@ class Wire:
 
     # ---- the end
 
+    def sever(self) -> None:
+        """End the connection, so that whoever waits for it gets an error now."""
+        # there is no call for it, but a wait that runs out of time closes the connection for all
+        with suppress(RuntimeError):
+            self._control.recv([torch.empty(1)], self._at, _NEVER).wait(timedelta(milliseconds=1))
+        if self._data is not None:
+            self._data.abort()
+
     def cut(self) -> None:
         """Give up the groups, if nobody has done so before."""
         for group in (self._data, self._control):
             if group is not None and dist.is_initialized():
-                try:
+                with suppress(ValueError):  # destroyed together with the default group
                     dist.destroy_process_group(group)
-                except ValueError:  # destroyed together with the default group
-                    continue
