@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from typing_extensions import Self
 
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.errors import StageError
@@ -104,7 +103,7 @@ class StageRunner:
         self._calls.remove()
         self._kept, self._below.foreign = [], frozenset()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StageRunner":
         self.attach()
         return self
 
