@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.boundary import device_of
 from lightning_dni.core.value import close_value, is_plain, open_value
 from lightning_dni.errors import BoundaryError
 from lightning_dni.pipeline.calls import plain_call
@@ -100,7 +99,7 @@ class SkippedModule:
         args, kwargs = self._below.mark((args, kwargs))
         with (
             same_buffers(self._module),
-            same_randomness(device_of(self._module)),
+            same_randomness(self._below.device),
             torch.no_grad(),
             torch.device("meta"),
             ShapesOnly(self._below, everything=True),

@@ -1,4 +1,4 @@
-"""The stages of a model one after another, each on its own copy as in its own process; and the whole model."""
+"""The stages of a model, each on its own copy as in its own process; and the whole model."""
 
 import copy
 
