@@ -65,10 +65,10 @@ class TextDataModule(AbstractInMemoryDataModule):
 
 
 def encode(text: str) -> Int64[Tensor, " characters"]:
-    """A token per character: 0 for the end of a line, 1 for what is not printable ASCII, then the rest.
+    r"""A token per character: 0 for the end of a line, 1 for what is not printable ASCII, then the rest.
 
     Example:
-        >>> encode(" ~\\né")
+        >>> encode(" ~\né")
         tensor([ 2, 96,  0,  1])
     """
     tokens = [0 if c == "\n" else 2 + ord(c) - ord(FIRST) if FIRST <= c <= LAST else 1 for c in text]

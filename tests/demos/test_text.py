@@ -34,7 +34,7 @@ def test_splits_are_disjoint_and_complete_and_the_last_windows_are_held_out():
 
 def test_tokens_are_in_the_vocabulary_and_nearly_all_are_known():
     tokens = text().splits.train.inputs
-    assert 0 <= tokens.min()
+    assert tokens.min() >= 0
     assert tokens.max() < VOCABULARY
     assert (tokens == 1).float().mean() < 0.01
     assert len(tokens.unique()) > 60
