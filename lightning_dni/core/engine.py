@@ -75,7 +75,7 @@ class DNIEngine:
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite; "skip"
-            leaves out that update of the estimator, and of a stage that was given such a gradient.
+            leaves it out of the update of the estimator, and of a stage that was given such a gradient.
         seed: Seed of the engine's own streams; None: torch's initial seed.
         exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
         rank: Number of this replica, which has its own streams under `rng="stage"`.
@@ -112,9 +112,7 @@ class DNIEngine:
         self._modules = resolve_boundaries(model, boundaries)
         self._output = output
         resolve_output(model, output)
-        self._labels = labels
-        self._loss_denominator = loss_denominator
-        self._rng = rng
+        self._labels, self._loss_denominator, self._rng = labels, loss_denominator, rng
         self._health = Health(on_nonfinite, self._modules)
         self._exchange, self._replica = exchange, (rank,) if rank else ()
         self._named: dict[str, nn.Parameter] = {}
@@ -158,7 +156,7 @@ class DNIEngine:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of estimator updates left out so far because something was not finite."""
+        """Number of estimator updates so far that left out something that was not finite, by boundary."""
         return dict(self._health.skipped)
 
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
@@ -344,10 +342,12 @@ class DNIEngine:
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
         with self.profile("dni.estimator_step"):
             self._pool.update(self._exchange)
+        self._health.end_update()
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
+        self._health.end_update()
 
     def _settings(
         self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool
