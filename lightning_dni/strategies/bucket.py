@@ -16,9 +16,14 @@ class Bucket:
 
     The flat tensor stays; a gradient is copied in before it is sent, and out into the parameter's own
     `.grad` when the average is there, so nobody else's tensor is ever an alias of it.
+
+    Args:
+        variables: Whose gradients it holds.
+        group: The processes that average it; None: all, in the default group.
     """
 
-    def __init__(self, variables: Sequence[Tensor]) -> None:
+    def __init__(self, variables: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
         self.variables = list(variables)
         ends = list(accumulate(v.numel() for v in variables))
         self._flat = torch.zeros(ends[-1], dtype=variables[0].dtype, device=variables[0].device)
@@ -41,7 +46,7 @@ class Bucket:
         """Start averaging; divided first and summed then, as torch's DDP does."""
         if dist.get_world_size() > 1:
             self._flat.mul_(1.0 / dist.get_world_size())
-        self._work = dist.all_reduce(self._flat, async_op=True)
+        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     def wait(self) -> None:
         """Wait for the average."""

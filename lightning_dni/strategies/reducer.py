@@ -29,12 +29,12 @@ WRONG, UNPLANNED, ANOTHER_PLAN = range(3)
 
 
 class GradientReducer:
-    """The `Exchange` of processes in torch.distributed's default group.
+    """The `Exchange` of the processes in torch.distributed's default group, in a group of its own.
 
     Args:
         bucket_cap_mb: Megabytes at which a bucket is full.
-        timeout: Of the group for small messages between CPUs, which is made where the default one is
-            not gloo, so that no message waits for an accelerator.
+        timeout: Of that group, and of one for small messages between CPUs, which is made where the default
+            group is not gloo, so that no message waits for an accelerator.
 
     Attributes:
         launched_early: Buckets of the last exchanged step that were sent before its end.
@@ -42,9 +42,11 @@ class GradientReducer:
 
     def __init__(self, bucket_cap_mb: float = 25.0, timeout: timedelta | None = None) -> None:
         self._cap = int(bucket_cap_mb * 2**20)
-        self._control = (
-            None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        )
+        # when a bucket is complete may differ between processes: in the default group it could then go out
+        # before a collective of the user's in one and after it in another
+        self._processes = dist.new_group(timeout=timeout)
+        gloo = dist.get_backend() == "gloo"
+        self._control = self._processes if gloo else dist.new_group(backend="gloo", timeout=timeout)
         self._plan = Plan([], [])
         self._slots: dict[Tensor, Slot] = {}
         self._buckets: list[Bucket] = []
@@ -243,7 +245,7 @@ class GradientReducer:
         """Lay the parameters out as the plan says."""
         before, self._slots, self._buckets = self._slots, {}, []
         for names in self._plan.buckets:
-            bucket = Bucket([parameters[name] for name in names])
+            bucket = Bucket([parameters[name] for name in names], self._processes)
             for variable, view in zip(bucket.variables, bucket.views, strict=True):
                 old = before.get(variable)
                 self._slots[variable] = Slot(
@@ -279,7 +281,7 @@ class GradientReducer:
             kinds: dict[torch.dtype, list[Tensor]] = {}
             for parameter in parameters:
                 kinds.setdefault(parameter.dtype, []).append(parameter)
-            self._averaged = [Bucket(alike) for alike in kinds.values()]
+            self._averaged = [Bucket(alike, self._processes) for alike in kinds.values()]
             held = [v for bucket in self._averaged for v in bucket.variables]
         present = self._tell([], held)
         for bucket in self._averaged:
