@@ -5,7 +5,7 @@ python benchmarks/pipeline/simulate.py [--stages 2 4 8 16 32 64] [--jitter 0 0.2
 The rules are those by which the stages wait in `lightning_dni/pipeline/engine.py`: for the activation of the
 stage below, and for the target gradient of `staleness` updates ago from the stage above. Times are in units
 of a stage's time for one batch (forward a third of it), drawn anew for every pass where there is jitter
-(log-normal, of mean one); `latency` is that of a message. A schedule of m microbatches waits for its last one.
+(log-normal, of mean one); `latency` is that of a message. Exact schedules wait for their last microbatch.
 """
 
 import argparse

@@ -250,16 +250,15 @@ class StageEngine(StagedEngine):
         """Let the estimator learn from what is due; call it after the user's optimizer has stepped."""
         if self.is_last or self._step is None:
             return
-        with self.profile("dni.estimator_step"):
-            due = self._inbox.collect(self._updates)
-            for crossing in due:
-                self._learn(crossing)
-            if due:
-                lessons = [c.cut.lesson for c in due if c.cut.lesson is not None]
-                if self._exchange is not None:
-                    self._exchange.average(list(self._pool.named_parameters().values()))
-                self._pool.remember(lessons)
-            super().update_estimators()
+        due = self._inbox.collect(self._updates)
+        if not due:
+            return
+        for crossing in due:
+            self._learn(crossing)
+        if self._exchange is not None:
+            self._exchange.average(list(self._pool.named_parameters().values()))
+        self._pool.remember([c.cut.lesson for c in due if c.cut.lesson is not None])
+        super().update_estimators()
 
     def _learn(self, crossing: Pending) -> None:
         assert self._step is not None

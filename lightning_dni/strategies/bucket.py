@@ -16,6 +16,10 @@ class Bucket:
 
     The flat tensor stays; a gradient is copied in before it is sent, and out into the parameter's own
     `.grad` when the average is there, so nobody else's tensor is ever an alias of it.
+
+    Args:
+        variables: Whose gradients it holds.
+        group: The processes that average it; None: all, in the default group.
     """
 
     def __init__(self, variables: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -33,10 +33,10 @@ class GradientReducer:
 
     Args:
         bucket_cap_mb: Megabytes at which a bucket is full.
-        timeout: Of the group for small messages between CPUs, which is made where the default one is
-            not gloo, so that no message waits for an accelerator.
-        group: The processes; None: all of them.
-        control: For the small messages, where `group` is not gloo.
+        timeout: Of the groups that are made where none is given.
+        group: The processes; None: all of them, in a group of its own.
+        control: For small messages between CPUs, where `group` is not gloo, so that none waits for an
+            accelerator.
 
     Attributes:
         launched_early: Buckets of the last exchanged step that were sent before its end.
@@ -49,10 +49,15 @@ class GradientReducer:
         group: dist.ProcessGroup | None = None,
         control: dist.ProcessGroup | None = None,
     ) -> None:
-        self._cap, self._control = int(bucket_cap_mb * 2**20), control or group
-        self._processes = dist.distributed_c10d._get_default_group() if group is None else group
-        if group is None and dist.get_backend() != "gloo":
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._cap = int(bucket_cap_mb * 2**20)
+        if group is None:
+            # when a bucket is complete may differ between processes: in the default group it could then go
+            # out before a collective of the user's in one and after it in another
+            group = dist.new_group(timeout=timeout)
+            control = (
+                None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            )
+        self._processes, self._control = group, control or group
         self._plan = Plan([], [])
         self._slots: dict[Tensor, Slot] = {}
         self._buckets: list[Bucket] = []
