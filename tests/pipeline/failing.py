@@ -23,7 +23,7 @@ from lightning_dni.pipeline.watch import Limits, open_watch
 STAGES = 4
 RANKS = [[stage] for stage in reversed(range(STAGES))]
 FAILS_IN = 15
-STEP = 0.02
+STEP = 0.04
 QUICK = Limits(silence=1.5, patience=2.0, grace=1.0)
 TOO_LATE = 20.0
 
