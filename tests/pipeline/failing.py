@@ -17,7 +17,7 @@ import torch.distributed as dist
 from processes import free_port
 
 from lightning_dni.pipeline.connect import close, connect
-from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.watch import Limits, open_watch
 
 STAGES = 4
@@ -121,10 +121,12 @@ def _stage(stage, port, fault, victim, limits, steps, body):
         "gloo", f"tcp://localhost:{port}", timedelta(seconds=60), rank=rank, world_size=STAGES
     )
     watch = open_watch(f"Stage {stage}", limits)
-    links = connect(RANKS, guard=watch)
-    trouble = body or _train
+    links = Links()
     try:
-        trouble(links, watch, stage == victim and fault, steps)
+        if body is fail_early and stage == victim:
+            _fail_late(links, watch, fault)
+        links = connect(RANKS, guard=watch)
+        (body or _train)(links, watch, stage == victim and fault, steps)
         said = "done"
     except BaseException as error:
         watch.report(error)
@@ -165,8 +167,14 @@ def stick_in_call(links, watch, fault, steps):
     watch.wait(dist.barrier(async_op=True))
 
 
+def fail_early(links, watch, fault, steps):
+    """The victim fails before anybody is connected."""
+    raise AssertionError("connected without the victim")
+
+
 def _fail_late(links, watch, fault):
-    watch.where = f"step {FAILS_IN}"
+    if links.activation_in or links.activation_out:
+        watch.where = f"step {FAILS_IN}"
     if fault:
         time.sleep(0.5)
         Path("fault").write_text(str(time.time()))

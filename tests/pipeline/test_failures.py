@@ -73,3 +73,9 @@ def test_nobody_stays_in_a_collective():
 def test_a_collective_through_the_watch_can_be_left():
     outcome = run(failing.die, 2, body=failing.stick_in_call)
     assert_all_stopped(outcome, 2, "Stage 2 .* failed in step 15: ValueError: nan in layer 7", 5)
+
+
+@pytest.mark.parametrize(("fault", "says"), [(failing.die, "failed"), (failing.kill, "is gone")])
+def test_a_stage_fails_before_it_is_connected(fault, says):
+    outcome = run(fault, 2, body=failing.fail_early)
+    assert_all_stopped(outcome, 2, f"Stage 2 .* {says}.* in start-up", 5)
