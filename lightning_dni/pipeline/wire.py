@@ -164,7 +164,7 @@ class Wire:
         # there is no call for it, but a wait that runs out of time closes the connection for all
         with suppress(RuntimeError):
             self._control.recv([torch.empty(1)], self._at, _NEVER).wait(timedelta(milliseconds=1))
-        if self._data is not None:
+        if self._data is not None and hasattr(self._data, "abort"):  # torch 2.4 has no such call
             self._data.abort()
 
     def cut(self) -> None:
