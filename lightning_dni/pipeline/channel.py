@@ -194,9 +194,7 @@ class ReceiveChannel(_End):
 
     def _pump(self) -> None:
         try:
-            while (header := self._wire.take_header()).flag == Flag.MESSAGE:
-                if not self._closing:
-                    self._slots.acquire()
+            while (header := self._take_header()).flag == Flag.MESSAGE:
                 tensors = self._wire.take_tensors(header)
                 if not self._closing:
                     self._arrived.put(
@@ -206,6 +204,12 @@ class ReceiveChannel(_End):
             self._arrived.put(header.flag)
         except Exception as lost:
             self._arrived.put(lost)
+
+    def _take_header(self) -> Header:
+        """The next header, once there is room for its message: what nobody receives stays with the sender."""
+        if not self._closing:
+            self._slots.acquire()
+        return self._wire.take_header()
 
     def _say_goodbye(self, failed: bool) -> None:
         """From now on drop what comes; the other end may still have to get rid of it."""

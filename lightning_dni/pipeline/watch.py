@@ -116,7 +116,7 @@ class Watch:
 
     @where.setter
     def where(self, where: str) -> None:
-        self._board.mine.where = where
+        self._board.tell(where)
 
     # ---- for the training thread
 

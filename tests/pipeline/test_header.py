@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dni.errors import StageError
-from lightning_dni.pipeline.header import DTYPES, WORDS, Flag, Header, Layout, decode, encode, flatten
+from lightning_dni.pipeline.header import DTYPES, WORDS, Flag, Header, Layout, Route, decode, encode, flatten
 from lightning_dni.pipeline.message import Kind
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -29,6 +29,7 @@ headers = st.builds(
     INT64,
     st.lists(st.none() | layouts(), max_size=32).map(tuple),
     st.lists(st.floats(allow_nan=False), max_size=256).map(tuple),
+    st.sampled_from(Route),
 )
 
 
