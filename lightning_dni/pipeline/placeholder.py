@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_dni.errors import BoundaryError
+from lightning_dni.pipeline.shapes import Memo, recipe_of, signature_of
 from lightning_dni.pipeline.tracing import METADATA
 
 PLACES: dict[str, Callable[[torch.device], Any]] = {
@@ -20,6 +21,8 @@ PLACES: dict[str, Callable[[torch.device], Any]] = {
 }
 """What a placeholder says about where it is: what the tensor itself would say."""
 MOVES = frozenset({"cpu", "cuda"})
+MEMO = 1024
+"""How many calls between modules are remembered."""
 NEEDS_GRAD = frozenset({"register_hook", "retain_grad", "register_post_accumulate_grad_hook"})
 
 
@@ -42,6 +45,7 @@ class Below:
         self.refused: BoundaryError | None = None
         self.foreign: frozenset[int] = frozenset()
         self.device = torch.device("cpu")
+        self._memo = Memo(MEMO)
 
     def concerns(self, tensor: Tensor) -> bool:
         """Whether `tensor` has no values on this stage."""
@@ -88,9 +92,18 @@ class Below:
             return PLACES[func.__self__.__name__](self.device)
         if not self.open and name not in METADATA and name != "__get__":
             raise self.skip_connection(f"a tensor from below in `{name}`")
-        self._check_in_place(name, args, kwargs)
+        changes = _changes_in_place(name, kwargs)
+        if changes:
+            self._check_target(name, args, kwargs)
+        signature = None if changes or name in NEEDS_GRAD else signature_of(args, kwargs)
+        key = None if signature is None else (func, signature)
+        recipe = self._memo.get(key)
+        if recipe is not None:
+            return recipe.make(self.make)
         try:
-            return self.shapes(func, args, kwargs)
+            out = self.shapes(func, args, kwargs)
+            self._memo.put(key, recipe_of(out))
+            return out
         except Exception as error:
             raise self.refuse(
                 f"code between the modules below it in which `{name}` cannot run without values ({error})",
@@ -101,7 +114,7 @@ class Below:
         """Run `func` on shapes only, whatever it needs and changes."""
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = pytree.tree_map(_to_meta, (args, kwargs))
+            args, kwargs = _map(_to_meta, args), _map(_to_meta, kwargs)
             if name in NEEDS_GRAD:
                 args = (args[0].detach().requires_grad_(), *args[1:])
             if name in MOVES:
@@ -112,13 +125,9 @@ class Below:
                 kwargs["device"] = "meta"
             return self.mark(func(*args, **kwargs))
 
-    def _check_in_place(self, name: str, args: Any, kwargs: Any) -> None:
-        changes = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or "set" in name)
-        targets = [*(args[:1] if changes else ()), kwargs.get("out")]
-        for target in pytree.tree_leaves(targets):
-            if isinstance(target, Tensor) and not (
-                isinstance(target, Placeholder) or target.is_meta or id(target) in self.foreign
-            ):
+    def _check_target(self, name: str, args: Any, kwargs: Any) -> None:
+        for target in _leaves([*args[:1], kwargs.get("out")]):
+            if isinstance(target, Tensor) and not self.concerns(target):
                 raise self.refuse(
                     f"a change in place of a tensor of the batch by `{name}`",
                     "Use the form that makes a new tensor, or put that code into a module of its own.",
@@ -127,9 +136,14 @@ class Below:
     def mark(self, value: Any) -> Any:
         """`value` with a placeholder for every tensor in it."""
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(value, Tensor):
-                return self._mark(value)
-            return pytree.tree_map(self._mark, value)
+            return _map(self._mark, value)
+
+    def make(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A placeholder of these facts."""
+        with torch._C.DisableTorchFunction():
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta").as_subclass(Placeholder)
+        tensor.below = self
+        return tensor
 
     def _mark(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -148,7 +162,7 @@ class Placeholder(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Go on with shapes, or refuse."""
         kwargs = kwargs or {}
-        below = next(x.below for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Placeholder))
+        below = next(x.below for x in _leaves((args, kwargs)) if isinstance(x, Placeholder))
         return below.compute(func, args, kwargs)
 
 
@@ -162,10 +176,35 @@ def _to_meta(x: Any) -> Any:
     return x.detach().to("meta")
 
 
-def bare(x: Any) -> Any:
-    """A placeholder as a plain tensor on the meta device; anything else as it is."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor) if isinstance(x, Placeholder) else x
+def _changes_in_place(name: str, kwargs: Any) -> bool:
+    if name.endswith("__"):
+        return name.startswith("__i") or name in {"__setitem__", "__set__"}
+    return name.endswith("_") or kwargs.get("out") is not None
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """What is in `x`; as pytree has it, but quick for what most calls are given."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        for part in x:
+            yield from _leaves(part)
+    elif kind is dict:
+        for part in x.values():
+            yield from _leaves(part)
+    elif isinstance(x, tuple | list | dict):
+        yield from pytree.tree_leaves(x)
+    else:
+        yield x
+
+
+def _map(change: Callable[[Any], Any], x: Any) -> Any:
+    """`x` with `change` made to all that is in it."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind(_map(change, part) for part in x)
+    if kind is dict:
+        return {key: _map(change, part) for key, part in x.items()}
+    return change(x) if isinstance(x, Tensor) or x is None else pytree.tree_map(change, x)
 
 
 class ShapesOnly(TorchFunctionMode):
@@ -177,8 +216,6 @@ class ShapesOnly(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, below = kwargs or {}, self._below
-        if below.open:
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if any(below.concerns(x) for x in tensors):
-                return below.compute(func, args, kwargs)
+        if below.open and any(isinstance(x, Tensor) and below.concerns(x) for x in _leaves((args, kwargs))):
+            return below.compute(func, args, kwargs)
         return func(*args, **kwargs)

@@ -169,6 +169,10 @@ class StageRunner:
             value = step()
         except StageDone:
             run.left = True
+        except Exception as error:
+            if self._below.refused is None or error is self._below.refused:
+                raise
+            raise self._below.refused from error
         if self._below.refused is not None:
             raise self._below.refused
         self._check_run(run)
@@ -190,7 +194,8 @@ class StageRunner:
     def _did_not_run(self, boundary: str) -> StageError:
         return StageError(
             f"Expected the step to run boundary {boundary!r} on stage {self._stage}, but it did not, "
-            "though it did when the model was traced. Choose modules that run in every step."
+            "though it did when the model was traced. Choose modules that run in every step, and compile "
+            "modules rather than the step."
         )
 
     def _check_value(self, value: Any, what: str) -> None:
