@@ -18,10 +18,16 @@ from lightning_dni.core.estimator import Signal
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.pipeline.watch import Watch, open_watch
-from lightning_dni.strategies._compat import AVERAGING, MisconfigurationException, TrainerFn
-from lightning_dni.strategies.agreement import agree
+from lightning_dni.strategies._compat import (
+    AVERAGING,
+    MisconfigurationException,
+    SIGTERMException,
+    TrainerFn,
+)
+from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.gathering import (
@@ -33,6 +39,7 @@ from lightning_dni.strategies.gathering import (
 )
 from lightning_dni.strategies.options import DNIOptions
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
+from lightning_dni.strategies.stopping import CommonStop
 
 T = TypeVar("T")
 
@@ -52,6 +59,9 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._place: Place | None = None
         self._links: Links | None = None
         self._watch: Watch | None = None
+        self._signals = Signals(0, 1, 0)
+        self._stop: CommonStop | None = None
+        self._agreement: Agreement | None = None
         self._failed = False
 
     # ---- which process is which stage
@@ -104,8 +114,25 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             with_output=_hears_output(options, boundaries),
             guard=self._watch,
         )
-        self.engine.join(place.stage, self._links, self._staleness)
-        agree(trainer, module, place.is_last)
+        self._signals = Signals(place.stage, len(place.ranks), self._staleness, self._watch)
+        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
+        stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
+        self._agreement = Agreement(trainer, module, place.is_last, stop.after_evaluation)
+        self._stop = stop
+        stop.install()
+
+    def _largest(self, said: torch.Tensor) -> torch.Tensor:
+        """The largest of what the processes say, for each element."""
+        told = said.to(self.root_device)
+        self._together(partial(dist.all_reduce, told, op=dist.ReduceOp.MAX), "agreeing to go on")
+        return told
+
+    @override
+    def on_train_start(self) -> None:
+        """Stop all stages where hooks on one of them say so before the first batch."""
+        super().on_train_start()
+        assert self._stop is not None
+        self._stop.settle()
 
     @override
     def _build_engine(self, module: pl.LightningModule) -> StageEngine:
@@ -120,7 +147,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         trial = Trial(self.lightning_module, step, args, self.precision_plugin)
         options = self._options_for(self.lightning_module)
         plan = trial.plan(options.boundaries, options.output)
-        self._together(partial(compare_plans, plan, args[0] if args else None))
+        self._together(partial(compare_plans, plan, args[0] if args else None), f"the first {step}")
         self.engine.place(plan, step)
         if step == TRAINING:
             self._drop_foreign_state()
@@ -130,6 +157,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run this stage's part of the user's training step."""
+        assert self.lightning_module is not None
+        self._signals.begin(self.lightning_module.trainer.accumulate_grad_batches)
         self._note("training", args)
         self._find_part(TRAINING, args)
         return super().training_step(*args, **kwargs)
@@ -167,7 +196,11 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def _evaluate(self, step: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._note(step.removesuffix("_step"), args)
         self._find_part(step, args)
-        return self.engine.evaluate(partial(run, *args, **kwargs), args[0] if args else None, step)
+        self._signals.begin()
+        result = self.engine.evaluate(partial(run, *args, **kwargs), args[0] if args else None, step)
+        if self._stop is not None:
+            self._stop.after_evaluation_batch()
+        return result
 
     # ---- what must not cross stages, and what must
 
@@ -179,22 +212,24 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """What all stages say, or any of them."""
-        said = torch.tensor(int(decision), device=self.root_device)
-        self._together(partial(dist.all_reduce, said, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX))
-        return bool(said)
+        said = torch.tensor(int(not decision if all else decision), device=self.root_device)
+        self._together(partial(dist.all_reduce, said, op=dist.ReduceOp.MAX), "a decision")
+        return bool(said) is not all
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all stages, unless one has stopped."""
-        self._together(partial(super().barrier, *args, **kwargs))
+        self._together(partial(super().barrier, *args, **kwargs), "a barrier")
 
     @override
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Tell all stages, unless one has stopped."""
-        return self._together(partial(super().broadcast, obj, src))
+        return self._together(partial(super().broadcast, obj, src), "a broadcast")
 
-    def _together(self, collective: Callable[[], T]) -> T:
+    def _together(self, collective: Callable[[], T], what: str) -> T:
         """What `collective` returns, to which every process has to come; it is left where one has stopped."""
+        if self._links is not None:
+            self.engine.meet(what)
         return collective() if self._watch is None else self._watch.call(collective)
 
     # ---- the whole module, and what is saved
@@ -205,7 +240,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         if plan is not None:
             assert self.lightning_module is not None
             ranks = [copies[0] for copies in self._placed().ranks]
-            self._together(partial(share_module, self.lightning_module, plan, ranks))
+            self._together(partial(share_module, self.lightning_module, plan, ranks), "sharing weights")
 
     @override
     def on_train_end(self) -> None:
@@ -223,7 +258,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
-        found = self._together(partial(gather, state))
+        found = self._together(partial(gather, state), "saving an optimizer")
         return state if found is None else join_optimizer_states(found)
 
     @override
@@ -245,7 +280,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def _engine_state(self) -> dict[str, Any]:
         self.engine.drain()
         state = self.engine.state_dict()
-        found = self._together(partial(gather, state))
+        found = self._together(partial(gather, state), "saving estimators")
         return state if found is None else join_engine_states(found)
 
     def _placed(self) -> Place:
@@ -256,15 +291,21 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other stages why this one stops."""
-        self._failed = True
-        if self._watch is not None:
+        """Tell the other stages why this one stops, unless all have agreed to."""
+        agreed = isinstance(exception, SIGTERMException) and self._stop is not None and self._stop.leaves
+        self._failed = not agreed
+        if self._watch is not None and not agreed:
             self._watch.report(exception)
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
         """Take leave of the other stages."""
+        if self._stop is not None:
+            self._stop.remove()
+        if self._agreement is not None:
+            self._agreement.remove()
+        self._stop = self._agreement = None
         if self._links is not None:
             close(self._links, self._failed)
         if self._watch is not None:
