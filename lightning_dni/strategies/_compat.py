@@ -1,12 +1,14 @@
 """Every Lightning name that is not documented for users, each with a canary in the tests."""
 
 import copy
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -26,11 +28,13 @@ if hasattr(callbacks, "WeightAveraging"):  # older Lightning has none
 
 __all__ = [
     "AVERAGING",
+    "LightningEnvironment",
     "MisconfigurationException",
     "Precision",
     "SIGTERMException",
     "StrategyRegistry",
     "TrainerFn",
+    "clip_by_stage",
     "drop_logged_values",
     "follow",
     "follow_batches",
@@ -138,6 +142,16 @@ def free_timer(timer: Timer, expired: Callable[[], None]) -> list[Callable[[], N
             expired()
 
     return [replace_on(timer, "on_train_batch_end", look)]
+
+
+def clip_by_stage(plugin: Precision, stages: int) -> Callable[[], None]:
+    """Have each stage clip its gradients to its share of a norm; returns what takes it back."""
+    clip = plugin.clip_grad_by_norm
+
+    def clip_share(optimizer: Any, clip_val: float) -> None:
+        clip(optimizer, clip_val / math.sqrt(stages))
+
+    return replace_on(plugin, "clip_grad_by_norm", clip_share)
 
 
 def saves_at_step(callback: Callback, step: int) -> bool:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
@@ -22,10 +23,10 @@ from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.pipeline.watch import Watch, open_watch
 from lightning_dni.strategies._compat import (
-    AVERAGING,
-    MisconfigurationException,
     SIGTERMException,
     TrainerFn,
+    clip_by_stage,
+    worker_seeding,
 )
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.bucket import broadcast
@@ -39,6 +40,12 @@ from lightning_dni.strategies.gathering import (
 )
 from lightning_dni.strategies.options import DNIOptions
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
+from lightning_dni.strategies.refusals import (
+    refuse_nodes_apart,
+    refuse_unsupported,
+    refuse_waiting,
+    warn_of_waits,
+)
 from lightning_dni.strategies.stopping import CommonStop
 
 T = TypeVar("T")
@@ -62,6 +69,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._signals = Signals(0, 1, 0)
         self._stop: CommonStop | None = None
         self._agreement: Agreement | None = None
+        self._undo: list[Callable[[], None]] = []
         self._failed = False
 
     # ---- which process is which stage
@@ -85,7 +93,21 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         # every stage draws from streams of its own: the global one stays the same in all processes
         return replace(super()._options_for(module), rng="stage")
 
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Have workers draw the same random numbers in every stage; Lightning would have them differ."""
+        seeding = worker_seeding(replica=0)
+        if isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None and seeding is not None:
+            dataloader.worker_init_fn = seeding
+        return dataloader
+
     # ---- life of a fit
+
+    @override
+    def setup_environment(self) -> None:
+        """Find the other processes, unless nobody says where they are."""
+        refuse_nodes_apart(self.num_nodes, self.cluster_environment)
+        super().setup_environment()
 
     @override
     def configure_ddp(self) -> None:
@@ -98,10 +120,12 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """Set up as under any strategy, and connect this process with those of the stages beside it."""
         module = self.lightning_module
         assert module is not None
-        _refuse_unsupported(trainer, module)
+        refuse_unsupported(trainer, module, self._layer_sync)
         options = self._options_for(module)
         boundaries = tuple(resolve_boundaries(module, options.boundaries))
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
+        refuse_waiting(options, boundaries, self._staleness)
+        warn_of_waits(trainer, module)
         self._watch = open_watch(f"Stage {place.stage}")
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
@@ -120,6 +144,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._agreement = Agreement(trainer, module, place.is_last, stop.after_evaluation)
         self._stop = stop
         stop.install()
+        self._undo.append(clip_by_stage(self.precision_plugin, len(place.ranks)))
 
     def _largest(self, said: torch.Tensor) -> torch.Tensor:
         """The largest of what the processes say, for each element."""
@@ -306,6 +331,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         if self._agreement is not None:
             self._agreement.remove()
         self._stop = self._agreement = None
+        while self._undo:
+            self._undo.pop()()
         if self._links is not None:
             close(self._links, self._failed)
         if self._watch is not None:
@@ -323,23 +350,3 @@ def _hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
         if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
             return True
     return False
-
-
-def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"Expected automatic optimization under strategy='dni_pipeline', but {type(module).__name__} has "
-            "automatic_optimization=False. Train it under strategy='dni' or 'dni_ddp'."
-        )
-    if str(trainer.precision) == "16-mixed":
-        raise MisconfigurationException(
-            "Expected a precision without a gradient scaler under strategy='dni_pipeline', but got "
-            "'16-mixed', whose scale would differ between stages. Pass precision='bf16-mixed'."
-        )
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (set by a connector, untyped)
-    averaging = [type(c).__name__ for c in callbacks if isinstance(c, AVERAGING)]
-    if averaging and trainer.state.fn == TrainerFn.FITTING:
-        raise MisconfigurationException(
-            f"Expected no weight averaging under strategy='dni_pipeline', but got {averaging}: they would "
-            "average stages that this process does not train. Train under strategy='dni' or 'dni_ddp'."
-        )

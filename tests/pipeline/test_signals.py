@@ -101,7 +101,7 @@ def test_a_process_that_is_to_end_is_heard_of_where_nothing_comes_back():
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_notice_to_stop_counts_only_when_a_message_would_have_come(staleness):
-    """Else the batch would depend on how fast the notice is; a message takes `staleness + 2` batches a stage."""
+    """Else the batch would depend on the notice's speed; a message takes `staleness + 2` batches a stage."""
     stages = chain(3, staleness, Board())
     stages[2][0].ask(Ask.STOP)
     decided = [batch(stages, step, gradients=False) for step in range(3 * (staleness + 2) + 3)]

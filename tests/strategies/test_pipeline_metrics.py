@@ -73,7 +73,9 @@ def in_one_process(stages=2, **options):
 
 def everything(how, module, rank=0, **options):
     """What a fit has come to, in one process or in one of several."""
-    checkpoint = ModelCheckpoint(f"best{how}", monitor="val_loss", filename="{step}-{val_loss:.4f}", save_top_k=2)
+    checkpoint = ModelCheckpoint(
+        f"best{how}", monitor="val_loss", filename="{step}-{val_loss:.4f}", save_top_k=2
+    )
     stopping, rates = EarlyStopping("val_loss", min_delta=0.05, patience=2), Rates()
     callbacks = [stopping, rates, checkpoint]
     given = {"enable_checkpointing": True, "max_epochs": 6, "callbacks": callbacks, **options}
