@@ -53,11 +53,13 @@ class Beat:
         count: Its number.
         where: What the process was doing.
         left: Whether it needs nobody any more.
+        asks: What it asks of all, as bits.
     """
 
     count: int = 0
     where: str = "start-up"
     left: bool = False
+    asks: int = 0
 
 
 def prepare(store: Store, size: int) -> None:

@@ -12,6 +12,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
@@ -119,6 +121,15 @@ class Watch:
         self._board.tell(where)
 
     # ---- for the training thread
+
+    def ask(self, asked: int) -> None:
+        """Tell all processes, with the next heartbeats, that this one asks for something."""
+        self._board.mine.asks |= asked
+        self._board.refresh()
+
+    def asked(self) -> int:
+        """What any process is known to have asked for."""
+        return reduce(or_, (beat.asks for beat in self._board.beats.values()), self._board.mine.asks)
 
     def check(self) -> None:
         """Return at once where nothing is known to be wrong.
@@ -245,6 +256,8 @@ class Watch:
         before = time.monotonic()
         while not self._closing.wait(PERIOD):
             now = time.monotonic()
+            if self._rank == 0:  # whom all listen to
+                self._board.mine.asks = self.asked()
             if self._fault is None:
                 # only what this thread was there to see counts: it may have been kept away itself
                 self._look(min(now - before, 2 * PERIOD))

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -29,8 +30,15 @@ class Copies:
         controls: list[dist.ProcessGroup | None] = [None] * len(groups)
         if dist.get_backend() != "gloo":
             controls = [dist.new_group(list(ranks), timeout, backend="gloo") for ranks in place.ranks]
-        self.reducer = GradientReducer(timeout=timeout, group=self.group, control=controls[place.stage])
+        self._control = controls[place.stage] or self.group
+        self.reducer = GradientReducer(timeout=timeout, group=self.group, control=self._control)
         self._buffers_differ = False
+
+    def unite(self, bits: int) -> int:
+        """All bits that any copy has set."""
+        told = torch.tensor(bits)
+        dist.all_reduce(told, dist.ReduceOp.BOR, group=self._control)
+        return int(told)
 
     def share_buffers(self, module: nn.Module, engine: Engine, steps: bool) -> None:
         """Take over the first copy's buffers, where an optimizer step has been taken since.
