@@ -97,6 +97,11 @@ class ExactEngine(StagedEngine):
         self._parts, self._losses, self._gradients = [], [], []
         self._flights.clear()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the stage computes."""
+        return self._device
+
     # ---- one step
 
     def go_to(self, batch: int) -> None:

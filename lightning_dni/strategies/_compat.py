@@ -25,6 +25,7 @@ __all__ = [
     "StrategyRegistry",
     "TrainerFn",
     "drop_logged_values",
+    "log_as_batch",
     "quiet_copy",
     "rank_zero_warn",
     "saves_at_step",
@@ -57,6 +58,13 @@ def drop_logged_values(trainer: pl.Trainer) -> None:
     epoch_loop._results = _NoResults(training=True)
     for loop in (epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop._results = _NoResults(training=False)
+
+
+def log_as_batch(trainer: pl.Trainer, batch: Any) -> None:
+    """Have values that are logged from now on count with the rows of `batch` in the mean of the epoch."""
+    results = trainer._results
+    if results is not None:
+        results.batch, results.batch_size = batch, None
 
 
 def thin_sigterm_broadcast(trainer: pl.Trainer, every: int) -> None:

@@ -17,6 +17,7 @@ from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.estimator import Signal
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
+from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.pipeline.watch import Watch, open_watch
@@ -24,6 +25,7 @@ from lightning_dni.strategies._compat import AVERAGING, MisconfigurationExceptio
 from lightning_dni.strategies.agreement import agree
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
+from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
 from lightning_dni.strategies.gathering import (
     gather,
     join_engine_states,
@@ -31,7 +33,7 @@ from lightning_dni.strategies.gathering import (
     own_optimizer_state,
     share_module,
 )
-from lightning_dni.strategies.options import DNIOptions
+from lightning_dni.strategies.options import DNIOptions, options_from
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
 
 T = TypeVar("T")
@@ -43,12 +45,15 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     Args:
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
+        exact: How to train with exact backprop; None for synthetic gradients.
         base: What DDPStrategy takes.
     """
 
-    def __init__(self, options: Mapping[str, Any], staleness: int, **base: Any) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+    ) -> None:
         super().__init__(options, **base)
-        self._staleness = staleness
+        self._staleness, self._exact = 0 if exact else staleness, exact
         self._place: Place | None = None
         self._links: Links | None = None
         self._watch: Watch | None = None
@@ -58,10 +63,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     @property
     @override
-    def engine(self) -> StageEngine:
+    def engine(self) -> StageEngine | ExactEngine:
         """The engine of this process's stage."""
         engine = super().engine
-        assert isinstance(engine, StageEngine)
+        assert isinstance(engine, StageEngine | ExactEngine)
         return engine
 
     @property
@@ -73,7 +78,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
         # every stage draws from streams of its own: the global one stays the same in all processes
-        return replace(super()._options_for(module), rng="stage")
+        options = self._options or options_from(module, exact=self._exact is not None)
+        return replace(options, rng="stage")
 
     # ---- life of a fit
 
@@ -89,6 +95,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         module = self.lightning_module
         assert module is not None
         _refuse_unsupported(trainer, module)
+        if self._exact is not None:
+            refuse_own_backward(module)
         options = self._options_for(module)
         boundaries = tuple(resolve_boundaries(module, options.boundaries))
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
@@ -98,18 +106,20 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             self._engine, self._engine_of = self._build_engine(module), module
         self._links = connect(
             place.ranks,
-            window=self._staleness + 2,
+            window=self._exact.window(len(place.ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=_hears_output(options, boundaries),
+            with_output=self._exact is None and _hears_output(options, boundaries),
             guard=self._watch,
         )
         self.engine.join(place.stage, self._links, self._staleness)
         agree(trainer, module, place.is_last)
 
     @override
-    def _build_engine(self, module: pl.LightningModule) -> StageEngine:
+    def _build_engine(self, module: pl.LightningModule) -> StageEngine | ExactEngine:
         seed = self.broadcast(torch.initial_seed())
+        if self._exact is not None:
+            return self._exact.build(module, self._options_for(module), seed)
         return self._options_for(module).build(StageEngine, module, seed=seed)
 
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
@@ -131,14 +141,18 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run this stage's part of the user's training step."""
         self._note("training", args)
-        self._find_part(TRAINING, args)
+        self._find_part(TRAINING, self._exact.first_part(args) if self._exact else args)
         return super().training_step(*args, **kwargs)
 
     @override
-    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
-        result = self.engine.run(step)
+    def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        engine, module = self.engine, self.lightning_module
+        assert module is not None
+        if isinstance(engine, ExactEngine):
+            return run_schedule(engine, module, partial(step, **kwargs), args)
+        result = engine.run(partial(step, *args, **kwargs))
         # only the last stage has a loss; elsewhere Lightning differentiates this
-        return result if self.engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
+        return result if engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -242,9 +256,19 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             own_optimizer_state(optimizer, own)
 
     @override
-    def _engine_state(self) -> dict[str, Any]:
-        self.engine.drain()
-        state = self.engine.state_dict()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module; an exact schedule has no use for estimators."""
+        super().load_model_state_dict(checkpoint, strict)
+        if self._exact is not None:
+            self._restored, self._resumes = None, False
+
+    @override
+    def _engine_state(self) -> dict[str, Any] | None:
+        engine = self.engine
+        if isinstance(engine, ExactEngine):
+            return None
+        engine.drain()
+        state = engine.state_dict()
         found = self._together(partial(gather, state))
         return state if found is None else join_engine_states(found)
 
