@@ -39,6 +39,7 @@ __all__ = [
     "follow",
     "follow_batches",
     "free_timer",
+    "log_as_batch",
     "mark_sigterm",
     "metric_state",
     "note_sigterm",
@@ -78,6 +79,13 @@ def drop_logged_values(trainer: pl.Trainer) -> None:
     epoch_loop._results = _NoResults(training=True)
     for loop in (epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop._results = _NoResults(training=False)
+
+
+def log_as_batch(trainer: pl.Trainer, batch: Any) -> None:
+    """Have values that are logged from now on count with the rows of `batch` in the mean of the epoch."""
+    results = trainer._results
+    if results is not None:
+        results.batch, results.batch_size = batch, None
 
 
 def replace_on(owner: object, name: str, function: Callable[..., Any]) -> Callable[[], None]:

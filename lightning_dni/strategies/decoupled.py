@@ -141,11 +141,11 @@ class DecoupledTraining(Strategy):
             first=first,
             last=self._closes_window,
         ):
-            return self._run_step(partial(super().training_step, *args, **kwargs))
+            return self._run_step(super().training_step, *args, **kwargs)
 
-    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
+    def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step inside the engine's."""
-        return step()
+        return step(*args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -250,12 +250,14 @@ class DecoupledTraining(Strategy):
         """Write the estimators into one key of the checkpoint."""
         if self._engine is not None and self._engine_of is self.lightning_module:
             state = self._engine_state()
-            if "optimizer_states" not in checkpoint:  # save_weights_only
-                del state["optimizers"], state["schedules"]
-            checkpoint[CHECKPOINT_KEY] = state
+            if state is not None:
+                if "optimizer_states" not in checkpoint:  # save_weights_only
+                    del state["optimizers"], state["schedules"]
+                checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def _engine_state(self) -> dict[str, Any]:
+    def _engine_state(self) -> dict[str, Any] | None:
+        """What the checkpoint keeps of the engine; None for nothing."""
         return self.engine.state_dict()
 
     @override

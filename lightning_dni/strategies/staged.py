@@ -18,6 +18,7 @@ from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.estimator import Signal
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
+from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
@@ -32,6 +33,7 @@ from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
+from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
 from lightning_dni.strategies.gathering import (
     gather,
     join_engine_states,
@@ -39,7 +41,7 @@ from lightning_dni.strategies.gathering import (
     own_optimizer_state,
     share_module,
 )
-from lightning_dni.strategies.options import DNIOptions
+from lightning_dni.strategies.options import DNIOptions, options_from
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
 from lightning_dni.strategies.refusals import (
     refuse_nodes_apart,
@@ -58,12 +60,15 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     Args:
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
+        exact: How to train with exact backprop; None for synthetic gradients.
         base: What DDPStrategy takes.
     """
 
-    def __init__(self, options: Mapping[str, Any], staleness: int, **base: Any) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+    ) -> None:
         super().__init__(options, **base)
-        self._staleness = staleness
+        self._staleness, self._exact = 0 if exact else staleness, exact
         self._place: Place | None = None
         self._links: Links | None = None
         self._copies: Copies | None = None
@@ -78,10 +83,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     @property
     @override
-    def engine(self) -> StageEngine:
+    def engine(self) -> StageEngine | ExactEngine:
         """The engine of this process's stage."""
         engine = super().engine
-        assert isinstance(engine, StageEngine)
+        assert isinstance(engine, StageEngine | ExactEngine)
         return engine
 
     @property
@@ -94,7 +99,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
         # every stage draws from streams of its own: the global one stays the same in all processes
-        return replace(super()._options_for(module), rng="stage")
+        options = self._options or options_from(module, exact=self._exact is not None)
+        return replace(options, rng="stage")
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -124,6 +130,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         module = self.lightning_module
         assert module is not None
         refuse_unsupported(trainer, module, self._layer_sync)
+        if self._exact is not None:
+            refuse_own_backward(module)
         options = self._options_for(module)
         boundaries = tuple(resolve_boundaries(module, options.boundaries))
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
@@ -155,10 +163,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
         return connect(
             self._placed().ranks,
-            window=self._staleness + 2,
+            window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=_hears_output(options, boundaries),
+            with_output=self._exact is None and _hears_output(options, boundaries),
             guard=self._watch,
         )
 
@@ -176,12 +184,13 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._stop.settle()
 
     @override
-    def _build_engine(self, module: pl.LightningModule) -> StageEngine:
+    def _build_engine(self, module: pl.LightningModule) -> StageEngine | ExactEngine:
         seed = self.broadcast(torch.initial_seed())
         exchange = None if self._copies is None else self._copies.reducer
-        return self._options_for(module).build(
-            StageEngine, module, seed=seed, exchange=exchange, rank=self._placed().copy
-        )
+        options, copy = self._options_for(module), self._placed().copy
+        if self._exact is not None:
+            return self._exact.build(module, options, seed, exchange, copy)
+        return options.build(StageEngine, module, seed=seed, exchange=exchange, rank=copy)
 
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
@@ -205,16 +214,20 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         assert self.lightning_module is not None
         self._signals.begin(self.lightning_module.trainer.accumulate_grad_batches)
         self._note("training", args)
-        self._find_part(TRAINING, args)
+        self._find_part(TRAINING, self._exact.first_part(args) if self._exact else args)
         if self._copies is not None and self.lightning_module is not None:
             self._copies.share_buffers(self.lightning_module, self.engine, self._closes_window)
         return super().training_step(*args, **kwargs)
 
     @override
-    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
-        result = self.engine.run(step)
+    def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        engine, module = self.engine, self.lightning_module
+        assert module is not None
+        if isinstance(engine, ExactEngine):
+            return run_schedule(engine, module, partial(step, **kwargs), args)
+        result = engine.run(partial(step, *args, **kwargs))
         # only the last stage has a loss; elsewhere Lightning differentiates this
-        return result if self.engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
+        return result if engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -326,9 +339,19 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             own_optimizer_state(optimizer, own)
 
     @override
-    def _engine_state(self) -> dict[str, Any]:
-        self.engine.drain()
-        state = self.engine.state_dict()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module; an exact schedule has no use for estimators."""
+        super().load_model_state_dict(checkpoint, strict)
+        if self._exact is not None:
+            self._restored, self._resumes = None, False
+
+    @override
+    def _engine_state(self) -> dict[str, Any] | None:
+        engine = self.engine
+        if isinstance(engine, ExactEngine):
+            return None
+        engine.drain()
+        state = engine.state_dict()
         found = self._together(partial(gather, state), "saving estimators")
         return state if found is None else join_engine_states(self._of_stages(found))
 
