@@ -249,6 +249,7 @@ def test_a_stage_that_ends_early_is_named():
 
 def fails(rank):
     links = connect([[0], [1]])
+    dist.barrier()
     if rank == 0:
         close(links, failed=True)
         return None
@@ -268,6 +269,7 @@ def test_a_stage_that_fails_says_so():
 def closes_alone(rank):
     """Rank 1 never closes: rank 0 does not wait for it for ever, and no thread is left."""
     links = connect([[0], [1]])
+    dist.barrier()
     if rank == 1:
         time.sleep(3)
         return None
@@ -299,6 +301,7 @@ def test_a_refused_message_leaves_the_way_open():
 
 
 def connect_wrongly(rank):
+    dist.barrier()  # else one has ended before the other has reached it
     with pytest.raises(StageError, match=rf"ranks: expected rank {rank} once, got \[\[0\], \[0\]\]"):
         connect([[0], [0]])
 
