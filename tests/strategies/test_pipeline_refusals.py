@@ -11,6 +11,7 @@ import torch
 from fits import BOUNDARIES, CLASSES, LINEAR, Net, loader, net, newer, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch import nn
 
@@ -74,8 +75,10 @@ def averaging(kind):
     return kind()
 
 
+HALF = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
 REFUSED = {
-    "16-mixed": ({"precision": "16-mixed"}, Net, {}, "without a gradient scaler .* precision='bf16-mixed'"),
+    "16-mixed": ({"plugins": HALF}, Net, {}, "without a gradient scaler .* precision='bf16-mixed'"),
     "manual": ({}, Manual, {}, "Expected automatic optimization"),
     "second order": ({}, SecondOrder, {}, "got LBFGS, which evaluates it several times"),
     "several optimizers": ({}, TwoOptimizers, {}, "multiple optimizers is only supported with manual"),
@@ -139,7 +142,7 @@ def test_several_nodes_that_nobody_connects_are_refused(monkeypatch):
     for name in ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     trainer = quiet_trainer(DNIPipelineStrategy(BOUNDARIES, LINEAR), devices=1, num_nodes=3)
-    with pytest.raises(MisconfigurationException, match="Expected a cluster for num_nodes=3.*torchrun"):
+    with pytest.raises(MisconfigurationException, match=r"Expected a cluster for num_nodes=3.*torchrun"):
         trainer.fit(net(), loader())
 
 
