@@ -1,7 +1,6 @@
 """What stages in processes of their own cannot do, said before the first batch, with the reason."""
 
 import dis
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from lightning_dni.strategies._compat import (
 )
 from lightning_dni.strategies.options import DNIOptions
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 SEES_OUTPUTS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
 
 
@@ -29,12 +29,13 @@ def refuse_nodes_apart(num_nodes: int, environment: Any) -> None:
     Raises:
         MisconfigurationException: It is so.
     """
-    known = "MASTER_ADDR" in os.environ and not {"NODE_RANK", "GROUP_RANK"}.isdisjoint(os.environ)
-    if num_nodes > 1 and isinstance(environment, LightningEnvironment) and not known:
+    # the launcher has set MASTER_ADDR by now, to this machine where the user has not
+    alone = isinstance(environment, LightningEnvironment) and environment.main_address in LOCAL
+    if num_nodes > 1 and alone:
         raise MisconfigurationException(
             f"Expected a cluster for num_nodes={num_nodes}, but this is no SLURM, torchrun, LSF or MPI job, "
-            "and MASTER_ADDR and NODE_RANK are not set. Start the script by torchrun or the cluster's own "
-            "launcher, or pass num_nodes=1."
+            "and MASTER_ADDR names this machine. Start the script by torchrun or the cluster's own launcher, "
+            "set MASTER_ADDR and NODE_RANK, or pass num_nodes=1."
         )
 
 

@@ -1,5 +1,6 @@
 """Fits whose stages are real processes, for tests of what all of them have to agree on."""
 
+import multiprocessing
 import warnings
 
 import lightning.pytorch as pl
@@ -36,6 +37,7 @@ def on_stages(body, *args, stages=2, seconds=60):
 
     def quietly(rank, *args):
         warnings.simplefilter("ignore")
+        multiprocessing.current_process()._config["daemon"] = False  # it may have workers
         return body(rank, *args)
 
     return on_ranks(quietly, *args, world_size=stages, grouped=False, seconds=seconds)
