@@ -107,7 +107,7 @@ def refuse_own_backward(module: pl.LightningModule) -> None:
     if type(module).backward is not pl.LightningModule.backward:
         raise MisconfigurationException(
             f"Expected Lightning's own `backward` under an exact schedule, but {type(module).__name__} has "
-            "one, which would not see the losses of the microbatches. Take it out, or use hooks on parameters."
+            "one, which would see none of the losses of the microbatches. Use hooks on parameters."
         )
 
 
