@@ -17,6 +17,7 @@ from lightning_dni.callbacks.configuration import describe_run
 from lightning_dni.callbacks.engine import engine_of, key_of
 from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
 from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
+from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow
 from lightning_dni.core.report import Observable
@@ -42,6 +43,9 @@ class GradientMonitor(pl.Callback):
     (`on_nonfinite="skip"`, a gradient scaler), `dni_skipped/<boundary>` counts them. Loggers also get the
     run's configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
     picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
+
+    In several processes gradients, losses and weights are those of the joint batch, and skipped updates are
+    added up, the same number in every process; time, samples and memory are each process's own.
 
     Args:
         every_n_train_steps: Optimizer steps from one measured step to the next.
@@ -181,7 +185,7 @@ class GradientMonitor(pl.Callback):
             self._describe(trainer)
             self._clock.reset()
         if stepped and self._windows:
-            self._log(pl_module)
+            self._log(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -201,20 +205,31 @@ class GradientMonitor(pl.Callback):
         for name, facts in report.boundaries.items():
             self._windows.setdefault(name, BoundaryWindow()).update(facts)
 
-    def _log(self, pl_module: pl.LightningModule) -> None:
-        measured = {name: window.compute() for name, window in self._windows.items()}
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        replicas = Replicas(trainer.strategy, pl_module) if trainer.world_size > 1 else None
+        measured = {name: window.compute(replicas) for name, window in self._windows.items()}
         values = {key_of(metric, n): v for n, found in measured.items() for metric, v in found.items()}
         values |= _over_boundaries(measured)
         timing = self._clock.read()
         self._remember(measured, values, timing)
-        assert self._engine is not None
-        skipped = {key_of("dni_skipped", name): float(n) for name, n in self._engine.skipped.items()}
-        row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **skipped}
+        row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **self._skipped(replicas)}
         pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
         self._logged = tuple(row)
         self._measured, self._windows = True, {}
         self._clock.reset()
         reset_peak_memory(pl_module.device)
+
+    def _skipped(self, replicas: Replicas | None) -> dict[str, float]:
+        assert self._engine is not None
+        skipped = self._engine.skipped
+        if replicas is not None:
+            names = list(self._engine.bp_lambda)
+            own = torch.tensor([float(skipped.get(name, 0)) for name in names])
+            totals = replicas.total(own.to(replicas.device)).tolist()
+            # under a gradient scaler only those appear where something was found
+            found = dict(zip(names, totals, strict=True))
+            skipped = {name: int(n) for name, n in found.items() if n or name in skipped}
+        return {key_of("dni_skipped", name): float(n) for name, n in skipped.items()}
 
     def _remember(
         self,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.core.report import BoundaryReport
 from lightning_dni.metrics import (
     GradientCosineSimilarity,
@@ -55,16 +56,21 @@ class BoundaryWindow:
         _add(self._applied, report.applied_weights)
         _add(self._true, report.true_weights)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The metrics by name, without those for which nothing was measured."""
+    def compute(self, replicas: Replicas | None = None) -> dict[str, Tensor]:
+        """The metrics by name, without those for which nothing was measured.
+
+        Args:
+            replicas: The processes whose rows count together; None: there are no others.
+        """
         values = {name: metric.compute() for name, metric in self._metrics.items()}
         if ROW_COSINE in self._metrics:
             values["dni_zero_rows"] = _zero_share(self._metrics[ROW_COSINE])
-        loss = self._loss.compute()
+        loss = self._loss.compute(replicas)
         if loss is not None:
             values["dni_sg_loss"] = loss
         if self._true:
-            applied, true = _side_by_side(self._applied, self._true)
+            sides = self._applied, self._true
+            applied, true = _side_by_side(*(sides if replicas is None else map(replicas.totals, sides)))
             values["dni_weight_cosine"] = gradient_cosine(applied, true)
             values["dni_weight_error"] = gradient_relative_error(applied, true)
         return values
@@ -99,14 +105,14 @@ class EstimatorLoss:
             self._spread = self._spread or Spread()
             self._spread.update(target)
 
-    def compute(self) -> Float[Tensor, ""] | None:
+    def compute(self, replicas: Replicas | None = None) -> Float[Tensor, ""] | None:
         """The loss; over a variance of zero it is 0 if it is zero itself, else infinite."""
         if self._sum is None:
             return None
-        loss = self._sum / self._rows
+        loss = _mean(self._sum, self._rows, replicas)
         if self._spread is None:
             return loss.float()
-        return torch.where(loss == 0, 0.0, loss / self._spread.variance()).float()
+        return torch.where(loss == 0, 0.0, loss / self._spread.variance(replicas)).float()
 
 
 class Spread:
@@ -134,10 +140,28 @@ class Spread:
         self._all_rows += rows
         self._squares = squares if self._squares is None else self._squares + squares
 
-    def variance(self) -> Float[Tensor, ""]:
+    def variance(self, replicas: Replicas | None = None) -> Float[Tensor, ""]:
         """Mean squared distance of a row to the mean."""
         assert self._squares is not None
-        return self._squares / self._all_rows
+        assert self._mean is not None
+        squares = self._squares
+        if replicas is not None and _are_equal(self._mean.numel(), replicas, self._mean):
+            shift = self._mean - _mean(self._mean * self._rows, self._rows, replicas)
+            squares = squares + shift.square().sum() * self._rows
+        return _mean(squares, self._all_rows, replicas)
+
+
+def _mean(total: Tensor, rows: int, replicas: Replicas | None) -> Tensor:
+    """The `total` over `rows`, of all processes."""
+    if replicas is None:
+        return total / rows
+    return replicas.total(total) / replicas.total(total.new_tensor(float(rows)))
+
+
+def _are_equal(size: int, replicas: Replicas, like: Tensor) -> bool:
+    """Whether every process has this `size` (no variance among them)."""
+    count, total, squares = replicas.total(like.new_tensor([1.0, size, size**2])).tolist()
+    return bool(count * squares == total**2)
 
 
 def _zero_share(metric: Metric) -> Tensor:

@@ -103,6 +103,8 @@ class StageEngine(StagedEngine):
         self._step = self._settings(batch, accumulate, scale, several_losses, last)
         self._report, self._requested, self._seen = None, "nothing", None
         self._number = self._steps
+        if self._step.exchange is not None:
+            self._step.exchange.begin(fresh=first)
         passage.receive(Kind.TRAIN, self._number, batch)
         call = 1 if self.stage else 0
         seed = derive_seed(self._pool.seed, "stage", self._below, call, self._steps, *self._replica)
@@ -160,6 +162,8 @@ class StageEngine(StagedEngine):
         with self.profile("dni.local_backward"):
             differentiate(cut, received)
         self._send_back(received)
+        if self._step is not None and self._step.exchange is not None:
+            self._step.exchange.offer(cut.param_grads)
 
     def _send_back(self, received: list[Tensor]) -> None:
         """Tell the stage below what its output was worth."""
@@ -190,17 +194,29 @@ class StageEngine(StagedEngine):
             self._send_output()
             self._health.observe(self._number, self._loss, [])
             self._look()
+            self._merge([])
             return
         self._inbox.add(self._number, self._updates, crossing)
-        if crossing is None:
+        made: list[tuple[Tensor, Tensor]] = []
+        if crossing is not None:
+            if crossing.cut.waits:
+                self._inbox.take_gradient(crossing)
+                correct(crossing)
+                self._differentiate(crossing.cut)
+            self._examine(crossing.cut)
+            made, crossing.cut.param_grads = crossing.cut.param_grads, []
+        self._merge(made)
+
+    def _merge(self, made: list[tuple[Tensor, Tensor]]) -> None:
+        """Add what was set aside to `.grad`, averaged over the copies of this stage where there are any."""
+        exchange = None if self._step is None else self._step.exchange
+        if exchange is None:
+            accumulate(made)
             return
-        if crossing.cut.waits:
-            self._inbox.take_gradient(crossing)
-            correct(crossing)
-            self._differentiate(crossing.cut)
-        self._examine(crossing.cut)
-        accumulate(crossing.cut.param_grads)
-        crossing.cut.param_grads = []
+        named = {n: p for n, p in self._model.named_parameters() if id(p) in self._own}
+        if self.is_last:
+            exchange.offer_accumulated(named.values())
+        exchange.merge(made, lambda: named)
 
     def _send_output(self) -> None:
         if self._links.output_out is None:
@@ -234,14 +250,15 @@ class StageEngine(StagedEngine):
         """Let the estimator learn from what is due; call it after the user's optimizer has stepped."""
         if self.is_last or self._step is None:
             return
-        with self.profile("dni.estimator_step"):
-            due = self._inbox.collect(self._updates)
-            for crossing in due:
-                self._learn(crossing)
-            if due:
-                lessons = [c.cut.lesson for c in due if c.cut.lesson is not None]
-                self._pool.remember(lessons)
-            super().update_estimators()
+        due = self._inbox.collect(self._updates)
+        if not due:
+            return
+        for crossing in due:
+            self._learn(crossing)
+        if self._exchange is not None:
+            self._exchange.average(list(self._pool.named_parameters().values()))
+        self._pool.remember([c.cut.lesson for c in due if c.cut.lesson is not None])
+        super().update_estimators()
 
     def _learn(self, crossing: Pending) -> None:
         assert self._step is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.settings import Scale
 from lightning_dni.core.stage import accumulate, in_place_errors
@@ -62,6 +63,8 @@ class ExactEngine(StagedEngine):
         output: As in `DNIEngine`.
         rng: As in `DNIEngine`.
         seed: As in `DNIEngine`.
+        exchange: Averages gradients over copies of the pipeline; None: there are no others.
+        rank: Number of this copy.
 
     Raises:
         StageError: There is no such schedule, or `microbatches` is not a positive integer.
@@ -78,9 +81,20 @@ class ExactEngine(StagedEngine):
         output: str | None = None,
         rng: Literal["global", "stage"] = "global",
         seed: int | None = None,
+        exchange: Exchange | None = None,
+        rank: int = 0,
     ) -> None:
         check_schedule(schedule, microbatches)
-        super().__init__(model, boundaries, no_estimator, output=output, rng=rng, seed=seed)
+        super().__init__(
+            model,
+            boundaries,
+            no_estimator,
+            output=output,
+            rng=rng,
+            seed=seed,
+            exchange=exchange,
+            rank=rank,
+        )
         self.schedule, self.microbatches = schedule, microbatches
 
     def _reset(self) -> None:
@@ -88,7 +102,7 @@ class ExactEngine(StagedEngine):
         self._parts: list[Any] = []
         self._flights: dict[int, Flight] = {}
         self._losses: list[Tensor] = []
-        self._divisor = 1
+        self._divisor, self._closes = 1, True
         self._gradients: list[tuple[Tensor, Tensor]] = []
 
     def detach(self) -> None:
@@ -141,7 +155,7 @@ class ExactEngine(StagedEngine):
             )
         self._use(TRAINING)
         self._parts = split_batch(batch, self.microbatches)
-        self._divisor, self._losses = self.microbatches * accumulate, []
+        self._divisor, self._losses, self._closes = self.microbatches * accumulate, [], last
         boundaries = [] if self._boundary is None else [self._boundary]
         with self._collecting(first), in_place_errors(boundaries):
             yield
@@ -206,7 +220,7 @@ class ExactEngine(StagedEngine):
         def keep(outputs: list[Tensor], value: Any) -> None:
             flight.outputs = outputs
 
-        seed = derive_seed(self._pool.seed, "stage", self._below, 1 if self.stage else 0, number)
+        seed = derive_seed(self._pool.seed, "stage", self._below, int(self.stage > 0), number, *self._replica)
         staged = seeded(seed, self._device) if self._rng == "stage" else nullcontext()
         with staged, self.profile("pipeline.forward"):
             loss = passage.run(partial(step, self._parts[i]), Kind.TRAIN, number, keep)
@@ -245,6 +259,8 @@ class ExactEngine(StagedEngine):
         """Put the gradients that were set aside into `.grad`."""
         accumulate(self._gradients)
         self._gradients = []
+        if self._exchange is not None and self._closes:
+            self._exchange.average([p for p in self._model.parameters() if id(p) in self._own])
 
     def update_estimators(self) -> None:
         """Nothing: there are none."""

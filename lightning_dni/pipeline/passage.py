@@ -16,6 +16,9 @@ from lightning_dni.pipeline.splitting import StageRunner
 
 T = TypeVar("T")
 
+SAMPLED = 1024
+"""About so many elements of a tensor are looked at to tell two batches apart."""
+
 OnOutput = Callable[[list[Tensor], Any], None]
 """Receives the tensors of a stage's output that carry a gradient, and the whole output."""
 
@@ -70,6 +73,13 @@ class Passage:
 
     def _check(self, message: Message, kind: Kind, step: int) -> None:
         below, here = f"stage {self._stage - 1}", f"stage {self._stage}"
+        if message.kind is Kind.MEET:
+            raise StageError(
+                f"Expected {below} to be at the batch at which {here} is ({kind.name.lower()} batch {step}), "
+                "but it has no such batch: it waits for all stages. Give every process the same number of "
+                "batches, and do on every rank, at the same batch, whatever waits for all of them: saving a "
+                "checkpoint, `trainer.log_dir`, ending an epoch by returning -1."
+            )
         if (message.kind, message.step) != (kind, step):
             raise StageError(
                 f"Expected {below} to be at the batch at which {here} is ({kind.name.lower()} batch {step}), "
@@ -120,14 +130,21 @@ class Passage:
 
 
 def fingerprint(batch: Any) -> int:
-    """A number of the first bytes of a batch's tensors on the CPU; 0 where there are none.
+    """A number of what is on the CPU in a batch, of large tensors a part spread over all rows; 0 for nothing.
 
     >>> fingerprint(torch.arange(3)) == fingerprint(torch.arange(3)) != fingerprint(torch.arange(4))
     True
     """
     seen = 0
-    for tensor in pytree.tree_leaves(batch):
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
-            few = tensor.detach().flatten()[:256].contiguous().view(torch.uint8).numpy()
-            seen = zlib.crc32(few.tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode(), seen))
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.numel():
+            seen = zlib.crc32(_sample(leaf), zlib.crc32(repr(tuple(leaf.shape)).encode(), seen))
+        elif isinstance(leaf, (int, float, str, bytes)):
+            seen = zlib.crc32(repr(leaf).encode(), seen)
     return seen
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    step = flat.numel() // SAMPLED | 1  # odd, so that it does not fall on one column of every row
+    return flat[::step].contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,16 +1,22 @@
 """What every engine of one stage has: its place in the pipeline, and the way of a batch through it."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lightning_dni.core.base import Engine
 from lightning_dni.errors import EstimatorError, StageError
-from lightning_dni.pipeline.message import Kind, Links
+from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.splitting import StageRunner
 
 T = TypeVar("T")
+
+ALIKE = (
+    "Give every process the same number of batches, and do on every rank, at the same batch, whatever waits "
+    "for all of them: saving a checkpoint, `trainer.log_dir`, ending an epoch by returning -1."
+)
 
 TRAINING = "training_step"
 """The step of the user's in which the model is trained."""
@@ -34,7 +40,7 @@ class StagedEngine(Engine):
         self._own: set[int] = set()
         self._passages: dict[str, Passage] = {}
         self._current: Passage | None = None
-        self._evaluated = 0
+        self._evaluated = self._meetings = 0
 
     # ---- which stage this is
 
@@ -56,6 +62,7 @@ class StagedEngine(Engine):
             )
         self.stage, self._links, self._staleness = stage, links, staleness
         self._passages.clear()
+        self._meetings = 0
 
     def place(self, plan: StagePlan, step: str = TRAINING) -> None:
         """Take over the part of this stage in a step of the user's, and hook the model.
@@ -130,3 +137,40 @@ class StagedEngine(Engine):
         result = passage.run(step, Kind.EVALUATE, self._evaluated)
         self._evaluated += 1
         return result
+
+    # ---- where all stages come together
+
+    def meet(self, what: str) -> None:
+        """See that every stage comes to the same place, before it waits there for all of them.
+
+        Args:
+            what: What comes next; every stage says the same.
+
+        Raises:
+            StageError: The stage below is at a batch, or comes together for something else.
+        """
+        self._meetings += 1
+        mark = zlib.crc32(what.encode())
+        if self._links.activation_in is not None:
+            found = self._links.activation_in.receive()
+            check_meeting(found, self.stage, self._meetings, mark, what)
+        if self._links.activation_out is not None:
+            self._links.activation_out.send(Message(self._meetings, Kind.MEET, fingerprint=mark))
+
+
+def check_meeting(found: Message, stage: int, number: int, mark: int, what: str) -> None:
+    """See that the stage below comes to the same meeting.
+
+    Raises:
+        StageError: It does not.
+    """
+    if found.kind is not Kind.MEET:
+        raise StageError(
+            f"Expected stage {stage - 1} to wait for all stages as stage {stage} does ({what}), but got its "
+            f"{found.kind.name.lower()} batch {found.step}. {ALIKE}"
+        )
+    if (found.step, found.fingerprint) != (number, mark):
+        raise StageError(
+            f"Expected stage {stage - 1} to wait for the same as stage {stage} ({what}, time {number}), "
+            f"but got something else (time {found.step}). {ALIKE}"
+        )

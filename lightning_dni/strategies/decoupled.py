@@ -1,8 +1,8 @@
 """What every strategy of ours adds to one of Lightning's: the engine around the user's training step."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -146,6 +146,15 @@ class DecoupledTraining(Strategy):
     def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step inside the engine's."""
         return step(*args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients to this process: more batches of the same optimizer step follow."""
+        self._closes_window = False
+        try:
+            yield
+        finally:
+            self._closes_window = True
 
     def _loss_scale(self) -> Callable[[], Tensor] | None:
         """Gives what the precision plugin will multiply the loss with, without waiting for the device."""

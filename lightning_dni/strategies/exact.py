@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from lightning_dni.core.exchange import Exchange
 from lightning_dni.errors import StageError
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.microbatch import split_batch
@@ -77,8 +78,10 @@ class ExactSchedule:
             )
         return cls(schedule, microbatches)
 
-    def build(self, module: pl.LightningModule, options: DNIOptions, seed: int) -> ExactEngine:
-        """The engine of a stage."""
+    def build(
+        self, module: pl.LightningModule, options: DNIOptions, seed: int, exchange: Exchange | None, rank: int
+    ) -> ExactEngine:
+        """The engine of a stage, in the copy of the pipeline with number `rank`."""
         return ExactEngine(
             module,
             options.boundaries,
@@ -87,6 +90,8 @@ class ExactSchedule:
             output=options.output,
             rng=options.rng,
             seed=seed,
+            exchange=exchange,
+            rank=rank,
         )
 
     def window(self, stages: int) -> int:

@@ -25,6 +25,12 @@ class DNIPipelineStrategy(StagedTraining):
     the same to the bit however fast the processes are. An exact schedule trains the same stages with
     backprop.
 
+    Values that are logged and decisions are those of the last stage, on every rank. `trainer.should_stop`,
+    set on any rank, `max_time` and a SIGTERM end the fit on all ranks after the same batch, at most
+    `staleness + 2` batches per stage later; no stage waits for another one to find out. `gradient_clip_val`
+    clips every stage by itself: by norm to `gradient_clip_val / sqrt(stages)`, so that the norm over all
+    stages is within it, and by value as in one process.
+
     Args:
         boundaries: As in `DNIStrategy`; their number plus one is that of the processes.
         estimator: As in `DNIStrategy`.

@@ -37,7 +37,7 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             callable of batch and h.
         rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
-            it; "skip" leaves out that estimator's update and counts it in `dni_skipped/<boundary>`.
+            it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 
