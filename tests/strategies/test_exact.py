@@ -229,7 +229,7 @@ def test_boundaries_of_the_module_are_taken_and_callbacks_about_synthetic_gradie
             assert "Pass schedule='dni'" in said
 
 
-class NoLoss(Net):
+class NoLoss(Logs):
     """Skips a step."""
 
     def training_step(self, batch, batch_idx):
