@@ -33,11 +33,16 @@ def check_schedule(schedule: str, microbatches: int) -> None:
             f"Expected `schedule` to be one of {EXACT} for exact backprop, but got {schedule!r}. Pass "
             "'1f1b', which keeps the fewest activations."
         )
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+    if not is_count(microbatches):
         raise StageError(
             f"Expected `microbatches` to be an integer of at least 1, but got {microbatches!r}. Pass a few "
             "times the number of stages, and at most the rows of a batch."
         )
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:

@@ -10,10 +10,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from lightning_dni.core.exchange import Exchange
-from lightning_dni.errors import StageError
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.microbatch import split_batch
-from lightning_dni.pipeline.schedule import EXACT, check_schedule, in_flight
+from lightning_dni.pipeline.schedule import EXACT, in_flight, is_count
 from lightning_dni.strategies._compat import MisconfigurationException, log_as_batch
 from lightning_dni.strategies.options import DNIOptions, passed
 
@@ -65,10 +64,11 @@ class ExactSchedule:
                 f"Expected `schedule` to be 'dni', '1f1b' or 'gpipe', but got {schedule!r}. Leave it out for "
                 "synthetic gradients, or pass '1f1b' for exact ones."
             )
-        try:
-            check_schedule(schedule, microbatches)
-        except StageError as error:
-            raise MisconfigurationException(str(error)) from error
+        if not is_count(microbatches):
+            raise MisconfigurationException(
+                f"Expected `microbatches` to be an integer of at least 1, but got {microbatches!r}. Pass a "
+                "few times the number of stages, and at most the rows of a batch."
+            )
         strange = [n for n in passed(given) if n not in ("boundaries", "output", "rng")]
         strange += ["staleness"] if staleness != DEFAULT_STALENESS else []
         if strange:
@@ -112,7 +112,7 @@ def refuse_own_backward(module: pl.LightningModule) -> None:
     if type(module).backward is not pl.LightningModule.backward:
         raise MisconfigurationException(
             f"Expected Lightning's own `backward` under an exact schedule, but {type(module).__name__} has "
-            "one, which would not see the losses of the microbatches. Take it out, or hook parameters."
+            "one, which would see none of the losses of the microbatches. Use hooks on parameters."
         )
 
 

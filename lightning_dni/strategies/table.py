@@ -54,7 +54,7 @@ def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, .
 def _facts(factory: Any, bp_lambda: float) -> tuple[str, str, str]:
     made = factory.func if isinstance(factory, partial) else factory
     if made is no_estimator:
-        return "none: the exact gradient", "", "the loss"
+        return "none (exact)", "", "the loss"
     if not (isinstance(made, type) and issubclass(made, GradientEstimator)):
         return (getattr(made, "__name__", type(made).__name__), "known on the first batch", "")
     locks = sorted(lock.value for lock in made.locks)

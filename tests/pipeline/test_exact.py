@@ -302,6 +302,12 @@ def test_what_is_about_synthetic_gradients_is_refused(ask):
     }
 
 
+def test_an_estimator_is_never_made():
+    engine = ExactEngine(mlp(), ["0"])
+    with pytest.raises(EstimatorError, match="Expected no estimator at '0' under an exact schedule"):
+        engine._pool.install("0", [torch.zeros(2, 3)])
+
+
 def test_an_engine_of_no_schedule_is_refused():
     with pytest.raises(StageError, match="Expected `schedule` to be one of"):
         ExactEngine(mlp(), ["0"], schedule="dni")
