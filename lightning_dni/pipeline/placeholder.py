@@ -1,5 +1,7 @@
 """Tensors without values for what lies below a stage: shapes to compute with, never numbers."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,14 @@ from torch.utils import _pytree as pytree
 from lightning_dni.errors import BoundaryError
 from lightning_dni.pipeline.tracing import METADATA
 
+PLACES: dict[str, Callable[[torch.device], Any]] = {
+    "device": lambda device: device,
+    "is_meta": lambda device: False,
+    "is_cpu": lambda device: device.type == "cpu",
+    "is_cuda": lambda device: device.type == "cuda",
+}
+"""What a placeholder says about where it is: what the tensor itself would say."""
+MOVES = frozenset({"cpu", "cuda"})
 NEEDS_GRAD = frozenset({"register_hook", "retain_grad", "register_post_accumulate_grad_hook"})
 
 
@@ -20,15 +30,33 @@ class Below:
         stage: The stage.
         boundary: Its lower boundary.
         open: Whether the input is still to arrive.
+        everything: Whether all tensors are only shapes now, those of the batch and of this stage too.
         refused: The first refusal; it stands also where the user's code catches it.
         foreign: Parameters and buffers of other stages, by their ids; they have no values here.
+        device: Where the user's code believes all tensors to be.
     """
 
     def __init__(self, stage: int, boundary: str) -> None:
         self.stage, self.boundary = stage, boundary
-        self.open = False
+        self.open = self.everything = False
         self.refused: BoundaryError | None = None
         self.foreign: frozenset[int] = frozenset()
+        self.device = torch.device("cpu")
+
+    def concerns(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has no values on this stage."""
+        return (
+            self.everything or isinstance(tensor, Placeholder) or tensor.is_meta or id(tensor) in self.foreign
+        )
+
+    @contextmanager
+    def shapes_only(self) -> Iterator[None]:
+        """Let everything be only shapes in a block, which may fail."""
+        self.everything = True
+        try:
+            yield
+        finally:
+            self.everything = False
 
     def refuse(self, what: str, remedy: str) -> BoundaryError:
         """Note and return the error that says `what` the code of this stage did."""
@@ -53,7 +81,11 @@ class Below:
         Raises:
             BoundaryError: The input has arrived, values are needed, or the batch would change.
         """
+        if self.everything:
+            return self.shapes(func, args, kwargs)
         name = getattr(func, "__name__", str(func))
+        if name == "__get__" and func.__self__.__name__ in PLACES:
+            return PLACES[func.__self__.__name__](self.device)
         if not self.open and name not in METADATA and name != "__get__":
             raise self.skip_connection(f"a tensor from below in `{name}`")
         self._check_in_place(name, args, kwargs)
@@ -67,10 +99,17 @@ class Below:
 
     def shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run `func` on shapes only, whatever it needs and changes."""
+        name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = pytree.tree_map(_to_meta, (args, kwargs))
-            if getattr(func, "__name__", "") in NEEDS_GRAD:
+            if name in NEEDS_GRAD:
                 args = (args[0].detach().requires_grad_(), *args[1:])
+            if name in MOVES:
+                return self.mark(args[0].clone())
+            if name == "to":
+                args = tuple("meta" if isinstance(x, str) else x for x in args)
+            if "device" in kwargs:
+                kwargs["device"] = "meta"
             return self.mark(func(*args, **kwargs))
 
     def _check_in_place(self, name: str, args: Any, kwargs: Any) -> None:
@@ -114,6 +153,8 @@ class Placeholder(Tensor):
 
 
 def _to_meta(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("meta")
     if not isinstance(x, Tensor) or (type(x) is Tensor and x.is_meta):
         return x
     if isinstance(x, Placeholder):
@@ -127,30 +168,17 @@ def bare(x: Any) -> Any:
         return x.as_subclass(Tensor) if isinstance(x, Placeholder) else x
 
 
-def _has_tensors(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
-
-
 class ShapesOnly(TorchFunctionMode):
-    """Code below the lower boundary: what depends on other stages' tensors has shapes only.
+    """Code below the lower boundary: what depends on other stages' tensors has shapes only."""
 
-    Args:
-        below: Decides what may be done.
-        everything: Whether all tensors have shapes only, also those of the batch.
-    """
-
-    def __init__(self, below: Below, everything: bool = False) -> None:
+    def __init__(self, below: Below) -> None:
         super().__init__()
-        self._below, self._everything = below, everything
+        self._below = below
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        below = self._below
-        if self._everything:
-            return below.shapes(func, args, kwargs) if _has_tensors(args, kwargs) else func(*args, **kwargs)
+        kwargs, below = kwargs or {}, self._below
         if below.open:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            foreign = below.foreign
-            if any(isinstance(x, Placeholder) or id(x) in foreign for x in tensors):
+            if any(below.concerns(x) for x in tensors):
                 return below.compute(func, args, kwargs)
         return func(*args, **kwargs)

@@ -150,7 +150,6 @@ class _Chain:
         boundaries, last = self._plan.boundaries, self._plan.stages - 1
         model, plan = self._model, self._plan
         with (
-            undisturbed(model),
             StageRunner(model, plan, stage) as runner,
             _without_others(model, plan, stage),
         ):

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.boundary import device_of
 from lightning_dni.core.value import close_value, is_plain, open_value
 from lightning_dni.errors import BoundaryError
 from lightning_dni.pipeline.calls import plain_call
 from lightning_dni.pipeline.keeping import same_buffers, same_randomness
-from lightning_dni.pipeline.placeholder import Below, ShapesOnly, bare
+from lightning_dni.pipeline.placeholder import Below, bare
 from lightning_dni.pipeline.plan import Leaf, TracedCall
 from lightning_dni.pipeline.tracing import rows_of
 
@@ -100,10 +99,10 @@ class SkippedModule:
         args, kwargs = self._below.mark((args, kwargs))
         with (
             same_buffers(self._module),
-            same_randomness(device_of(self._module)),
+            same_randomness(self._below.device),
             torch.no_grad(),
             torch.device("meta"),
-            ShapesOnly(self._below, everything=True),
+            self._below.shapes_only(),
         ):
             return plain_call(self._module)(*args, **kwargs)
 

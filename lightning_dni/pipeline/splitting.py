@@ -227,13 +227,9 @@ class StageRunner:
         run = self._run
         if run is None:
             return usual(*args, **kwargs)
-        if run.on_shapes:
+        if self._below.everything:
             return plain_call(module)(*args, **kwargs)
-        run.on_shapes = True
-        try:
-            return skipped(args, kwargs)
-        finally:
-            run.on_shapes = False
+        return skipped(args, kwargs)
 
     def _stray(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
@@ -250,7 +246,7 @@ class _Run:
 
     def __init__(self, receive: Callable[[], Any] | None, emit: Callable[[Any], None] | None) -> None:
         self.receive, self.emit = receive, emit
-        self.received = self.emitted = self.left = self.on_shapes = False
+        self.received = self.emitted = self.left = False
         self.shapes = ExitStack()
         self.mode: ShapesOnly | None = None
 
