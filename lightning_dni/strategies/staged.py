@@ -112,6 +112,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         seed = self.broadcast(torch.initial_seed())
         return self._options_for(module).build(StageEngine, module, seed=seed)
 
+    @override
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+        super()._warn_of_loss(state, self._staleness)
+
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
         if self.engine.knows(step):
@@ -211,6 +215,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def on_train_end(self) -> None:
         """End with the whole trained module in every process."""
         super().on_train_end()
+        self.engine.drain()  # the links close, and another fit may follow
         self._share_module()
 
     @override
@@ -223,7 +228,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
-        found = self._together(partial(gather, state))
+        found = self._together(partial(gather, state, self.root_device))
         return state if found is None else join_optimizer_states(found)
 
     @override
@@ -245,7 +250,9 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def _engine_state(self) -> dict[str, Any]:
         self.engine.drain()
         state = self.engine.state_dict()
-        found = self._together(partial(gather, state))
+        if self.engine.waits_for_part:
+            return state
+        found = self._together(partial(gather, state, self.root_device))
         return state if found is None else join_engine_states(found)
 
     def _placed(self) -> Place:

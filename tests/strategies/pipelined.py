@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import jaxtyping
 import torch
 from fits import LINEAR, Losses, fit, loader, net, quiet_trainer, weights
 from processes import on_ranks
@@ -55,6 +56,10 @@ def fit_pipeline(stages=3, make=net, options=None, seconds=90, **fit):
 # ---- the same fit in a pipeline and in one process
 
 
+USUAL = partial(net, dropout=0.3, batch_norm=True)
+TEN_BATCHES = partial(loader, rows=76)
+
+
 @dataclass(frozen=True)
 class Case:
     """A fit: of what, on what, how.
@@ -67,17 +72,19 @@ class Case:
         epochs: Of 10 batches.
     """
 
-    make: Any = partial(net, dropout=0.3, batch_norm=True)
+    make: Any = USUAL
     options: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
-    data: Any = partial(loader, rows=76)
+    data: Any = TEN_BATCHES
     epochs: int = 5
 
     def in_one_process(self, stages):
         """The losses, and the module and the strategy as they are afterwards."""
         module, losses = self.make(), Losses()
         options = {key: value for key, value in self.options.items() if key != "staleness"}
-        strategy = DNIStrategy(**{"boundaries": STAGES[stages], "estimator": LINEAR, "rng": "stage"} | options)
+        strategy = DNIStrategy(
+            **{"boundaries": STAGES[stages], "estimator": LINEAR, "rng": "stage"} | options
+        )
         fit(module, strategy, self.data(), max_epochs=self.epochs, callbacks=[losses], **self.trainer)
         return losses.train, module, strategy
 
@@ -103,22 +110,29 @@ class Case:
         }
 
 
-def fit_cases(stages, cases, seconds=120):
+def fit_cases(stages, cases, seconds=240):
     """What every rank has to say of every case, all fitted in one set of processes: `{name: [by rank]}`."""
-    said = on_ranks(_fit_in_turn, stages, cases, world_size=stages, grouped=False, seconds=seconds)
-    for found in said:
-        assert "error" not in found, found["error"]
-    return {name: [found[name] for found in said] for name in cases}
+    return in_turn(
+        stages, {name: partial(case.as_stage, stages=stages) for name, case in cases.items()}, seconds
+    )
 
 
-def _fit_in_turn(rank, stages, cases):
+def in_turn(stages, scenes, seconds=240):
+    """What every rank says of every `function(rank)` in `scenes`, all in one set of processes."""
+    said = on_ranks(_play_in_turn, scenes, world_size=stages, grouped=False, seconds=seconds)
+    errors = [f"rank {rank}, {found['error']}" for rank, found in enumerate(said) if "error" in found]
+    assert not errors, "\n".join(errors)
+    return {name: [found[name] for found in said] for name in scenes}
+
+
+def _play_in_turn(rank, scenes):
+    jaxtyping.config.update("jaxtyping_disable", True)  # half of the time; other fits check all types
     warnings.simplefilter("ignore")
     os.environ["PL_GLOBAL_SEED"] = "0"
     found = {}
-    for name, case in cases.items():
-        try:
-            found[name] = case.as_stage(rank, stages)
-        except Exception:  # the others are told, and end as well
-            found["error"] = f"{name}: {traceback.format_exc()}"
-            break
+    try:
+        for name, scene in scenes.items():
+            found[name] = scene(rank)
+    except Exception:  # the others are told, and end as well
+        found["error"] = f"{list(scenes)[len(found)]}: {traceback.format_exc()}"
     return found
