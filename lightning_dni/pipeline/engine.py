@@ -41,6 +41,7 @@ from lightning_dni.pipeline.message import Kind, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, load, save
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.restoring import goes_on, restrict
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
 T = TypeVar("T")
@@ -278,15 +279,19 @@ class StageEngine(StagedEngine):
         """Receive what is under way, without learning from it: it can then be saved."""
         self._inbox.drain()
 
+    @property
+    def waits_for_part(self) -> bool:
+        """Whether a whole state was restored of which it is not known yet which part is this stage's."""
+        return self._saved is not None
+
     def state_dict(self) -> dict[str, Any]:
-        """This stage's part of what must survive a restart; see `join_states`."""
-        if not self.is_placed and self._saved is not None:
+        """This stage's part of what must survive a restart; the whole while it `waits_for_part`."""
+        if self._saved is not None:
             return dict(self._saved)
         state = super().state_dict()
         state["pipeline"] = {
             "staleness": self._staleness,
             "updates": self._updates,
-            "evaluated": self._evaluated,
             "pending": {} if self._boundary is None else {self._boundary: save(self._inbox.pending)},
         }
         return state
@@ -298,12 +303,15 @@ class StageEngine(StagedEngine):
             self._take_over(state)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({key: value for key, value in state.items() if key != "pipeline"})
+        super().load_state_dict(restrict(state, self.boundaries))
         self._pool.keep([] if self._boundary is None else [self._boundary])
         self._saved = None
         moved = state.get("pipeline")
         self._updates = self._steps - 1 if moved is None else moved["updates"]
-        if moved is not None and moved["staleness"] == self._staleness and self._boundary is not None:
-            installed = self._pool.installed.get(self._boundary)
+        installed = None if self._boundary is None else self._pool.installed.get(self._boundary)
+        if moved is None or installed is None or not goes_on(state, self.boundaries, self._staleness):
+            self._inbox.restore([])
+        else:
+            assert self._boundary is not None
             kept = moved["pending"].get(self._boundary, [])
-            self._inbox.restore([] if installed is None else load(self._boundary, installed, kept))
+            self._inbox.restore(load(self._boundary, installed, kept))

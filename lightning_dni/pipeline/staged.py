@@ -64,6 +64,7 @@ class StagedEngine(Engine):
                 f"Expected `staleness` to be an integer of at least 0, but got {staleness!r}. Pass 0 to wait "
                 "for the target gradient of the same batch."
             )
+        self.detach()  # a part that an earlier `place` has given: it leads to closed links
         self.stage, self._links, self._staleness = stage, links, staleness
         self._passages.clear()
         self._meetings = 0

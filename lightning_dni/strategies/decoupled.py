@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.step import no_profile
+from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given
 from lightning_dni.strategies.table import describe
@@ -94,6 +95,7 @@ class DecoupledTraining(Strategy):
             self._engine, self._engine_of = self._build_engine(module), module
         if self._restored is not None:
             self._engine.load_state_dict(self._restored)
+            self._warn_of_loss(self._restored)
         elif self._resumes:
             rank_zero_warn(
                 "The checkpoint holds no gradient estimators (it was written under another strategy): they "
@@ -107,6 +109,12 @@ class DecoupledTraining(Strategy):
         self._attached = True
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
         self._watch_optimizers()
+
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+        """Say what a fit from `state` does not go on with."""
+        clauses = left_out(state, self.engine.boundaries, staleness)
+        if clauses:
+            rank_zero_warn(f"Not all that the checkpoint holds is gone on with: {'; '.join(clauses)}.")
 
     def _build_engine(self, module: pl.LightningModule) -> Engine:
         return self._options_for(module).build(DNIEngine, module)

@@ -192,6 +192,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             return self._exact.build(module, options, seed, exchange, copy)
         return options.build(StageEngine, module, seed=seed, exchange=exchange, rank=copy)
 
+    @override
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+        super()._warn_of_loss(state, self._staleness)
+
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
         if self.engine.knows(step):
@@ -308,6 +312,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def on_train_end(self) -> None:
         """End with the whole trained module in every process."""
         super().on_train_end()
+        self.engine.drain()  # the links close, and another fit may follow
         self._share_module()
 
     @override
@@ -320,7 +325,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
-        found = self._together(partial(gather, state), "saving an optimizer")
+        found = self._together(partial(gather, state, self.root_device), "saving an optimizer")
         return state if found is None else join_optimizer_states(self._of_stages(found))
 
     @override
@@ -352,7 +357,9 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             return None
         engine.drain()
         state = engine.state_dict()
-        found = self._together(partial(gather, state), "saving estimators")
+        if engine.waits_for_part:
+            return state
+        found = self._together(partial(gather, state, self.root_device), "saving estimators")
         return state if found is None else join_engine_states(self._of_stages(found))
 
     def _of_stages(self, found: Sequence[T]) -> list[T]:
