@@ -13,7 +13,8 @@ what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,6 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import rows_of
-from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
@@ -106,17 +106,15 @@ class StageEngine(StagedEngine):
         if self._step.exchange is not None:
             self._step.exchange.begin(fresh=first)
         passage.receive(Kind.TRAIN, self._number, batch)
-        call = 1 if self.stage else 0
-        seed = derive_seed(self._pool.seed, "stage", self._below, call, self._steps, *self._replica)
-        staged = seeded(seed, self._device) if self._rng == "stage" else nullcontext()
         boundaries = [] if self._boundary is None else [self._boundary]
-        with staged, in_place_errors(boundaries):
+        with self._drawing(self._number), in_place_errors(boundaries):
             yield
         self._steps += 1
 
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
-        return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
+        own = partial(self._draw_own, self._number)
+        return self._placed().run(step, Kind.TRAIN, self._number, self._on_output, own)
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""

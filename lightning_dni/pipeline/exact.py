@@ -6,7 +6,7 @@ microbatches, bit for bit: each loss is divided by their number, and they add up
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
-from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.settings import Scale
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.errors import EstimatorError, StageError
@@ -220,10 +219,9 @@ class ExactEngine(StagedEngine):
         def keep(outputs: list[Tensor], value: Any) -> None:
             flight.outputs = outputs
 
-        seed = derive_seed(self._pool.seed, "stage", self._below, int(self.stage > 0), number, *self._replica)
-        staged = seeded(seed, self._device) if self._rng == "stage" else nullcontext()
-        with staged, self.profile("pipeline.forward"):
-            loss = passage.run(partial(step, self._parts[i]), Kind.TRAIN, number, keep)
+        own = partial(self._draw_own, number)
+        with self._drawing(number), self.profile("pipeline.forward"):
+            loss = passage.run(partial(step, self._parts[i]), Kind.TRAIN, number, keep, own)
         if loss is not None:
             self._losses.append(loss.detach())
             flight.outputs = [loss / self._divisor]

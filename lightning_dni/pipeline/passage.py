@@ -94,9 +94,21 @@ class Passage:
             )
 
     def run(
-        self, step: Callable[[], T], kind: Kind, number: int, on_output: OnOutput | None = None
+        self,
+        step: Callable[[], T],
+        kind: Kind,
+        number: int,
+        on_output: OnOutput | None = None,
+        on_receive: Callable[[], None] | None = None,
     ) -> T | None:
         """Run the user's step as this stage; None where the stage is not the last one.
+
+        Args:
+            step: The user's step.
+            kind: What the batch is for.
+            number: Number of the batch among those of its kind.
+            on_output: Called when the stage's output has been sent.
+            on_receive: Called when the step takes what has come from below.
 
         Raises:
             StageError: The step ended without coming to the stage's boundary.
@@ -105,9 +117,13 @@ class Passage:
         def emit(output: Any) -> None:
             self._send(output, kind, number, on_output)
 
-        last = self._links.activation_out is None
-        receive = None if self._links.activation_in is None else lambda: self._value
-        result = self.runner.run(step, receive, None if last else emit)
+        def receive() -> Any:
+            if on_receive is not None:
+                on_receive()
+            return self._value
+
+        first, last = self._links.activation_in is None, self._links.activation_out is None
+        result = self.runner.run(step, None if first else receive, None if last else emit)
         self._value = None
         if not last and not self._sent:
             raise StageError(

@@ -2,9 +2,13 @@
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
+
 from lightning_dni.core.base import Engine
+from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.errors import EstimatorError, StageError
 from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
@@ -127,6 +131,20 @@ class StagedEngine(Engine):
     def is_last(self) -> bool:
         """Whether the loss is computed here."""
         return self._boundary is None
+
+    # ---- random numbers: before its own part a stage draws what stage 0 draws, then from its own stream
+
+    def _drawing(self, number: int) -> AbstractContextManager[None]:
+        """A block around the training step `number` in which it draws as in one process."""
+        if self._rng != "stage":
+            return nullcontext()
+        return seeded(derive_seed(self._pool.seed, "stage", None, 0, number, *self._replica), self._device)
+
+    def _draw_own(self, number: int) -> None:
+        """Go over to the stream of this stage."""
+        if self._rng == "stage":
+            seed = derive_seed(self._pool.seed, "stage", self._below, 1, number, *self._replica)
+            torch.manual_seed(seed)
 
     # ---- evaluation
 

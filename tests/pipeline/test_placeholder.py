@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from pipeline.families import CLASSES, Net
+from pipeline.families import CLASSES, FAMILIES, Net
 from pipeline.nets import classify, received, run_stage, traced, vectors
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_dni.errors import BoundaryError
+from lightning_dni.pipeline.placeholder import Below
 from lightning_dni.pipeline.splitting import StageRunner
 
 
@@ -77,6 +78,35 @@ def test_a_skip_connection_across_a_boundary_is_refused(meet):
     ):
         run_stage(model, plan, 1, step)
     run_stage(model, plan, 0, step)
+
+
+@pytest.mark.parametrize(
+    ("family", "boundary"),
+    [("resnet", "block_0.residual.1"), ("resnet", "block_1.residual"), ("gpt-2", "block_1.attention.1")],
+)
+def test_a_boundary_inside_of_a_residual_block_is_refused(family, boundary):
+    make, _, batch, step = FAMILIES[family]
+    model = make()
+    plan, step = traced(model, [boundary], step, batch())
+    rows = plan.crossing[boundary].leaves[0].shape[0]
+    with StageRunner(model, plan, 1) as runner, pytest.raises(BoundaryError, match="skip connection past"):
+        runner.run(step, lambda: received(plan, 1, rows))
+
+
+def test_code_between_modules_is_run_on_shapes_once(monkeypatch):
+    ran = []
+    shapes = Below.shapes
+    monkeypatch.setattr(
+        Below, "shapes", lambda self, func, *rest: ran.append(func) or shapes(self, func, *rest)
+    )
+    model = Between(lambda h, x: (h + x.mean()) * 2)
+    plan, step = traced(model, ["b"])
+    counts = []
+    with StageRunner(model, plan, 1) as runner:
+        for _ in range(3):
+            runner.run(step, lambda: received(plan, 1))
+            counts.append(len(ran))
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 class Derived(Net):
