@@ -65,7 +65,9 @@ class Balance:
         width = max(map(len, names))
         rows = [
             f"  {stage}  {name:<{width}}  {share:7.1%}  {count:>12,}"
-            for stage, (name, share, count) in enumerate(zip(names, self.shares, self.parameters, strict=True))
+            for stage, (name, share, count) in enumerate(
+                zip(names, self.shares, self.parameters, strict=True)
+            )
         ]
         return "\n".join(
             [
@@ -166,9 +168,7 @@ class _Chooser:
         refusal: The last error that spoke against a candidate.
     """
 
-    def __init__(
-        self, measured: Measured, stages: int, check: Callable[[Sequence[str]], StagePlan]
-    ) -> None:
+    def __init__(self, measured: Measured, stages: int, check: Callable[[Sequence[str]], StagePlan]) -> None:
         self._left = [c for c in measured.candidates if 0 < c.parameters < measured.parameters]
         self._whole = Candidate("", measured.time, measured.parameters)
         self._stages, self._check = stages, check

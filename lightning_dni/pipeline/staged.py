@@ -133,6 +133,9 @@ class StagedEngine(Engine):
         """Whether the loss is computed here."""
         return self._boundary is None
 
+    def drain(self) -> None:
+        """Receive what is under way to this stage; nothing is between two batches, but with a lag."""
+
     # ---- random numbers: before its own part a stage draws what stage 0 draws, then from its own stream
 
     def _drawing(self, number: int) -> AbstractContextManager[None]:
