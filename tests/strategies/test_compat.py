@@ -11,6 +11,7 @@ import torch
 from fits import BrokenError, fit, loader, net, quiet_trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from strategies import test_compat_stages
 
 import lightning_dni.strategies
 from lightning_dni.strategies import _compat
@@ -18,7 +19,11 @@ from lightning_dni.strategies import _compat
 PUBLIC = {
     "lightning.pytorch",
     "lightning.fabric.plugins.CheckpointIO",
+    "lightning.fabric.utilities.move_data_to_device",
+    "lightning.pytorch.callbacks.Callback",
+    "lightning.pytorch.callbacks.EarlyStopping",
     "lightning.pytorch.callbacks.StochasticWeightAveraging",
+    "lightning.pytorch.callbacks.Timer",
     "lightning.pytorch.plugins.precision.MixedPrecision",
     "lightning.pytorch.profilers.PassThroughProfiler",
     "lightning.pytorch.profilers.Profiler",
@@ -229,7 +234,8 @@ def test_an_import_that_is_not_documented_would_be_seen():
 
 
 def test_every_name_of_the_file_has_a_canary():
-    tests = " ".join(name for name in globals() if name.startswith("test_")).replace("_", "")
+    names = [*globals(), *vars(test_compat_stages)]
+    tests = " ".join(name for name in names if name.startswith("test_")).replace("_", "")
     missing = [name for name in _compat.__all__ if name.replace("_", "").lower() not in tests]
     assert missing == []
     assert lightning_dni.strategies._compat is _compat
