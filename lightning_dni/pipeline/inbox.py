@@ -41,6 +41,18 @@ class Inbox:
             self.pending.append(crossing)
         if self._links.output_in is not None:
             self.passed.append(Passed(step, update, crossing))
+        self._receive_early()
+
+    def _receive_early(self) -> None:
+        """Let no more be under way than the links carry, however many forward passes make an update.
+
+        Else the stage above would wait for this one in the middle of its update, or before a collective.
+        """
+        limit = self._staleness + 1
+        for crossing in list(self.pending)[:-limit]:
+            self.take_gradient(crossing)
+        while len(self.passed) > limit * self._above:
+            self._take_output()
 
     def collect(self, update: int) -> list[Pending]:
         """Wait for what is due after `update`, and give the crossings that can be learnt from."""
