@@ -1,6 +1,7 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,22 +15,16 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
-from lightning_dni.core.estimator import Signal
+from lightning_dni.core.boundary import resolve_boundaries
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
-from lightning_dni.pipeline.watch import Watch, open_watch
-from lightning_dni.strategies._compat import (
-    SIGTERMException,
-    TrainerFn,
-    clip_by_stage,
-    worker_seeding,
-)
+from lightning_dni.strategies._compat import TrainerFn, clip_by_stage, worker_seeding
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
+from lightning_dni.strategies.alarm import Alarm, first_name, limits_of
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
@@ -41,7 +36,7 @@ from lightning_dni.strategies.gathering import (
     own_optimizer_state,
     share_module,
 )
-from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.options import DNIOptions, hears_output, options_from
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
 from lightning_dni.strategies.refusals import (
     refuse_nodes_apart,
@@ -61,23 +56,29 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
         exact: How to train with exact backprop; None for synthetic gradients.
+        silence: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
     def __init__(
-        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+        self,
+        options: Mapping[str, Any],
+        staleness: int,
+        exact: ExactSchedule | None = None,
+        silence: float = 5.0,
+        **base: Any,
     ) -> None:
         super().__init__(options, **base)
         self._staleness, self._exact = 0 if exact else staleness, exact
         self._place: Place | None = None
         self._links: Links | None = None
         self._copies: Copies | None = None
-        self._watch: Watch | None = None
+        self._limits = limits_of(silence)
+        self._alarm: Alarm | None = None
         self._signals = Signals(0, 1, 0)
         self._stop: CommonStop | None = None
         self._agreement: Agreement | None = None
         self._undo: list[Callable[[], None]] = []
-        self._failed = False
 
     # ---- which process is which stage
 
@@ -117,6 +118,15 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """Find the other processes, unless nobody says where they are."""
         refuse_nodes_apart(self.num_nodes, self.cluster_environment)
         super().setup_environment()
+        module = self.lightning_module
+        assert module is not None
+        if self._alarm is not None:
+            self._alarm.remove()
+        name = first_name(self.global_rank, self.world_size, partial(self._boundaries, module))
+        self._alarm = Alarm(module.trainer, name, self._limits, self._agreed, self._leave)
+
+    def _boundaries(self, module: pl.LightningModule) -> tuple[str, ...]:
+        return tuple(resolve_boundaries(module, self._options_for(module).boundaries))
 
     @override
     def configure_ddp(self) -> None:
@@ -132,25 +142,21 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         refuse_unsupported(trainer, module, self._layer_sync)
         if self._exact is not None:
             refuse_own_backward(module)
-        options = self._options_for(module)
-        boundaries = tuple(resolve_boundaries(module, options.boundaries))
+        options, boundaries = self._options_for(module), self._boundaries(module)
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
         refuse_waiting(options, boundaries, self._staleness)
         warn_of_waits(trainer, module)
-        self._watch = open_watch(f"Stage {place.stage}")
+        assert self._alarm is not None
+        watch = self._alarm.watch
+        watch.rename(place.names)
         self._copies = Copies(place, self._timeout) if place.copies > 1 else None
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
         self._links = self._connect(options, boundaries)
         copies = self._copies
-        self._signals = Signals(
-            place.stage,
-            len(place.ranks),
-            self._staleness,
-            self._watch,
-            unite=None if copies is None else copies.unite,
-        )
+        unite = None if copies is None else copies.unite
+        self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
         self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
@@ -166,8 +172,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=self._exact is None and _hears_output(options, boundaries),
-            guard=self._watch,
+            with_output=self._exact is None and hears_output(options, boundaries),
+            guard=None if self._alarm is None else self._alarm.watch,
         )
 
     def _largest(self, said: torch.Tensor) -> torch.Tensor:
@@ -246,12 +252,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """Run this stage's part of the user's predict step."""
         return self._evaluate("predict_step", super().predict_step, args, kwargs)
 
-    def _note(self, what: str, args: tuple[Any, ...]) -> None:
+    def _note(self, what: str, args: tuple[Any, ...] = ()) -> None:
         """Have the other stages know where this one is, should it stop."""
-        assert self.lightning_module is not None
-        if self._watch is not None:
-            step = self.lightning_module.trainer.global_step
-            self._watch.where = f"{what} batch {args[1] if len(args) > 1 else '?'}, step {step}"
+        if self._alarm is not None:
+            self._alarm.note(what, *args[1:2])
 
     def _evaluate(self, step: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._note(step.removesuffix("_step"), args)
@@ -292,7 +296,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """What `collective` returns, to which every process has to come; it is left where one has stopped."""
         if self._links is not None:
             self.engine.meet(what)
-        return collective() if self._watch is None else self._watch.call(collective)
+        return collective() if self._alarm is None else self._alarm.call(collective)
 
     # ---- the whole module, and what is saved
 
@@ -313,6 +317,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state; every process calls it."""
+        self._note("saving a checkpoint")
         self._share_module()
         return super().lightning_module_state_dict()
 
@@ -321,7 +326,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
         found = self._together(partial(gather, state), "saving an optimizer")
-        return state if found is None else join_optimizer_states(self._of_stages(found))
+        return state if found is None else join_optimizer_states(self._placed().of_stages(found))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -353,11 +358,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         engine.drain()
         state = engine.state_dict()
         found = self._together(partial(gather, state), "saving estimators")
-        return state if found is None else join_engine_states(self._of_stages(found))
-
-    def _of_stages(self, found: Sequence[T]) -> list[T]:
-        """What the stages of the first copy have said, the last stage first."""
-        return [found[rank] for rank in reversed(self._placed().firsts)]
+        return state if found is None else join_engine_states(self._placed().of_stages(found))
 
     def _placed(self) -> Place:
         assert self._place is not None
@@ -365,14 +366,23 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     # ---- the end
 
+    def _agreed(self, exception: BaseException) -> bool:
+        return self._stop is not None and self._stop.ends_by(exception)
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other stages why this one stops, unless all have agreed to."""
-        agreed = isinstance(exception, SIGTERMException) and self._stop is not None and self._stop.leaves
-        self._failed = not agreed
-        if self._watch is not None and not agreed:
-            self._watch.report(exception)
+        if self._alarm is not None:
+            self._alarm.ring(exception)
+        elif self.launcher is not None:  # whom this process has started waits for it to begin
+            self.launcher.kill(signal.SIGTERM)
         super().on_exception(exception)
+
+    def _leave(self) -> None:
+        """Close the ways to the stages beside this one."""
+        if self._links is not None:
+            close(self._links, failed=self._alarm is not None and self._alarm.failed)
+        self._links = None
 
     @override
     def teardown(self) -> None:
@@ -384,20 +394,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._stop = self._agreement = None
         while self._undo:
             self._undo.pop()()
-        if self._links is not None:
-            close(self._links, self._failed)
-        if self._watch is not None:
-            self._watch.close()
-        self._links = self._watch = None
-        self._failed = False
+        if self._alarm is not None:
+            self._alarm.remove()
+        self._alarm = None
         super().teardown()
-
-
-def _hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
-    """Whether an estimator may ask for the network's output; one that a function makes may."""
-    for name in boundaries:
-        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
-        made = factory.func if isinstance(factory, partial) else factory
-        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
-            return True
-    return False

@@ -6,9 +6,9 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from fits import BOUNDARIES, LINEAR, Net, loader, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -76,7 +76,9 @@ class Outcome:
 def run(fit, world_size=STAGES):
     """All ranks of `fit(rank)` until they have ended."""
     context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [context.Process(target=_rank, args=(rank, world_size, port, fit)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, fit)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     ended, until = {}, time.time() + GIVEN_UP
@@ -101,12 +103,10 @@ def living(sessions):
     """Command lines of processes of these sessions that still run."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             state, _, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(session) in sessions and state not in "ZX":
                 found.append((folder.name, state, (folder / "cmdline").read_text()))
-        except OSError:
-            continue
     return found
 
 
@@ -151,7 +151,9 @@ def faulty_fit(action, victim, where, strategy=None, callbacks=None, **options):
 
     def fit(rank):
         torch.manual_seed(0)
-        trainer = trainer_of(staged(**(strategy or {})), callbacks=callbacks(rank) if callbacks else (), **options)
+        trainer = trainer_of(
+            staged(**(strategy or {})), callbacks=callbacks(rank) if callbacks else (), **options
+        )
         trainer.fit(Faulty(action, victim, where), loader(), loader(16))
 
     return fit
