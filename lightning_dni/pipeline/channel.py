@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Semaphore, Thread
 
@@ -167,11 +168,10 @@ class ReceiveChannel(_End):
         """
         self._guard.check()
         while True:
-            try:
+            with suppress(Empty):
                 arrived = self._arrived.get(timeout=TICK)
                 break
-            except Empty:
-                self._guard.check()
+            self._guard.check()
         if isinstance(arrived, Message):
             self._slots.release()
             self._wire.adopt(arrived.tensors)

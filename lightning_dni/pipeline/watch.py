@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import reduce
 from operator import or_
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 FEW = 32
 """So many processes all watch each other; more watch their neighbours only."""
+
+LONGEST = 4000
+"""Characters of a traceback that are told."""
 
 TICK = 0.1
 REMEDY = "Every stage stops; see the log of that one, and start again from the last checkpoint."
@@ -122,6 +126,11 @@ class Watch:
 
     # ---- for the training thread
 
+    def rename(self, names: Sequence[str]) -> None:
+        """Say what each process does, by rank, where that was not known at first."""
+        pairs = zip(self._processes, names, strict=True)
+        self._processes = [process._replace(name=name) for process, name in pairs]
+
     def ask(self, asked: int) -> None:
         """Tell all processes, with the next heartbeats, that this one asks for something."""
         self._board.mine.asks |= asked
@@ -140,16 +149,24 @@ class Watch:
         if self._fault is not None:
             raise self._error()
 
-    def report(self, exception: BaseException) -> None:
-        """Tell all others why this process stops; what only follows from another error is not told."""
-        if _is_connection_error(exception):
+    def report(self, exception: BaseException) -> StageError | None:
+        """Tell all others why this process stops; what only follows from another error is not told.
+
+        Returns:
+            What is behind a lost connection, where that is known.
+        """
+        lost = _is_connection_error(exception)
+        if lost:
             self._await_fault(self._limits.patience)
-        if self._fault is None:
+        known = self._fault is not None
+        if not known:
             said = f"{type(exception).__name__}: {str(exception).strip()}".rstrip(".: ")
-            trace = "".join(traceback.format_exception(exception))[-4000:]
             me = self._processes[self._rank]
-            self._publish(f"{me} failed in {self.where}: {said}. {REMEDY}\nThat stage says:\n{trace}")
-        self._error()
+            self._publish(
+                f"{me} failed in {self.where}: {said}. {REMEDY}\nThat stage says:\n{_trace(exception)}"
+            )
+        error = self._error()
+        return error if lost and known else None
 
     def blame(self, symptom: Exception) -> StageError:
         """The error to raise where a connection was lost: the cause, if it becomes known soon."""
@@ -169,11 +186,10 @@ class Watch:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         Thread(target=_call, args=(function, device, outcome), name="dni call", daemon=True).start()
         while True:
-            try:
+            with suppress(Empty):
                 done, value = outcome.get(timeout=TICK)
                 break
-            except Empty:
-                self.check()
+            self.check()
         if done:
             return value  # type: ignore[no-any-return]
         if _is_connection_error(value):
@@ -354,6 +370,14 @@ def _call(function: Callable[[], Any], device: int | None, outcome: SimpleQueue[
         outcome.put((True, function()))
     except BaseException as error:
         outcome.put((False, error))
+
+
+def _trace(exception: BaseException) -> str:
+    """The end of a traceback, in whole lines."""
+    lines = "".join(traceback.format_exception(exception)).splitlines()
+    while sum(map(len, lines)) > LONGEST and len(lines) > 1:
+        del lines[0]
+    return "\n".join(lines)
 
 
 def _is_connection_error(error: BaseException) -> bool:

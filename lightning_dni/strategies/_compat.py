@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -42,6 +48,7 @@ __all__ = [
     "log_as_batch",
     "mark_sigterm",
     "metric_state",
+    "mute_saving",
     "note_sigterm",
     "quiet_copy",
     "rank_zero_warn",
@@ -63,7 +70,7 @@ def quiet_copy(module: pl.LightningModule) -> pl.LightningModule:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
+    """Do nothing."""
 
 
 class _NoResults(_ResultCollection):
@@ -178,6 +185,15 @@ def waits_in_every_batch(callback: Callback) -> bool:
 def validates_by_time(trainer: pl.Trainer) -> bool:
     """Whether the clock of each process says when it validates."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def mute_saving(callbacks: Iterable[Callback]) -> tuple[list[str], list[Callable[[], None]]]:
+    """Keep callbacks from saving upon an exception: their names, and what takes that back."""
+    savers = [
+        c for c in callbacks if isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False)
+    ]
+    undo = [replace_on(saver, "on_exception", _ignore) for saver in savers]
+    return [type(saver).__name__ for saver in savers], undo
 
 
 def metric_state(metric: Metric) -> tuple[dict[str, Any], int]:

@@ -1,6 +1,6 @@
 """What the processes of a pipeline do together: decide, bring the whole module together, save it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
-from lightning_dni.pipeline.watch import Watch
+from lightning_dni.strategies.alarm import Alarm
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.exact import ExactSchedule
@@ -44,7 +44,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         self._place: Place | None = None
         self._links: Links | None = None
         self._copies: Copies | None = None
-        self._watch: Watch | None = None
+        self._alarm: Alarm | None = None
 
     @property
     @override
@@ -84,7 +84,12 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         """What `collective` returns, to which every process has to come; it is left where one has stopped."""
         if self._links is not None:
             self.engine.meet(what)
-        return collective() if self._watch is None else self._watch.call(collective)
+        return collective() if self._alarm is None else self._alarm.call(collective)
+
+    def _note(self, what: str, args: tuple[Any, ...] = ()) -> None:
+        """Have the other stages know where this one is, should it stop."""
+        if self._alarm is not None:
+            self._alarm.note(what, *args[1:2])
 
     # ---- the whole module, and what is saved
 
@@ -106,6 +111,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state; every process calls it."""
+        self._note("saving a checkpoint")
         self._share_module()
         return super().lightning_module_state_dict()
 
@@ -114,7 +120,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
         found = self._together(partial(gather, state, self.root_device), "saving an optimizer")
-        return state if found is None else join_optimizer_states(self._of_stages(found))
+        return state if found is None else join_optimizer_states(self._placed().of_stages(found))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -148,11 +154,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         if engine.waits_for_part:
             return state
         found = self._together(partial(gather, state, self.root_device), "saving estimators")
-        return state if found is None else join_engine_states(self._of_stages(found))
-
-    def _of_stages(self, found: Sequence[T]) -> list[T]:
-        """What the stages of the first copy have said, the last stage first."""
-        return [found[rank] for rank in reversed(self._placed().firsts)]
+        return state if found is None else join_engine_states(self._placed().of_stages(found))
 
     def _placed(self) -> Place:
         assert self._place is not None

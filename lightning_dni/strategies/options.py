@@ -1,14 +1,17 @@
 """The engine's options as a strategy holds them, from its constructor or from the user's module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.context import Labels
+from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
@@ -90,3 +93,13 @@ def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
     if exact:
         return DNIOptions(options["boundaries"], no_estimator, output=options.get("output"))
     return DNIOptions(**options)
+
+
+def hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
+    """Whether an estimator may ask for the network's output; one that a function makes may."""
+    for name in boundaries:
+        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
+        made = factory.func if isinstance(factory, partial) else factory
+        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
+            return True
+    return False

@@ -51,6 +51,9 @@ class DNIPipelineStrategy(StagedTraining):
         microbatches: Parts into which an exact schedule splits every batch, by rows. The user's step runs
             on each, also where it logs: a row has the last one's value, an epoch's mean counts rows. What it
             returns beside the loss comes in lists. Hooks around backward run once per batch.
+        silence: Seconds without a sign of life after which a stage that is stopped counts as frozen, and is
+            ended; a slow one is left alone. On another machine, where nobody sees whether it is stopped or
+            slow, 12 times as many.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -81,6 +84,7 @@ class DNIPipelineStrategy(StagedTraining):
         staleness: int = DEFAULT_STALENESS,
         schedule: Literal["dni", "1f1b", "gpipe"] = "dni",
         microbatches: int = 1,
+        silence: float = 5.0,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -108,6 +112,7 @@ class DNIPipelineStrategy(StagedTraining):
             given,
             staleness,
             exact,
+            silence,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,8 @@ from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.selfcheck import check_split
 from lightning_dni.pipeline.tracing import trace_stages
 from lightning_dni.strategies._compat import MisconfigurationException, Precision, quiet_copy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Place:
     def firsts(self) -> list[int]:
         """Global rank of each stage in the first copy."""
         return [ranks[0] for ranks in self.ranks]
+
+    def of_stages(self, found: Sequence[T]) -> list[T]:
+        """What the stages of the first copy have said, the last stage first."""
+        return [found[rank] for rank in reversed(self.firsts)]
+
+    @property
+    def names(self) -> list[str]:
+        """What each process is called, by its global rank."""
+        stage_of = {rank: stage for stage, ranks in enumerate(self.ranks) for rank in ranks}
+        return [f"Stage {stage_of[rank]}" for rank in sorted(stage_of)]
 
 
 class Trial:

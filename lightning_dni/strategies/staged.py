@@ -1,5 +1,6 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,27 +13,21 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
-from lightning_dni.core.estimator import Signal
+from lightning_dni.core.boundary import resolve_boundaries
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
-from lightning_dni.pipeline.watch import open_watch
-from lightning_dni.strategies._compat import (
-    SIGTERMException,
-    TrainerFn,
-    clip_by_stage,
-    worker_seeding,
-)
+from lightning_dni.strategies._compat import TrainerFn, clip_by_stage, worker_seeding
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
+from lightning_dni.strategies.alarm import Alarm, first_name, limits_of
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
-from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.options import DNIOptions, hears_output, options_from
 from lightning_dni.strategies.placement import Place, Trial, compare_plans
 from lightning_dni.strategies.refusals import (
     refuse_nodes_apart,
@@ -51,20 +46,25 @@ class StagedTraining(StagesInCommon):
     Args:
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
-        exact: The exact schedule; None for synthetic gradients.
+        exact: How to train with exact backprop; None for synthetic gradients.
+        silence: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
     def __init__(
-        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+        self,
+        options: Mapping[str, Any],
+        staleness: int,
+        exact: ExactSchedule | None = None,
+        silence: float = 5.0,
+        **base: Any,
     ) -> None:
         super().__init__(options, exact, **base)
-        self._staleness = 0 if exact else staleness
+        self._staleness, self._limits = 0 if exact else staleness, limits_of(silence)
         self._signals = Signals(0, 1, 0)
         self._stop: CommonStop | None = None
         self._agreement: Agreement | None = None
         self._undo: list[Callable[[], None]] = []
-        self._failed = False
 
     # ---- which process is which stage
 
@@ -96,6 +96,15 @@ class StagedTraining(StagesInCommon):
         """Find the other processes, unless nobody says where they are."""
         refuse_nodes_apart(self.num_nodes, self.cluster_environment)
         super().setup_environment()
+        module = self.lightning_module
+        assert module is not None
+        if self._alarm is not None:
+            self._alarm.remove()
+        name = first_name(self.global_rank, self.world_size, partial(self._boundaries, module))
+        self._alarm = Alarm(module.trainer, name, self._limits, self._agreed, self._leave)
+
+    def _boundaries(self, module: pl.LightningModule) -> tuple[str, ...]:
+        return tuple(resolve_boundaries(module, self._options_for(module).boundaries))
 
     @override
     def configure_ddp(self) -> None:
@@ -111,25 +120,21 @@ class StagedTraining(StagesInCommon):
         refuse_unsupported(trainer, module, self._layer_sync)
         if self._exact is not None:
             refuse_own_backward(module)
-        options = self._options_for(module)
-        boundaries = tuple(resolve_boundaries(module, options.boundaries))
+        options, boundaries = self._options_for(module), self._boundaries(module)
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
         refuse_waiting(options, boundaries, self._staleness)
         warn_of_waits(trainer, module)
-        self._watch = open_watch(f"Stage {place.stage}")
+        assert self._alarm is not None
+        watch = self._alarm.watch
+        watch.rename(place.names)
         self._copies = Copies(place, self._timeout) if place.copies > 1 else None
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
         self._links = self._connect(options, boundaries)
         copies = self._copies
-        self._signals = Signals(
-            place.stage,
-            len(place.ranks),
-            self._staleness,
-            self._watch,
-            unite=None if copies is None else copies.unite,
-        )
+        unite = None if copies is None else copies.unite
+        self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
         self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
@@ -145,8 +150,8 @@ class StagedTraining(StagesInCommon):
             window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=self._exact is None and _hears_output(options, boundaries),
-            guard=self._watch,
+            with_output=self._exact is None and hears_output(options, boundaries),
+            guard=None if self._alarm is None else self._alarm.watch,
         )
 
     def _largest(self, said: torch.Tensor) -> torch.Tensor:
@@ -229,13 +234,6 @@ class StagedTraining(StagesInCommon):
         """Run this stage's part of the user's predict step."""
         return self._evaluate("predict_step", super().predict_step, args, kwargs)
 
-    def _note(self, what: str, args: tuple[Any, ...]) -> None:
-        """Have the other stages know where this one is, should it stop."""
-        assert self.lightning_module is not None
-        if self._watch is not None:
-            step = self.lightning_module.trainer.global_step
-            self._watch.where = f"{what} batch {args[1] if len(args) > 1 else '?'}, step {step}"
-
     def _evaluate(self, step: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._note(step.removesuffix("_step"), args)
         self._find_part(step, args)
@@ -247,14 +245,23 @@ class StagedTraining(StagesInCommon):
 
     # ---- the end
 
+    def _agreed(self, exception: BaseException) -> bool:
+        return self._stop is not None and self._stop.ends_by(exception)
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other stages why this one stops, unless all have agreed to."""
-        agreed = isinstance(exception, SIGTERMException) and self._stop is not None and self._stop.leaves
-        self._failed = not agreed
-        if self._watch is not None and not agreed:
-            self._watch.report(exception)
+        if self._alarm is not None:
+            self._alarm.ring(exception)
+        elif self.launcher is not None:  # whom this process has started waits for it to begin
+            self.launcher.kill(signal.SIGTERM)
         super().on_exception(exception)
+
+    def _leave(self) -> None:
+        """Close the ways to the stages beside this one."""
+        if self._links is not None:
+            close(self._links, failed=self._alarm is not None and self._alarm.failed)
+        self._links = None
 
     @override
     def teardown(self) -> None:
@@ -266,20 +273,7 @@ class StagedTraining(StagesInCommon):
         self._stop = self._agreement = None
         while self._undo:
             self._undo.pop()()
-        if self._links is not None:
-            close(self._links, self._failed)
-        if self._watch is not None:
-            self._watch.close()
-        self._links = self._watch = None
-        self._failed = False
+        if self._alarm is not None:
+            self._alarm.remove()
+        self._alarm = None
         super().teardown()
-
-
-def _hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
-    """Whether an estimator may ask for the network's output; one that a function makes may."""
-    for name in boundaries:
-        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
-        made = factory.func if isinstance(factory, partial) else factory
-        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
-            return True
-    return False

@@ -59,6 +59,10 @@ class CommonStop:
         """Whether it is agreed that the processes end."""
         return bool(self._signals.decided & Ask.LEAVE)
 
+    def ends_by(self, exception: BaseException) -> bool:
+        """Whether all stages end by this exception, after the same batch."""
+        return self.leaves and isinstance(exception, SIGTERMException)
+
     def after_evaluation_batch(self) -> None:
         """Have the evaluation loop end where it is agreed that the processes end."""
         if self.leaves:
