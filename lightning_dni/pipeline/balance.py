@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import nn
@@ -65,12 +66,14 @@ class Balance:
         width = max(map(len, names))
         rows = [
             f"  {stage}  {name:<{width}}  {share:7.1%}  {count:>12,}"
-            for stage, (name, share, count) in enumerate(zip(names, self.shares, self.parameters, strict=True))
+            for stage, (name, share, count) in enumerate(
+                zip(names, self.shares, self.parameters, strict=True)
+            )
         ]
         return "\n".join(
             [
                 f"boundaries='auto' has chosen {list(self.boundaries)}, by measured forward time alone: the "
-                "backward pass and estimators are taken to grow with it. Pass these names to have them again.",
+                "backward pass and estimators are taken to grow with it. Pass the names to have them again.",
                 f"     {'up to':<{width}}  forward    parameters",
                 *rows,
             ]
@@ -97,11 +100,11 @@ def balance(
         raise BoundaryError(
             f"Expected boundaries='auto' to find {stages - 1} places where {type(model).__name__} can be cut "
             f"into {stages} stages with trainable parameters in each, but got {len(chosen)}: "
-            f"{[c.name for c in chosen]}.{chooser.reason} Use fewer processes, pass `stages=` their number in "
-            "one copy of the pipeline, or name the boundaries."
+            f"{[c.name for c in chosen]}.{chooser.reason} Use fewer processes, pass "
+            "`stages=` the number in one copy of the pipeline, or name the boundaries."
         ) from chooser.refusal
     ends = [0.0, *(c.time for c in chosen), measured.time]
-    shares = [(end - start) / measured.time for start, end in zip(ends, ends[1:], strict=False)]
+    shares = [(end - start) / measured.time for start, end in pairwise(ends)]
     counts = [0] * stages
     for name, parameter in model.named_parameters():
         counts[plan.owner(name)] += parameter.numel()
@@ -144,8 +147,9 @@ def _cheapest(
     start: Cost,
     add: Callable[[Cost, Candidate, Candidate], Cost | None],
 ) -> tuple[Cost, tuple[int, ...]] | None:
-    """The cheapest way through `ends`, from the first to the last, in `stages` steps; `add` may refuse one."""
-    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, ())}
+    """The cheapest way from the first end to the last in `stages` steps, of which `add` may refuse some."""
+    none: tuple[int, ...] = ()
+    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, none)}
     for _ in range(stages):
         further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
         for at, (cost, path) in ways.items():
@@ -166,9 +170,7 @@ class _Chooser:
         refusal: The last error that spoke against a candidate.
     """
 
-    def __init__(
-        self, measured: Measured, stages: int, check: Callable[[Sequence[str]], StagePlan]
-    ) -> None:
+    def __init__(self, measured: Measured, stages: int, check: Callable[[Sequence[str]], StagePlan]) -> None:
         self._left = [c for c in measured.candidates if 0 < c.parameters < measured.parameters]
         self._whole = Candidate("", measured.time, measured.parameters)
         self._stages, self._check = stages, check

@@ -1,14 +1,17 @@
 """The engine's options as a strategy holds them, from its constructor or from the user's module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.context import Labels
+from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
@@ -18,12 +21,17 @@ from lightning_dni.strategies._compat import MisconfigurationException
 
 E = TypeVar("E", bound=Engine)
 
+Boundaries = list[str] | Literal["auto"]
+
+AUTO: Literal["auto"] = "auto"
+"""Boundaries that a pipeline chooses itself."""
+
 
 @dataclass(frozen=True)
 class DNIOptions:
     """What `DNIEngine` is built with; the fields are its arguments."""
 
-    boundaries: list[str]
+    boundaries: Boundaries
     estimator: EstimatorFactory | Mapping[str, EstimatorFactory]
     labels: Labels = "auto"
     output: str | None = None
@@ -55,6 +63,20 @@ def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
             f"(the module's `configure_dni` gives them then), but got only {passed(given)}."
         )
     return None
+
+
+def refuse_auto(options: DNIOptions, strategy: str) -> DNIOptions:
+    """Refuse boundaries that only a pipeline can choose.
+
+    Raises:
+        MisconfigurationException: They are to be chosen.
+    """
+    if options.boundaries == AUTO:
+        raise MisconfigurationException(
+            f"Expected `boundaries` to be names of submodules under strategy={strategy!r}, but got 'auto'. "
+            "Name them; only strategy='dni_pipeline' chooses them, so that its stages take equally long."
+        )
+    return options
 
 
 def passed(given: Mapping[str, Any]) -> list[str]:
@@ -90,3 +112,13 @@ def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
     if exact:
         return DNIOptions(options["boundaries"], no_estimator, output=options.get("output"))
     return DNIOptions(**options)
+
+
+def hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
+    """Whether an estimator may ask for the network's output; one that a function makes may."""
+    for name in boundaries:
+        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
+        made = factory.func if isinstance(factory, partial) else factory
+        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
+            return True
+    return False

@@ -32,7 +32,10 @@ class DNIPipelineStrategy(StagedTraining):
     stages is within it, and by value as in one process.
 
     Args:
-        boundaries: As in `DNIStrategy`; their number plus one is that of the processes.
+        boundaries: As in `DNIStrategy`; their number plus one is that of the processes. "auto" chooses them
+            on the first training batch, so that no stage takes longer in a forward pass than it must, and
+            says which; estimators and backward passes are not measured. Data that can be read once, and a
+            training step that needs what is made after `setup`, need names.
         estimator: As in `DNIStrategy`.
         labels: As in `DNIStrategy`.
         output: As in `DNIStrategy`.
@@ -51,6 +54,8 @@ class DNIPipelineStrategy(StagedTraining):
         microbatches: Parts into which an exact schedule splits every batch, by rows. The user's step runs
             on each, also where it logs: a row has the last one's value, an epoch's mean counts rows. What it
             returns beside the loss comes in lists. Hooks around backward run once per batch.
+        stages: Number of stages with boundaries="auto"; None: that of the processes. A divisor of it makes
+            copies of the pipeline.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -67,7 +72,7 @@ class DNIPipelineStrategy(StagedTraining):
 
     def __init__(
         self,
-        boundaries: list[str] | None = None,
+        boundaries: list[str] | Literal["auto"] | None = None,
         estimator: EstimatorFactory | Mapping[str, EstimatorFactory] | None = None,
         labels: Labels = "auto",
         output: str | None = None,
@@ -81,6 +86,7 @@ class DNIPipelineStrategy(StagedTraining):
         staleness: int = DEFAULT_STALENESS,
         schedule: Literal["dni", "1f1b", "gpipe"] = "dni",
         microbatches: int = 1,
+        stages: int | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -108,6 +114,7 @@ class DNIPipelineStrategy(StagedTraining):
             given,
             staleness,
             exact,
+            stages,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

@@ -1,6 +1,6 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
-from lightning_dni.core.estimator import Signal
+from lightning_dni.core.boundary import resolve_boundaries
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
@@ -30,6 +29,7 @@ from lightning_dni.strategies._compat import (
     worker_seeding,
 )
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
+from lightning_dni.strategies.automatic import AutomaticBoundaries
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
@@ -41,7 +41,7 @@ from lightning_dni.strategies.gathering import (
     own_optimizer_state,
     share_module,
 )
-from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
 from lightning_dni.strategies.refusals import (
     refuse_nodes_apart,
@@ -61,13 +61,20 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
         exact: How to train with exact backprop; None for synthetic gradients.
+        stages: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
     def __init__(
-        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+        self,
+        options: Mapping[str, Any],
+        staleness: int,
+        exact: ExactSchedule | None = None,
+        stages: int | None = None,
+        **base: Any,
     ) -> None:
         super().__init__(options, **base)
+        self._auto = AutomaticBoundaries(stages)
         self._staleness, self._exact = 0 if exact else staleness, exact
         self._place: Place | None = None
         self._links: Links | None = None
@@ -96,11 +103,13 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         place = self._placed()
         return {"num_replicas": place.copies, "rank": place.copy}
 
+    def _given(self, module: pl.LightningModule) -> DNIOptions:
+        return self._options or options_from(module, exact=self._exact is not None)
+
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
         # every stage draws from streams of its own: the global one stays the same in all processes
-        options = self._options or options_from(module, exact=self._exact is not None)
-        return replace(options, rng="stage")
+        return replace(self._auto.resolve(module, self._given(module)), rng="stage")
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -132,17 +141,17 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         refuse_unsupported(trainer, module, self._layer_sync)
         if self._exact is not None:
             refuse_own_backward(module)
-        options = self._options_for(module)
-        boundaries = tuple(resolve_boundaries(module, options.boundaries))
-        place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
-        refuse_waiting(options, boundaries, self._staleness)
+        given = self._given(module)
+        place = self._place = self._auto.place(self.global_rank, self.world_size, module, given)
+        if given.boundaries != AUTO:
+            refuse_waiting(given, self._boundaries_of(module), self._staleness)
         warn_of_waits(trainer, module)
         self._watch = open_watch(f"Stage {place.stage}")
         self._copies = Copies(place, self._timeout) if place.copies > 1 else None
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
-        self._links = self._connect(options, boundaries)
+        self._links = self._connect(module)
         copies = self._copies
         self._signals = Signals(
             place.stage,
@@ -160,13 +169,17 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         stop.install()
         self._undo.append(clip_by_stage(self.precision_plugin, len(place.ranks)))
 
-    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
+    def _boundaries_of(self, module: pl.LightningModule) -> tuple[str, ...]:
+        return tuple(resolve_boundaries(module, self._options_for(module).boundaries))
+
+    def _connect(self, module: pl.LightningModule) -> Links:
+        options, boundaries = self._options_for(module), self._boundaries_of(module)
         return connect(
             self._placed().ranks,
             window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=self._exact is None and _hears_output(options, boundaries),
+            with_output=self._exact is None and hears_output(options, boundaries),
             guard=self._watch,
         )
 
@@ -185,6 +198,10 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
 
     @override
     def _build_engine(self, module: pl.LightningModule) -> StageEngine | ExactEngine:
+        part = self._exact.first_part if self._exact else tuple
+        stages = len(self._placed().ranks)
+        self._auto.choose(module.trainer, self._given(module), stages, self._restored, part)
+        refuse_waiting(self._options_for(module), self._boundaries_of(module), self._staleness)
         seed = self.broadcast(torch.initial_seed())
         exchange = None if self._copies is None else self._copies.reducer
         options, copy = self._options_for(module), self._placed().copy
@@ -391,13 +408,3 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._links = self._watch = None
         self._failed = False
         super().teardown()
-
-
-def _hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
-    """Whether an estimator may ask for the network's output; one that a function makes may."""
-    for name in boundaries:
-        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
-        made = factory.func if isinstance(factory, partial) else factory
-        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
-            return True
-    return False
