@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import nn
@@ -72,7 +73,7 @@ class Balance:
         return "\n".join(
             [
                 f"boundaries='auto' has chosen {list(self.boundaries)}, by measured forward time alone: the "
-                "backward pass and estimators are taken to grow with it. Pass these names to have them again.",
+                "backward pass and estimators are taken to grow with it. Pass the names to have them again.",
                 f"     {'up to':<{width}}  forward    parameters",
                 *rows,
             ]
@@ -99,11 +100,11 @@ def balance(
         raise BoundaryError(
             f"Expected boundaries='auto' to find {stages - 1} places where {type(model).__name__} can be cut "
             f"into {stages} stages with trainable parameters in each, but got {len(chosen)}: "
-            f"{[c.name for c in chosen]}.{chooser.reason} Use fewer processes, pass `stages=` their number in "
-            "one copy of the pipeline, or name the boundaries."
+            f"{[c.name for c in chosen]}.{chooser.reason} Use fewer processes, pass "
+            "`stages=` the number in one copy of the pipeline, or name the boundaries."
         ) from chooser.refusal
     ends = [0.0, *(c.time for c in chosen), measured.time]
-    shares = [(end - start) / measured.time for start, end in zip(ends, ends[1:], strict=False)]
+    shares = [(end - start) / measured.time for start, end in pairwise(ends)]
     counts = [0] * stages
     for name, parameter in model.named_parameters():
         counts[plan.owner(name)] += parameter.numel()
@@ -146,17 +147,17 @@ def _cheapest(
     start: Cost,
     add: Callable[[Cost, Candidate, Candidate], Cost | None],
 ) -> tuple[Cost, tuple[int, ...]] | None:
-    """The cheapest way through `ends`, from the first to the last, in `stages` steps; `add` may refuse one."""
+    """The cheapest way from the first end to the last in `stages` steps, of which `add` may refuse some."""
     ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, ())}
     for _ in range(stages):
         further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
-        for at, (cost, path) in ways.items():
+        for at, way in ways.items():
             for end in range(at + 1, len(ends)):
                 if ends[end].parameters <= ends[at].parameters:
                     continue
-                grown = add(cost, ends[at], ends[end])
+                grown = add(way[0], ends[at], ends[end])
                 if grown is not None and (end not in further or grown < further[end][0]):
-                    further[end] = grown, (*path, end)
+                    further[end] = grown, (*way[1], end)
         ways = further
     return ways.get(len(ends) - 1)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
@@ -106,13 +106,13 @@ class _Timeline:
 
     def cuts(self) -> list[_Cut]:
         """The outputs of the modules that ran once; of those that return the same thing, the outermost."""
-        once = [cut for cut in self._found if self._runs[cut.name] == 1]
-        inner = {
-            below.name
-            for below, cut in pairwise(once)
-            if cut.event == below.event + 1 and cut.nodes == below.nodes
-        }
-        return [cut for cut in once if cut.name not in inner]
+        found: dict[frozenset[Any], _Cut] = {}
+        for cut in self._found:
+            same = found.get(cut.nodes)
+            # another one returns what it was given, and others may have been given it too
+            if self._runs[cut.name] == 1 and (same is None or same.name.startswith(f"{cut.name}.")):
+                found[cut.nodes] = cut
+        return sorted(found.values(), key=lambda cut: cut.event)
 
     def _call(self, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         self._stop(name)
@@ -193,7 +193,7 @@ class _Graph:
                 ahead += self._edges[node]
 
     def is_clean(self, nodes: frozenset[Any], newest: int) -> bool:
-        """Whether all that was made after the node `newest` comes from `nodes`, and no weight is used twice."""
+        """Whether all that was made after node `newest` comes from `nodes`, and no weight is used twice."""
         if nodes.isdisjoint(self._edges) or any(_number(root) <= newest for root in self._roots):
             return False
         leaves: dict[bool, set[Any]] = {True: set(), False: set()}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,7 +25,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchmetrics import Metric
 
@@ -34,6 +35,7 @@ if hasattr(callbacks, "WeightAveraging"):  # older Lightning has none
 
 __all__ = [
     "AVERAGING",
+    "CombinedLoader",
     "LightningEnvironment",
     "MisconfigurationException",
     "Precision",
@@ -50,11 +52,14 @@ __all__ = [
     "metric_state",
     "mute_saving",
     "note_sigterm",
+    "prepared",
     "quiet_copy",
+    "rank_zero_info",
     "rank_zero_warn",
     "replace_on",
     "saves_at_step",
     "set_metric_state",
+    "training_data",
     "validates_by_time",
     "waits_in_every_batch",
     "worker_seeding",
@@ -71,6 +76,17 @@ def quiet_copy(module: pl.LightningModule) -> pl.LightningModule:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
+
+
+def training_data(trainer: pl.Trainer) -> Any:
+    """The loader, or loaders, that the user gives for training, as they are."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def prepared(module: pl.LightningModule, batch: Any, precision: Precision) -> Any:
+    """What a loop makes of a batch before it is given to a step, for a module on the CPU."""
+    batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)
 
 
 class _NoResults(_ResultCollection):

@@ -120,7 +120,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
         found = self._together(partial(gather, state, self.root_device), "saving an optimizer")
-        return state if found is None else join_optimizer_states(self._placed().of_stages(found))
+        return state if found is None else join_optimizer_states(self._placed().downwards(found))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         if engine.waits_for_part:
             return state
         found = self._together(partial(gather, state, self.root_device), "saving estimators")
-        return state if found is None else join_engine_states(self._placed().of_stages(found))
+        return state if found is None else join_engine_states(self._placed().downwards(found))
 
     def _placed(self) -> Place:
         assert self._place is not None

@@ -23,7 +23,7 @@ from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.step import no_profile
 from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
-from lightning_dni.strategies.options import DNIOptions, options_from, options_given
+from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
 from lightning_dni.strategies.table import describe
 
 CHECKPOINT_KEY = "lightning_dni"
@@ -79,7 +79,8 @@ class DecoupledTraining(Strategy):
         describe(target, self._options_for(target))
 
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
-        return self._options or options_from(module)
+        options = self._options or options_from(module)
+        return refuse_auto(options, str(getattr(self, "strategy_name", type(self).__name__)))
 
     # ---- life of a fit
 

@@ -84,7 +84,7 @@ class ExactSchedule:
         """The engine of a stage, in the copy of the pipeline with number `rank`."""
         return ExactEngine(
             module,
-            options.boundaries,
+            list(options.boundaries),
             schedule=self.schedule,
             microbatches=self.microbatches,
             output=options.output,

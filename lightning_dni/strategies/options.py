@@ -21,12 +21,17 @@ from lightning_dni.strategies._compat import MisconfigurationException
 
 E = TypeVar("E", bound=Engine)
 
+Boundaries = list[str] | Literal["auto"]
+
+AUTO: Literal["auto"] = "auto"
+"""Boundaries that a pipeline chooses itself."""
+
 
 @dataclass(frozen=True)
 class DNIOptions:
     """What `DNIEngine` is built with; the fields are its arguments."""
 
-    boundaries: list[str]
+    boundaries: Boundaries
     estimator: EstimatorFactory | Mapping[str, EstimatorFactory]
     labels: Labels = "auto"
     output: str | None = None
@@ -58,6 +63,20 @@ def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
             f"(the module's `configure_dni` gives them then), but got only {passed(given)}."
         )
     return None
+
+
+def refuse_auto(options: DNIOptions, strategy: str) -> DNIOptions:
+    """Refuse boundaries that only a pipeline can choose.
+
+    Raises:
+        MisconfigurationException: They are to be chosen.
+    """
+    if options.boundaries == AUTO:
+        raise MisconfigurationException(
+            f"Expected `boundaries` to be names of submodules under strategy={strategy!r}, but got 'auto'. "
+            "Name them; only strategy='dni_pipeline' chooses them, so that its stages take equally long."
+        )
+    return options
 
 
 def passed(given: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,10 @@ class DNIPipelineStrategy(StagedTraining):
     stages is within it, and by value as in one process.
 
     Args:
-        boundaries: As in `DNIStrategy`; their number plus one is that of the processes.
+        boundaries: As in `DNIStrategy`; their number plus one is that of the processes. "auto" chooses them
+            on the first training batch, so that no stage takes longer in a forward pass than it must, and
+            says which; estimators and backward passes are not measured. Data that can be read once, and a
+            training step that needs what is made after `setup`, need names.
         estimator: As in `DNIStrategy`.
         labels: As in `DNIStrategy`.
         output: As in `DNIStrategy`.
@@ -54,6 +57,8 @@ class DNIPipelineStrategy(StagedTraining):
         silence: Seconds without a sign of life after which a stage that is stopped counts as frozen, and is
             ended; a slow one is left alone. On another machine, where nobody sees whether it is stopped or
             slow, 12 times as many.
+        stages: Number of stages with boundaries="auto"; None: that of the processes. A divisor of it makes
+            copies of the pipeline.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -70,7 +75,7 @@ class DNIPipelineStrategy(StagedTraining):
 
     def __init__(
         self,
-        boundaries: list[str] | None = None,
+        boundaries: list[str] | Literal["auto"] | None = None,
         estimator: EstimatorFactory | Mapping[str, EstimatorFactory] | None = None,
         labels: Labels = "auto",
         output: str | None = None,
@@ -85,6 +90,7 @@ class DNIPipelineStrategy(StagedTraining):
         schedule: Literal["dni", "1f1b", "gpipe"] = "dni",
         microbatches: int = 1,
         silence: float = 5.0,
+        stages: int | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -113,6 +119,7 @@ class DNIPipelineStrategy(StagedTraining):
             staleness,
             exact,
             silence,
+            stages,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

@@ -1,20 +1,25 @@
 """Which process is which stage, and which part of the user's module belongs to it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from lightning_dni.pipeline.balance import Measured
 from lightning_dni.pipeline.passage import fingerprint
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.selfcheck import check_split
+from lightning_dni.pipeline.timing import measure
 from lightning_dni.pipeline.tracing import trace_stages
-from lightning_dni.strategies._compat import MisconfigurationException, Precision, quiet_copy
+from lightning_dni.strategies._compat import MisconfigurationException, Precision, prepared, quiet_copy
 
 T = TypeVar("T")
 
@@ -46,6 +51,11 @@ class Place:
                 f"Expected {stages} processes or a multiple of it, one per stage of boundaries "
                 f"{list(boundaries)}, but got {world_size}. Set `devices` and `num_nodes` of the Trainer."
             )
+        return cls.of_stages(rank, world_size, stages)
+
+    @classmethod
+    def of_stages(cls, rank: int, world_size: int, stages: int) -> "Place":
+        """The place of process `rank` where `stages` divides their number."""
         copies = world_size // stages
         ranks = [tuple(range(k * copies, (k + 1) * copies)) for k in reversed(range(stages))]
         return cls(stages - 1 - rank // copies, rank % copies, tuple(ranks))
@@ -65,7 +75,7 @@ class Place:
         """Global rank of each stage in the first copy."""
         return [ranks[0] for ranks in self.ranks]
 
-    def of_stages(self, found: Sequence[T]) -> list[T]:
+    def downwards(self, found: Sequence[T]) -> list[T]:
         """What the stages of the first copy have said, the last stage first."""
         return [found[rank] for rank in reversed(self.firsts)]
 
@@ -84,15 +94,33 @@ class Trial:
         step: Name of the step.
         args: What the step is given.
         precision: The Trainer's precision plugin.
+        device: Where it runs; None: the CPU, on which stages can be compared with the whole bit for bit.
+
+    Attributes:
+        args: What the step is given, where it runs.
     """
 
     def __init__(
-        self, module: pl.LightningModule, step: str, args: Sequence[Any], precision: Precision
+        self,
+        module: pl.LightningModule,
+        step: str,
+        args: Sequence[Any],
+        precision: Precision,
+        device: torch.device | None = None,
     ) -> None:
-        cpu = torch.device("cpu")
-        self._copy = quiet_copy(module).to(cpu)
-        self._step, self._args = step, move_data_to_device(tuple(args), cpu)
-        self._precision = precision
+        device = device or torch.device("cpu")
+        self._copy = quiet_copy(module).to(device)
+        self._step, self._precision, self._device = step, precision, device
+        self.args: tuple[Any, ...] = move_data_to_device(tuple(args), device)
+
+    def take(self, batch: Any, first_part: Callable[[Sequence[Any]], tuple[Any, ...]]) -> None:
+        """Give the step what a loop makes of a loader's batch, or the part of it that runs at a time."""
+        args: tuple[Any, ...] = (prepared(self._copy, batch, self._precision), 0)
+        try:
+            signature(getattr(self._copy, self._step)).bind(*args)
+        except TypeError:
+            args = args[:1]
+        self.args = first_part(args)
 
     @property
     def _trains(self) -> bool:
@@ -105,8 +133,23 @@ class Trial:
             "test_step": self._precision.test_step_context,
             "predict_step": self._precision.predict_step_context,
         }
-        with contexts[self._step]():
-            return getattr(self._copy, self._step)(*self._args)
+        with contexts[self._step](), self._autocast():
+            return getattr(self._copy, self._step)(*self.args)
+
+    def _autocast(self) -> Any:
+        """Mixed precision where the step runs here, which may not be where the plugin's does."""
+        plugin = self._precision
+        if not isinstance(plugin, MixedPrecision) or plugin.device == self._device.type:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def measure(self) -> Measured:
+        """Measure the forward pass, and see where it can be cut.
+
+        Raises:
+            BoundaryError: The step returns no loss.
+        """
+        return measure(self._copy, self._run)
 
     def plan(self, boundaries: Sequence[str], output: str | None) -> StagePlan:
         """See what belongs to which stage, and that the stages together do what the whole module does.

@@ -1,7 +1,7 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,12 +23,13 @@ from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.strategies._compat import TrainerFn, clip_by_stage, worker_seeding
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.alarm import Alarm, first_name, limits_of
+from lightning_dni.strategies.automatic import AutomaticBoundaries
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
-from lightning_dni.strategies.options import DNIOptions, hears_output, options_from
-from lightning_dni.strategies.placement import Place, Trial, compare_plans
+from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
+from lightning_dni.strategies.placement import Trial, compare_plans
 from lightning_dni.strategies.refusals import (
     refuse_nodes_apart,
     refuse_unsupported,
@@ -48,6 +49,7 @@ class StagedTraining(StagesInCommon):
         staleness: As in `DNIPipelineStrategy`.
         exact: How to train with exact backprop; None for synthetic gradients.
         silence: As in `DNIPipelineStrategy`.
+        stages: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
@@ -57,9 +59,11 @@ class StagedTraining(StagesInCommon):
         staleness: int,
         exact: ExactSchedule | None = None,
         silence: float = 5.0,
+        stages: int | None = None,
         **base: Any,
     ) -> None:
         super().__init__(options, exact, **base)
+        self._auto = AutomaticBoundaries(stages)
         self._staleness, self._limits = 0 if exact else staleness, limits_of(silence)
         self._signals = Signals(0, 1, 0)
         self._stop: CommonStop | None = None
@@ -75,11 +79,13 @@ class StagedTraining(StagesInCommon):
         place = self._placed()
         return {"num_replicas": place.copies, "rank": place.copy}
 
+    def _given(self, module: pl.LightningModule) -> DNIOptions:
+        return self._options or options_from(module, exact=self._exact is not None)
+
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
         # every stage draws from streams of its own: the global one stays the same in all processes
-        options = self._options or options_from(module, exact=self._exact is not None)
-        return replace(options, rng="stage")
+        return replace(self._auto.resolve(module, self._given(module)), rng="stage")
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -100,11 +106,8 @@ class StagedTraining(StagesInCommon):
         assert module is not None
         if self._alarm is not None:
             self._alarm.remove()
-        name = first_name(self.global_rank, self.world_size, partial(self._boundaries, module))
+        name = first_name(self.global_rank, self.world_size, partial(self._boundaries_of, module))
         self._alarm = Alarm(module.trainer, name, self._limits, self._agreed, self._leave)
-
-    def _boundaries(self, module: pl.LightningModule) -> tuple[str, ...]:
-        return tuple(resolve_boundaries(module, self._options_for(module).boundaries))
 
     @override
     def configure_ddp(self) -> None:
@@ -120,9 +123,10 @@ class StagedTraining(StagesInCommon):
         refuse_unsupported(trainer, module, self._layer_sync)
         if self._exact is not None:
             refuse_own_backward(module)
-        options, boundaries = self._options_for(module), self._boundaries(module)
-        place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
-        refuse_waiting(options, boundaries, self._staleness)
+        given = self._given(module)
+        place = self._place = self._auto.place(self.global_rank, self.world_size, module, given)
+        if given.boundaries != AUTO:
+            refuse_waiting(given, self._boundaries_of(module), self._staleness)
         warn_of_waits(trainer, module)
         assert self._alarm is not None
         watch = self._alarm.watch
@@ -131,7 +135,7 @@ class StagedTraining(StagesInCommon):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
-        self._links = self._connect(options, boundaries)
+        self._links = self._connect(module)
         copies = self._copies
         unite = None if copies is None else copies.unite
         self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
@@ -144,7 +148,11 @@ class StagedTraining(StagesInCommon):
         stop.install()
         self._undo.append(clip_by_stage(self.precision_plugin, len(place.ranks)))
 
-    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
+    def _boundaries_of(self, module: pl.LightningModule) -> tuple[str, ...]:
+        return tuple(resolve_boundaries(module, self._options_for(module).boundaries))
+
+    def _connect(self, module: pl.LightningModule) -> Links:
+        options, boundaries = self._options_for(module), self._boundaries_of(module)
         return connect(
             self._placed().ranks,
             window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
@@ -169,6 +177,10 @@ class StagedTraining(StagesInCommon):
 
     @override
     def _build_engine(self, module: pl.LightningModule) -> StageEngine | ExactEngine:
+        part = self._exact.first_part if self._exact else tuple
+        stages = len(self._placed().ranks)
+        self._auto.choose(module.trainer, self._given(module), stages, self._restored, part)
+        refuse_waiting(self._options_for(module), self._boundaries_of(module), self._staleness)
         seed = self.broadcast(torch.initial_seed())
         exchange = None if self._copies is None else self._copies.reducer
         options, copy = self._options_for(module), self._placed().copy

@@ -2,15 +2,17 @@
 
 import ast
 import inspect
+import logging
 import textwrap
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import BrokenError, fit, loader, net, quiet_trainer
+from fits import BrokenError, Net, fit, loader, net, quiet_trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from lightning_utilities.core import rank_zero
 from strategies import test_compat_stages
 
 import lightning_dni.strategies
@@ -102,6 +104,66 @@ def test_log_as_batch_has_what_is_logged_count_with_the_rows_of_that_batch():
 
     metrics = fit(Logs(), train=loader(16)).callback_metrics
     assert (metrics["twice_step"], metrics["twice_epoch"]) == (4.0, 2.0)
+
+
+def test_rank_zero_info_tells_the_user():
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    rank_zero.log.addHandler(handler)
+    try:
+        _compat.rank_zero_info("for your information")
+    finally:
+        rank_zero.log.removeHandler(handler)
+    assert told == ["for your information"]
+
+
+def test_training_data_is_what_was_given_to_fit_or_the_hook_returns():
+    seen, given = [], loader()
+
+    class Hooked(Net):
+        def train_dataloader(self):
+            return {"one": given}
+
+    class Canary(SingleDeviceStrategy):
+        def setup(self, trainer):
+            super().setup(trainer)
+            seen.append(_compat.training_data(trainer))
+
+    fit(net(), Canary("cpu"), given)
+    quiet_trainer(Canary("cpu")).fit(Hooked())
+    assert seen[0] is given
+    assert seen[1] == {"one": given}
+
+
+def test_combined_loader_holds_its_loaders_as_they_were_given():
+    given = {"one": loader(), "two": [loader()]}
+    assert _compat.CombinedLoader(given).iterables is given
+
+
+def test_prepared_runs_the_hooks_of_a_batch_in_the_order_of_a_fit():
+    ran = []
+
+    class Hooked(Net):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            ran.append("before")
+            return batch
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            ran.append(str(device))
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            ran.append("after")
+            return batch
+
+    module = Hooked()
+    trainer = fit(module, train=loader(8), precision="64-true")
+    in_fit = list(ran)
+    ran.clear()
+    batch = _compat.prepared(module, next(iter(loader(8))), trainer.precision_plugin)
+    assert ran == in_fit == ["before", "cpu", "after"]
+    assert batch[0].dtype == torch.float64
 
 
 # ---- behaviour that we lean on and that no name stands for
