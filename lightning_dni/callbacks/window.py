@@ -1,177 +1,83 @@
-"""What the gradients at one boundary amount to over the micro-batches of one optimizer step."""
+"""The metrics of one boundary, from the sums over one optimizer step."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_dni.core.distance import cosine_of, norm_quotient, row_cosine_of
+from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import BoundaryReport
-from lightning_dni.metrics import (
-    GradientCosineSimilarity,
-    GradientNormRatio,
-    GradientRelativeError,
-    gradient_cosine,
-    gradient_relative_error,
-)
+from lightning_dni.core.sums import BoundarySums
 
-Distances = Mapping[str, Callable[[], Metric]]
-
-ROW_COSINE = "dni_row_cosine"
-TO_TRUE: Distances = {
-    "dni_sg_error": GradientRelativeError,
-    "dni_true_gradient_cosine": GradientCosineSimilarity,
-    ROW_COSINE: partial(GradientCosineSimilarity, reduction="rows"),
-    "dni_norm_ratio": GradientNormRatio,
-}
-TO_TARGET: Distances = {
-    "dni_target_error": GradientRelativeError,
-    "dni_target_cosine": GradientCosineSimilarity,
-}
-TARGET_TO_TRUE: Distances = {"dni_bootstrap_error": GradientRelativeError}
+REPLICATED = ("target", "true", "bootstrap")
+"""Sums that are added up over replicas, each of which has rows of its own."""
 
 
 class BoundaryWindow:
     """Sums over micro-batches, so that `compute` gives what the joint batch would have given."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, Metric] = {}
-        self._loss = EstimatorLoss()
-        self._applied: dict[str, Tensor] = {}
-        self._true: dict[str, Tensor] = {}
+        self._sums = BoundarySums()
 
     def update(self, report: BoundaryReport) -> None:
         """Add a micro-batch."""
-        if report.target is not None:
-            self._compare(TO_TARGET, report.synthetic, report.target)
-        if report.true is not None:
-            self._compare(TO_TRUE, report.synthetic, report.true)
-            if report.target is not None:
-                self._compare(TARGET_TO_TRUE, report.target, report.true)
-        if report.loss is not None:
-            self._loss.update(report.loss, report.synthetic, report.target if report.regresses else None)
-        _add(self._applied, report.applied_weights)
-        _add(self._true, report.true_weights)
+        self._sums.update(report)
+
+    def figures(self, add_up: Callable[[Tensor], Tensor]) -> Figures:
+        """The sums, of all replicas where there are any.
+
+        Args:
+            add_up: Gives the sum of a tensor over the replicas.
+        """
+        figures = self._sums.figures()
+        shared = [name for name in REPLICATED if name in figures.sums]
+        return figures.with_sums({name: add_up(figures.sums[name]) for name in shared})
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by name, without those for which nothing was measured."""
-        values = {name: metric.compute() for name, metric in self._metrics.items()}
-        if ROW_COSINE in self._metrics:
-            values["dni_zero_rows"] = _zero_share(self._metrics[ROW_COSINE])
-        loss = self._loss.compute()
-        if loss is not None:
-            values["dni_sg_loss"] = loss
-        if self._true:
-            applied, true = _side_by_side(self._applied, self._true)
-            values["dni_weight_cosine"] = gradient_cosine(applied, true)
-            values["dni_weight_error"] = gradient_relative_error(applied, true)
-        return values
-
-    def _compare(self, distances: Distances, gradient: Tensor, reference: Tensor) -> None:
-        for name, make in distances.items():
-            if name not in self._metrics:
-                self._metrics[name] = _place(make(), gradient.device)
-            self._metrics[name].update(gradient, reference)
+        return metrics_of(self._sums.figures())
 
 
-class EstimatorLoss:
-    """An estimator's loss, averaged over rows, over the variance of its target where it has one."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._rows = 0
-        self._spread: Spread | None = None
-
-    def update(
-        self,
-        loss: Float[Tensor, ""],
-        synthetic: Float[Tensor, " rows features"],
-        target: Float[Tensor, " rows features"] | None,
-    ) -> None:
-        """Add the `loss` of a micro-batch; `target` only where the loss is a distance to it."""
-        rows = len(synthetic)
-        weighted = loss.to(_sum_dtype(loss)) * rows
-        self._sum = weighted if self._sum is None else self._sum + weighted
-        self._rows += rows
-        if target is not None:
-            self._spread = self._spread or Spread()
-            self._spread.update(target)
-
-    def compute(self) -> Float[Tensor, ""] | None:
-        """The loss; over a variance of zero it is 0 if it is zero itself, else infinite."""
-        if self._sum is None:
-            return None
-        loss = self._sum / self._rows
-        if self._spread is None:
-            return loss.float()
-        return torch.where(loss == 0, 0.0, loss / self._spread.variance()).float()
+def metrics_of(figures: Figures) -> dict[str, Tensor]:
+    """The metrics by name, without those for which nothing was measured."""
+    values: dict[str, Tensor] = {}
+    sums = figures.sums
+    if "target" in sums:
+        dot, synthetic, target, difference = sums["target"]
+        values["dni_target_error"] = norm_quotient(difference, target)
+        values["dni_target_cosine"] = cosine_of(dot, synthetic, target)
+    if "true" in sums:
+        values |= _against_true(sums["true"])
+    if "bootstrap" in sums:
+        values["dni_bootstrap_error"] = norm_quotient(*sums["bootstrap"])
+    if "weights" in sums:
+        dot, applied, true, difference = sums["weights"]
+        values["dni_weight_cosine"] = cosine_of(dot, applied, true)
+        values["dni_weight_error"] = norm_quotient(difference, true)
+    if "loss" in sums:
+        values["dni_sg_loss"] = _loss(sums["loss"], sums.get("spread"))
+    return {name: value.to(figures.dtype) for name, value in values.items()}
 
 
-class Spread:
-    """Variance of rows around their mean, pooled over batches without cancellation (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._all_rows = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
-
-    def update(self, values: Float[Tensor, " rows features"]) -> None:
-        """Add rows. Those of another length (a longer sequence) are taken around a mean of their own."""
-        rows, values = len(values), values.to(_sum_dtype(values))
-        mean = values.mean(0)
-        squares = (values - mean).square().sum()
-        if self._mean is None or self._mean.shape != mean.shape:
-            self._rows, self._mean = rows, mean
-        else:
-            total = self._rows + rows
-            shift = mean - self._mean
-            squares = squares + shift.square().sum() * (self._rows * rows / total)
-            self._mean = self._mean + shift * (rows / total)
-            self._rows = total
-        self._all_rows += rows
-        self._squares = squares if self._squares is None else self._squares + squares
-
-    def variance(self) -> Float[Tensor, ""]:
-        """Mean squared distance of a row to the mean."""
-        assert self._squares is not None
-        return self._squares / self._all_rows
+def _against_true(sums: Tensor) -> dict[str, Tensor]:
+    dot, synthetic, true, difference, cosines, rows, zero_rows = sums
+    cosine, zero_share = row_cosine_of(cosines, rows, zero_rows)
+    return {
+        "dni_sg_error": norm_quotient(difference, true),
+        "dni_true_gradient_cosine": cosine_of(dot, synthetic, true),
+        "dni_row_cosine": cosine,
+        "dni_norm_ratio": norm_quotient(synthetic, true),
+        "dni_zero_rows": zero_share,
+    }
 
 
-def _zero_share(metric: Metric) -> Tensor:
-    with metric.sync_context():
-        rows, zero_rows = metric.rows, metric.zero_rows
-        assert isinstance(rows, Tensor)
-        assert isinstance(zero_rows, Tensor)
-        return zero_rows / rows.clamp(min=1)
+def _loss(sums: Tensor, spread: Tensor | None) -> Tensor:
+    """The loss per row, over the variance of its target where it has one.
 
-
-def _place(metric: Metric, device: torch.device) -> Metric:
-    if device.type == "mps":
-        metric.set_dtype(torch.float32)
-    return metric.to(device)
-
-
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64
-
-
-def _add(sums: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        sums[name] = sums[name] + gradient if name in sums else gradient
-
-
-def _side_by_side(applied: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both as one vector over the same weights; a weight that got no gradient counts as zero."""
-    pairs = [(applied.get(name), true.get(name)) for name in {**applied, **true}]
-    sides = [
-        (
-            torch.zeros_like(t) if a is None and t is not None else a,
-            torch.zeros_like(a) if t is None and a is not None else t,
-        )
-        for a, t in pairs
-    ]
-    left, right = ([g.flatten() for g in side if g is not None] for side in zip(*sides, strict=True))
-    return torch.cat(left), torch.cat(right)
+    Over a variance of zero it is 0 if it is zero itself, else infinite.
+    """
+    loss = sums[0] / sums[1]
+    if spread is None:
+        return loss
+    return torch.where(loss == 0, 0.0, loss / (spread[0] / spread[1]))
