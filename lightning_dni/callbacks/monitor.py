@@ -89,6 +89,7 @@ class GradientMonitor(pl.Callback):
         self._windows: dict[str, BoundaryWindow] = {}
         self._arrived: dict[str, Figures] = {}
         self._utilization: dict[int, Utilization] = {}
+        self._spent: dict[int, Utilization] = {}
         self._memory: dict[str, float] = {}
         self._logged: tuple[str, ...] = ()
         self._described = False
@@ -197,7 +198,7 @@ class GradientMonitor(pl.Callback):
     ) -> None:
         """Take the report of a measured batch; log at the end of its step."""
         stepped = trainer.global_step > self._step
-        if self._due or self._delay:
+        if self._writes if self._delay else self._due:
             self._observe()
         if not self._due:
             self._clock.count(samples_in(batch), stepped)
@@ -232,8 +233,7 @@ class GradientMonitor(pl.Callback):
             return
         for name, facts in report.boundaries.items():
             self._windows.setdefault(name, BoundaryWindow()).update(facts)
-        self._arrived |= report.figures
-        self._utilization |= report.utilization
+        self._arrived, self._utilization = dict(report.figures), dict(report.utilization)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         add_up = partial(trainer.strategy.reduce, reduce_op="sum")
@@ -247,11 +247,12 @@ class GradientMonitor(pl.Callback):
         skipped = {key_of("dni_skipped", name): float(n) for name, n in self._engine.skipped.items()}
         lags = {n: f.staleness for n, f in figures.items() if f.staleness is not None}
         ages = {key_of("dni_staleness", name): float(lag) for name, lag in lags.items()}
-        shares = _shares(self._utilization)
+        shares = _shares(self._utilization, self._spent)
         row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **skipped, **ages, **shares}
         pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
         self._logged = tuple(row)
-        self._measured, self._windows, self._arrived, self._utilization = True, {}, {}, {}
+        self._measured, self._windows, self._arrived = True, {}, {}
+        self._spent, self._utilization = self._utilization, {}
         self._clock.reset()
         reset_peak_memory(pl_module.device)
 
@@ -297,13 +298,15 @@ class GradientMonitor(pl.Callback):
         self._recent = {key: deque(last, maxlen=SUMMARIZED) for key, last in state_dict["recent"].items()}
 
 
-def _shares(utilization: Mapping[int, Utilization]) -> dict[str, float]:
-    """What each stage has spent its time on, by key."""
-    return {
-        f"dni_{what}/stage_{stage}": share
-        for stage, shares in sorted(utilization.items())
-        for what, share in shares._asdict().items()
-    }
+def _shares(now: Mapping[int, Utilization], before: Mapping[int, Utilization]) -> dict[str, float]:
+    """What each stage has spent its time on, as shares of the time between two rows, by key."""
+    shares: dict[str, float] = {}
+    for stage, spent in sorted(now.items()):
+        *parts, whole = (a - b for a, b in zip(spent, before.get(stage, (0.0,) * 4), strict=True))
+        if whole > 0:
+            keys = (f"dni_{what}/stage_{stage}" for what in ("busy", "wait_in", "wait_out"))
+            shares |= {key: part / whole for key, part in zip(keys, parts, strict=True)}
+    return shares
 
 
 def _over_boundaries(measured: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -152,6 +152,10 @@ class Engine(ABC):
             "seed": self._pool.seed,
         }
 
+    def time_with(self, profile: Profile) -> None:
+        """Have `profile` time the phases of a step."""
+        self.profile = profile
+
     # ---- one step, as each engine runs it
 
     @abstractmethod

@@ -42,17 +42,19 @@ class BoundaryReport:
 
 
 class Utilization(NamedTuple):
-    """What a stage has spent its time on since it last told, as shares of that time.
+    """What a stage has spent its time on since its first training step, in seconds.
 
     Attributes:
         busy: In forward and backward passes and in the steps of optimizers.
         wait_in: Waiting for activations, targets or outputs.
         wait_out: Waiting until what it sends can leave.
+        whole: All in all, without evaluation.
     """
 
     busy: float
     wait_in: float
     wait_out: float
+    whole: float
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -101,8 +102,10 @@ class StageEngine(StagedEngine):
         passage = self._use(TRAINING)
         self._updates += first
         self._step = self._settings(batch, accumulate, scale, several_losses, last)
-        self._report, self._requested, self._seen = None, "nothing", None
-        self._number = self._steps
+        self._requested, self._seen = "nothing", None
+        self._number = self.clock.step = self._steps
+        if self._step.report and not self.is_last:
+            self._reporting.begin(self._updates)
         passage.receive(Kind.TRAIN, self._number, batch)
         call = 1 if self.stage else 0
         seed = derive_seed(self._pool.seed, "stage", self._below, call, self._steps, *self._replica)
@@ -114,7 +117,8 @@ class StageEngine(StagedEngine):
 
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
-        return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
+        with self.profile("pipeline.forward"):
+            return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
@@ -241,6 +245,7 @@ class StageEngine(StagedEngine):
             if due:
                 lessons = [c.cut.lesson for c in due if c.cut.lesson is not None]
                 self._pool.remember(lessons)
+                self._reporting.close(due, self._updates, self.skipped)
             super().update_estimators()
 
     def _learn(self, crossing: Pending) -> None:
@@ -248,7 +253,10 @@ class StageEngine(StagedEngine):
         cut = crossing.cut
         if crossing.gradient is not None and crossing.gradient.facts:
             self._elements_per_row = int(crossing.gradient.facts[0]) or None
-        learn(crossing, self._step, self._staleness)
+        reports = self._reporting.is_open(crossing)
+        learn(crossing, replace(self._step, report=reports), self._staleness)
+        if reports:
+            self._reporting.observe(crossing)
         if self._health.skips:
             self._health.sift([cut], keep_stage=True)
         else:
@@ -256,6 +264,11 @@ class StageEngine(StagedEngine):
             self._look()
         accumulate(cut.estimator_grads)
         cut.estimator_grads, cut.record = [], None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of estimator updates left out so far; on the last stage of all that have told."""
+        return super().skipped | self._reporting.skipped
 
     # ---- state
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.estimator import Signal
+from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.message import Links
@@ -52,7 +53,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         self._place: Place | None = None
         self._links: Links | None = None
         self._watch: Watch | None = None
-        self._failed = False
+        self._failed = self._introduced = False
 
     # ---- which process is which stage
 
@@ -105,6 +106,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             guard=self._watch,
         )
         self.engine.join(place.stage, self._links, self._staleness)
+        self._introduced = False
         agree(trainer, module, place.is_last)
 
     @override
@@ -139,6 +141,27 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         result = self.engine.run(step)
         # only the last stage has a loss; elsewhere Lightning differentiates this
         return result if self.engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Differentiate the loss on the last stage; elsewhere merge what the stage has found out."""
+        with self.engine.profile("pipeline.backward"):
+            return super().backward(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the user's optimizer step; after the first time tell rank 0 what every stage is."""
+        output = super().optimizer_step(*args, **kwargs)
+        if not self._introduced:
+            self._introduced = True
+            found = self._together(partial(gather, self.engine.describe()))
+            self.engine.introduce([] if found is None else list(reversed(found)))
+        return output
+
+    @override
+    def _after_step(self, *args: Any) -> None:
+        self.engine.clock.was(Activity.OPTIMIZER)
+        super()._after_step(*args)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
