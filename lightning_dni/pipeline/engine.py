@@ -25,6 +25,7 @@ from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
@@ -33,6 +34,7 @@ from lightning_dni.pipeline.crossing import (
     ask,
     correct,
     differentiate,
+    differentiate_truly,
     gradients_at,
     learn,
     open_cut,
@@ -40,7 +42,7 @@ from lightning_dni.pipeline.crossing import (
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.message import Kind, Message
 from lightning_dni.pipeline.passage import Passage
-from lightning_dni.pipeline.pending import Pending, load, save
+from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
@@ -162,16 +164,16 @@ class StageEngine(StagedEngine):
     def _differentiate(self, cut: Cut) -> None:
         received = self._placed().received
         with self.profile("dni.local_backward"):
-            differentiate(cut, received)
-        self._send_back(received)
+            assert self._step is not None
+            differentiate(cut, received, keep_graph=self._step.probe)
+        self._send_back(gradients_at(received))
 
-    def _send_back(self, received: list[Tensor]) -> None:
+    def _send_back(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Tell the stage below what its output was worth."""
-        if received:
+        if gradients:
             assert self._links.gradient_out is not None
             facts = (float(self._elements_per_row or 0),)
-            message = Message(self._number, Kind.TRAIN, gradients_at(received), facts=facts)
-            self._links.gradient_out.send(message)
+            self._links.gradient_out.send(Message(self._number, Kind.TRAIN, gradients, facts=facts))
 
     # ---- backward, as a strategy calls it around its own
 
@@ -190,7 +192,7 @@ class StageEngine(StagedEngine):
         """Last third of `backward`: send back what the loss has left below, merge what was set aside."""
         crossing, self._crossing = self._crossing, None
         if self.is_last:
-            self._send_back(self._placed().received)
+            self._send_back(gradients_at(self._placed().received))
             self._send_output()
             self._health.observe(self._number, self._loss, [])
             self._look()
@@ -202,9 +204,30 @@ class StageEngine(StagedEngine):
             self._inbox.take_gradient(crossing)
             correct(crossing)
             self._differentiate(crossing.cut)
+        if self._step is not None and self._step.probe:
+            self._probe(crossing)
         self._examine(crossing.cut)
         accumulate(crossing.cut.param_grads)
         crossing.cut.param_grads = []
+
+    def _probe(self, crossing: Pending) -> None:
+        """Wait for the true gradient of this batch, hand it down, and keep what it shows.
+
+        The loss's own gradient is what the last stage sends down in any case. All others have to wait.
+        """
+        assert self.plan is not None
+        self._inbox.drain()
+        cut, received = crossing.cut, self._placed().received
+        with self.profile("dni.probe"):
+            next_to_loss = self.stage == self.plan.stages - 2
+            true = gradient_of(crossing) if next_to_loss else self._inbox.take_true(crossing)
+            truth, below = differentiate_truly(cut, true, received)
+            self._send_back(below)
+            names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
+            if cut.target is None:
+                cut.target = cut.target_gradient()
+            self._reporting.keep(crossing, report_boundary([cut], {cut: truth}, names))
+        cut.outputs = []
 
     def _send_output(self) -> None:
         if self._links.output_out is None:
