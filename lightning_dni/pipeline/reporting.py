@@ -43,7 +43,7 @@ class Reporting:
     # ---- measured here
 
     def tell_utilization(self, step: int) -> None:
-        """Tell what this stage has spent its time on since it last did."""
+        """Tell what this stage has spent its time on so far."""
         self._mail.post(Letter(Topic.UTILIZATION, self._stage, step, tuple(self._clock.read())))
 
     def begin(self, update: int) -> None:
@@ -77,6 +77,7 @@ class Reporting:
                 count = skipped.get(crossing.cut.boundary, -1)
                 said = (float(count), *figures.encode())
                 self._mail.post(Letter(Topic.FIGURES, self._stage, crossing.step, said))
+                self.tell_utilization(crossing.step)
 
     # ---- what has come
 
@@ -97,4 +98,4 @@ class Reporting:
             return None
         figures = {self.boundaries[stage]: self._figures[stage] for stage in sorted(self._figures)}
         probed = any("true" in each.sums for each in figures.values())
-        return StepReport(self._step, probed, {}, figures, dict(self._shares))
+        return StepReport(self._step, probed, {}, figures, {**self._shares, self._stage: self._clock.read()})

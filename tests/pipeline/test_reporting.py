@@ -1,6 +1,7 @@
 """What stages measure is what one process measures, and measuring it changes nothing."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_dni.core.sums import BoundarySums
 from lightning_dni.pipeline.local import LocalChannel
 from lightning_dni.pipeline.mail import ROOM, Letter, Mail, Topic, open_bag
 from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.together import StagesTogether
 
 
 def ask(engine, how):
@@ -22,15 +24,13 @@ def ask(engine, how):
         getattr(engine, how)()
 
 
-def step_together(staged, data, how, accumulate=1):
+def step_together(staged, data, how):
     """Train, asking in every step; what the last stage knows after each."""
     reports = []
-    for i in range(0, len(data), accumulate):
+    for batch in data:
         for engine in staged.engines:
             ask(engine, how)
-        for _ in range(accumulate - 1):  # `step` runs all batches of an update: ask for each of them
-            pass
-        staged.step(data[i : i + accumulate])
+        staged.step([batch])
         reports.append(staged.engines[-1].last_report)
     return reports
 
@@ -143,26 +143,27 @@ def test_true_gradients_are_those_of_the_whole_model_at_that_step(staleness):
 
 def test_accumulated_batches_are_one_report():
     torch.manual_seed(0)
-    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(12)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), [batch for batch in batches(4) if len(batch[0]) == 8]
+    joint, second = (tuple(torch.cat(part) for part in zip(*data[k : k + 2], strict=True)) for k in (0, 1))
+    twin = copy.deepcopy(model)
+    staged, take = together(model, VECTOR_ESTIMATORS["local_loss"], data), StagesTogether._pass
 
-    def figures(accumulate, every):
-        staged = together(copy.deepcopy(model), VECTOR_ESTIMATORS["zero"], data, staleness=1)
-        for i in range(0, 12, accumulate):
-            original = staged._pass
+    def asking(self, *args, **kwargs):
+        for engine in self.engines:
+            engine.request_probe()
+        return take(self, *args, **kwargs)
 
-            def asking(*args, original=original, **kwargs):
-                for engine in staged.engines:
-                    engine.request_report()
-                return original(*args, **kwargs)
-
-            staged._pass = asking
-            staged.step(data[i : i + accumulate])
-            staged._pass = original
-        return staged.engines[-1].last_report.figures
-
-    found = figures(4, 1)
-    assert found["1"].staleness == 1
-    assert found["1"].sums["target"][2] > 0
+    staged._pass = partial(asking, staged)
+    for k in (0, 1):
+        staged.step(data[k : k + 2])
+    measured = measured_in_one_process(
+        twin, VECTOR_ESTIMATORS["local_loss"], [joint, second], "request_probe"
+    )
+    figures = staged.engines[-1].last_report.figures
+    assert list(figures) == list(measured[0])
+    for boundary, found in figures.items():
+        for family, sums in found.sums.items():
+            assert_close(sums, measured[0][boundary][family], rtol=1e-6, atol=1e-12)
 
 
 def test_nothing_is_measured_without_a_request():

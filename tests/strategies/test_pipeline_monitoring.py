@@ -39,90 +39,129 @@ def shares(stages=3):
     return [f"{what}/stage_{k}" for what in SHARES for k in range(stages)]
 
 
-def monitored_stage(rank, every_n, probe, options, fit_options):
+def critic_below(spec):
+    return CriticEstimator(spec, num_classes=CLASSES) if spec.name == "net.0" else LINEAR(spec)
+
+
+CASES = {
+    "every step": {"every_n": 1},
+    "accumulated": {"every_n": 1, "accumulate_grad_batches": 2},
+    "probed": {"every_n": 1, "probe": True},
+    "rows": {"every_n": 4, "staleness": 2, "batches": 13, "wandb": True},
+    "probed rows": {"every_n": 4, "staleness": 2, "batches": 13, "probe": True},
+    "not watched": {"every_n": None, "staleness": 2, "batches": 13},
+    "heard late": {"every_n": 5, "staleness": 1, "batches": 20, "estimator": critic_below},
+}
+
+
+def monitored_stage(rank, name, every_n, probe=None, wandb_too=False, batches=10, staleness=0, **options):
     """One process of a fit that is watched, or not; what its loggers have written."""
-    warnings.simplefilter("ignore")
-    os.environ["PL_GLOBAL_SEED"] = "0"
-    os.environ |= {"WANDB_SILENT": "true", "WANDB_DISABLE_GIT": "true"}
     monitors = [] if every_n is None else [GradientMonitor(every_n, probe, recipe="test")]
-    wants_wandb = fit_options.pop("wandb", False)
-    csv = CSVLogger(".")
-    loggers = [csv, WandbLogger(project="t", save_dir=Path.cwd(), offline=True)] if wants_wandb else [csv]
-    options = {"staleness": 0, **options}
-    module, batches = net(dropout=0.2), fit_options.pop("batches", 10)
+    csv = CSVLogger(".", name=name)
+    loggers = [csv, WandbLogger(project="t", save_dir=Path.cwd(), offline=True)] if wandb_too else [csv]
+    module = net(dropout=0.2)
+    strategy = pipeline(3, staleness=staleness, estimator=options.pop("estimator", LINEAR))
     trainer = quiet_trainer(
-        pipeline(3, **options),
+        strategy,
         devices=3,
         callbacks=monitors,
         logger=loggers,
         log_every_n_steps=every_n or 1,
         use_distributed_sampler=False,
-        **fit_options,
+        **options,
     )
     torch.manual_seed(0)
     trainer.fit(module, loader(8 * batches))
     file = None
-    if wants_wandb and rank == 0:
+    if wandb_too and rank == 0:
         file = str(loggers[1].experiment.settings.sync_file)
         wandb.finish()
     return {
         "rows": csv_rows(csv) if rank == 0 else {},
-        "logged": {name for name in trainer.logged_metrics if name.startswith("dni_")},
+        "logged": {key for key in trainer.logged_metrics if key.startswith("dni_")},
         "history": [each.state_dict() for each in monitors[0].history] if monitors else [],
         "weights": weights(module),
-        "estimators": {n: weights(e) for n, e in trainer.strategy.engine.estimators.items()},
+        "estimators": {n: weights(e) for n, e in strategy.engine.estimators.items()},
         "file": file,
-        "files": [str(path) for path in Path().rglob("dni_gradients.png")],
+        "pictures": [str(path) for path in Path(csv.log_dir).rglob("dni_gradients.png")] if rank == 0 else [],
     }
 
 
-def watched(every_n=1, probe=None, options=None, seconds=90, **fit_options):
-    """What every rank has to say, rank 0 first."""
-    return on_ranks(
-        *(monitored_stage, every_n, probe, options or {}, fit_options),
-        world_size=3,
-        grouped=False,
-        seconds=seconds,
-    )
+def all_cases(rank, folder):
+    """Every case in one set of processes, which take long to start."""
+    warnings.simplefilter("ignore")
+    os.chdir(folder)
+    os.environ |= {"PL_GLOBAL_SEED": "0", "WANDB_SILENT": "true", "WANDB_DISABLE_GIT": "true"}
+    found = {}
+    for name, case in CASES.items():
+        options = {"wandb_too" if key == "wandb" else key: value for key, value in case.items()}
+        found[name] = monitored_stage(rank, name, **options)
+    return found
 
 
-def in_one_process(every_n=1, batches=10, **options):
-    logger, monitor = CSVLogger(".", name="one"), GradientMonitor(every_n)
-    watching = {"callbacks": [monitor], "logger": logger, "log_every_n_steps": every_n}
-    fit(net(dropout=0.2), dni(rng="stage", seed=0), loader(8 * batches), **watching, **options)
-    return csv_rows(logger), monitor
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """What every rank has to say, rank 0 first, by case."""
+    said = on_ranks(all_cases, tmp_path_factory.mktemp("fits"), world_size=3, grouped=False, seconds=240)
+    return {name: [each[name] for each in said] for name in CASES}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_without_lag_figures_are_those_of_one_process_a_step_later(accumulate):
-    options = {"accumulate_grad_batches": accumulate}
-    rows = watched(**options)[0]["rows"]
-    expected, _ = in_one_process(**options)
+def in_one_process(batches=10, **options):
+    """Rows of every step, and the probes."""
+    logger, monitor = CSVLogger(".", name="one"), GradientMonitor(1)
+    watching = {"callbacks": [monitor], "logger": logger, "log_every_n_steps": 1}
+    fit(net(dropout=0.2), dni(rng="stage"), loader(8 * batches), **watching, **options)
+    return csv_rows(logger), monitor.history
+
+
+@pytest.mark.parametrize(
+    ("case", "metrics", "accumulate"),
+    [
+        ("every step", AGAINST_TARGET, 1),
+        ("accumulated", AGAINST_TARGET, 2),
+        ("probed", AGAINST_TARGET + AGAINST_TRUE, 1),
+    ],
+)
+def test_without_lag_figures_are_those_of_one_process_a_step_later(fits, case, metrics, accumulate):
+    rows = fits[case][0]["rows"]
+    expected, history = in_one_process(accumulate_grad_batches=accumulate)
     steps = rows_with(rows, "dni_target_error/net_0")
     assert steps == list(range(1, 10 // accumulate))
     for step in steps:
-        for key in keys(AGAINST_TARGET):
-            assert rows[step][key] == pytest.approx(expected[step - 1][key], rel=1e-6, abs=1e-9), (step, key)
+        found = {key: rows[step][key] for key in keys(metrics)}
+        assert found == pytest.approx({key: expected[step - 1][key] for key in found}, rel=1e-6, abs=1e-7)
         assert [rows[step][key] for key in keys(["dni_staleness"])] == [0, 0]
+    if case == "probed":
+        cosines = [probe["cosine"] for probe in fits[case][0]["history"]]
+        assert cosines == [pytest.approx(dict(probe.cosine), abs=1e-6) for probe in history[:-1]]
 
 
-def test_rows_are_where_the_trainer_writes_them_and_say_how_old_targets_were():
-    first, *others = watched(4, options={"staleness": 2}, batches=13, wandb=True)
+def test_rows_are_where_the_trainer_writes_them_and_say_how_old_targets_were(fits):
+    first, *others = fits["rows"]
     rows = first["rows"]
     for key in [*keys([*AGAINST_TARGET, "dni_staleness"]), *shares()]:
         assert rows_with(rows, key) == [3, 7, 11], key
     assert not any(key in row for row in rows.values() for key in keys(AGAINST_TRUE))
     assert {rows[7][key] for key in keys(["dni_staleness"])} == {2.0}
+    assert rows[11]["dni_step_time"] > 0
+    assert first["pictures"] == []
+    for other in others:
+        assert (other["logged"], other["history"]) == (set(), [])
+
+
+def test_shares_of_time_are_shares(fits):
+    rows = fits["rows"][0]["rows"]
     for step in (3, 7, 11):
         for stage in range(3):
-            parts = [rows[step][f"{what}/stage_{stage}"] for what in SHARES]
-            assert all(0 <= part <= 1 for part in parts)
-            assert 0 < sum(parts) <= 1
-            assert parts[0] > 0
-    assert first["files"] == []
-    for other in others:
-        assert (other["logged"], other["history"], other["files"]) == (set(), [], [])
-    run = read_run(first["file"])
+            busy, wait_in, wait_out = (rows[step][f"{what}/stage_{stage}"] for what in SHARES)
+            assert busy > 0
+            assert wait_in >= 0
+            assert wait_out >= 0
+            assert busy + wait_in + wait_out <= 1
+
+
+def test_a_wandb_run_knows_all_stages(fits):
+    run = read_run(fits["rows"][0]["file"])
     assert [s for s, row in run.by_step().items() if "dni_target_cosine/net_1" in row] == [3, 7, 11]
     found = run.config["dni"]
     assert found["boundaries"] == BOUNDARIES
@@ -130,24 +169,29 @@ def test_rows_are_where_the_trainer_writes_them_and_say_how_old_targets_were():
     assert found["estimator_parameters"] == {"net_0": 96, "net_1": 96}
     assert found["estimator_optimizer"] == {"name": "Adam", "lr": 1e-3}
     assert (found["staleness"], found["stages"], found["schedule"]) == (2, 3, "dni")
-    assert run.summary["dni_busy/stage_0"] > 0
+    assert run.summary["dni_target_error/net_0"] > 0
 
 
-def test_a_watched_run_is_the_same_bits():
-    plain, seen = watched(None, options={"staleness": 1}), watched(2, options={"staleness": 1})
-    assert plain[0]["rows"]
-    for one, other in zip(plain, seen, strict=True):
+def test_probes_are_drawn_by_rank_0_alone(fits):
+    first, *others = fits["probed rows"]
+    for key in keys(AGAINST_TARGET + AGAINST_TRUE):
+        assert rows_with(first["rows"], key) == [3, 7, 11], key
+    assert len(first["pictures"]) == 1
+    assert [probe["step"] for probe in first["history"]] == [3, 7, 11]
+    assert all(other["history"] == [] for other in others)
+
+
+@pytest.mark.parametrize("case", ["rows", "probed rows"])
+def test_a_watched_run_is_the_same_bits(fits, case):
+    for one, other in zip(fits["not watched"], fits[case], strict=True):
         assert different(one["weights"], other["weights"]) == []
-        for name in one["estimators"]:
-            assert different(one["estimators"][name], other["estimators"][name]) == []
+        assert one["estimators"].keys() == other["estimators"].keys()
+        for name, found in one["estimators"].items():
+            assert different(found, other["estimators"][name]) == []
 
 
-def critics_below(spec):
-    return CriticEstimator(spec, CLASSES) if spec.name == "net.0" else LINEAR(spec)
-
-
-def test_figures_of_an_estimator_that_hears_late_come_in_a_later_row():
-    rows = watched(5, options={"staleness": 1, "estimator": critics_below}, batches=20)[0]["rows"]
-    assert rows_with(rows, "dni_sg_loss/net_1") == [4, 9, 14, 19]
-    assert rows_with(rows, "dni_sg_loss/net_0") == [9, 14, 19]
-    assert {row["dni_staleness/net_0"] for row in rows.values() if "dni_staleness/net_0" in row} == {2.0}
+def test_figures_of_an_estimator_that_hears_late_come_in_a_later_row(fits):
+    rows = fits["heard late"][0]["rows"]
+    assert rows_with(rows, "dni_target_error/net_1") == [4, 9, 14, 19]
+    assert rows_with(rows, "dni_target_error/net_0") == [9, 14, 19]
+    assert {rows[9]["dni_staleness/net_0"], rows[9]["dni_staleness/net_1"]} == {2.0, 1.0}
