@@ -3,12 +3,10 @@
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
@@ -18,6 +16,7 @@ from lightning_dni.callbacks.configuration import describe_run
 from lightning_dni.callbacks.engine import engine_of, key_of
 from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
 from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
+from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow, metrics_of
 from lightning_dni.core.figures import Figures
@@ -147,10 +146,8 @@ class GradientMonitor(pl.Callback):
     def _show(self, trainer: pl.Trainer) -> None:
         assert self._wandb is not None
         self._wandb.show(self.history, self.history[-1].step)
-        others = [each for each in trainer.loggers if not isinstance(each, WandbLogger)]
-        if trainer.is_global_zero and (others or not trainer.loggers):
-            directories = [each.log_dir or each.save_dir for each in others]
-            path = Path(next(filter(None, directories), trainer.default_root_dir)) / FILE_NAME
+        path = picture_path(trainer, FILE_NAME)
+        if path is not None:
             write_heatmap(self.history, path)
             rank_zero_info(f"GradientMonitor has drawn cosine and error of the gradients: {path}")
 

@@ -97,6 +97,17 @@ class StageClock:
             self.spans.append(Span(self._since, now, ended, self.step))
         self._since = now
 
+    def record(self) -> None:
+        """Begin to keep every stretch of time."""
+        self._switch()
+        self.spans = []
+
+    def take(self) -> list[Span]:
+        """What was recorded, which ends here."""
+        self._switch()
+        spans, self.spans = self.spans or [], None
+        return spans
+
     def restart(self) -> None:
         """Begin to add up anew."""
         self._switch()
