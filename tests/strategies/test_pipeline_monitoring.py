@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from processes import on_ranks
 from strategies.pipelined import pipeline
 
 from lightning_dni import GradientMonitor
+from lightning_dni.callbacks import PipelineTimeline
+from lightning_dni.callbacks.timeline import _on_one_clock
 from lightning_dni.estimators import CriticEstimator
+from lightning_dni.pipeline.clock import Activity
 
 CLASSES = 3
 AGAINST_TARGET = ["dni_sg_loss", "dni_target_error", "dni_target_cosine"]
@@ -39,6 +43,14 @@ def shares(stages=3):
     return [f"{what}/stage_{k}" for what in SHARES for k in range(stages)]
 
 
+class KeptTimeline(PipelineTimeline):
+    """Keeps what it would draw."""
+
+    def _gather(self, trainer, engine):
+        self.found = super()._gather(trainer, engine)
+        return self.found
+
+
 def critic_below(spec):
     return CriticEstimator(spec, num_classes=CLASSES) if spec.name == "net.0" else LINEAR(spec)
 
@@ -57,6 +69,7 @@ CASES = {
 def monitored_stage(rank, name, every_n, probe=None, wandb_too=False, batches=10, staleness=0, **options):
     """One process of a fit that is watched, or not; what its loggers have written."""
     monitors = [] if every_n is None else [GradientMonitor(every_n, probe, recipe="test")]
+    timelines = [KeptTimeline(5, 4)] if wandb_too else []
     csv = CSVLogger(".", name=name)
     loggers = [csv, WandbLogger(project="t", save_dir=Path.cwd(), offline=True)] if wandb_too else [csv]
     module = net(dropout=0.2)
@@ -64,7 +77,7 @@ def monitored_stage(rank, name, every_n, probe=None, wandb_too=False, batches=10
     trainer = quiet_trainer(
         strategy,
         devices=3,
-        callbacks=monitors,
+        callbacks=[*monitors, *timelines],
         logger=loggers,
         log_every_n_steps=every_n or 1,
         use_distributed_sampler=False,
@@ -83,7 +96,8 @@ def monitored_stage(rank, name, every_n, probe=None, wandb_too=False, batches=10
         "weights": weights(module),
         "estimators": {n: weights(e) for n, e in strategy.engine.estimators.items()},
         "file": file,
-        "pictures": [str(path) for path in Path(csv.log_dir).rglob("dni_gradients.png")] if rank == 0 else [],
+        "timeline": timelines[0].found if timelines else None,
+        "pictures": sorted(path.name for path in Path(csv.log_dir).rglob("*.png")) if rank == 0 else [],
     }
 
 
@@ -144,7 +158,7 @@ def test_rows_are_where_the_trainer_writes_them_and_say_how_old_targets_were(fit
     assert not any(key in row for row in rows.values() for key in keys(AGAINST_TRUE))
     assert {rows[7][key] for key in keys(["dni_staleness"])} == {2.0}
     assert rows[11]["dni_step_time"] > 0
-    assert first["pictures"] == []
+    assert first["pictures"] == ["dni_timeline.png"]
     for other in others:
         assert (other["logged"], other["history"]) == (set(), [])
 
@@ -170,13 +184,34 @@ def test_a_wandb_run_knows_all_stages(fits):
     assert found["estimator_optimizer"] == {"name": "Adam", "lr": 1e-3}
     assert (found["staleness"], found["stages"], found["schedule"]) == (2, 3, "dni")
     assert run.summary["dni_target_error/net_0"] > 0
+    image = next(row for row in run.rows if "dni_timeline.path" in row)
+    assert image["trainer/global_step"] == 12
+    files = Path(fits["rows"][0]["file"]).parent / "files"
+    assert (files / image["dni_timeline.path"]).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_timeline_shows_every_batch_on_every_stage_in_its_turn(fits):
+    stages = _on_one_clock(fits["rows"][0]["timeline"])
+    assert list(stages) == [0, 1, 2]
+    begins = {}
+    for stage, spans in stages.items():
+        assert all(a.end == b.start for a, b in pairwise(spans))
+        forward = [span for span in spans if span.activity is Activity.FORWARD]
+        assert sorted({span.step for span in forward}) == [5, 6, 7, 8]
+        done = {span.activity for span in spans}
+        assert done >= {Activity.FORWARD, Activity.BACKWARD, Activity.OPTIMIZER}
+        assert done >= {Activity.WAIT_IN, Activity.WAIT_OUT}
+        assert (Activity.ESTIMATOR in done) == (stage < 2)
+        begins[stage] = {step: min(s.start for s in forward if s.step == step) for step in range(5, 9)}
+    for step in range(5, 9):  # one host, one clock: no activation is used before it was made
+        assert begins[0][step] < begins[1][step] < begins[2][step]
 
 
 def test_probes_are_drawn_by_rank_0_alone(fits):
     first, *others = fits["probed rows"]
     for key in keys(AGAINST_TARGET + AGAINST_TRUE):
         assert rows_with(first["rows"], key) == [3, 7, 11], key
-    assert len(first["pictures"]) == 1
+    assert first["pictures"] == ["dni_gradients.png"]
     assert [probe["step"] for probe in first["history"]] == [3, 7, 11]
     assert all(other["history"] == [] for other in others)
 
