@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_NUM_THREADS=1 $(BIN)
+WORKERS ?= 2
+PARALLEL = --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-matrix lint install clean
 
@@ -27,8 +29,8 @@ lint: install  ## format, lint, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## all checks, tests and doctests
-	$(RUN)/python -m pytest -q
+test: lint  ## all checks, tests and doctests; WORKERS=4 on a machine with four cores
+	$(RUN)/python -m pytest -q $(PARALLEL)
 
 # lightning,torch: the oldest and the newest that are supported; both torches bring several GB of CUDA.
 # The progress bar of lightning 2.5.0 fails with rich from 14 on.
@@ -36,13 +38,13 @@ MATRIX = 2.5.0,2.4.0 2.6.6,2.15.0
 
 test-matrix:  ## the tests with other versions of lightning and torch, in .matrix/
 	@set -e; for pair in $(MATRIX); do \
-	  lightning=$${pair%,*}; torch=$${pair#*,}; there=.matrix/$$pair; \
+	  lightning=$${pair%,*}; torch=$${pair#*,}; there=.matrix/$$pair; rich=rich; \
+	  case $$lightning in 2.5.0) rich='rich<14';; esac; \
 	  echo "lightning $$lightning, torch $$torch"; \
 	  test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
 	  $$there/bin/python -m pip install --quiet torch==$$torch; \
-	  $$there/bin/python -m pip install --quiet torch==$$torch lightning==$$lightning --editable '.[dev]'; \
-	  case $$lightning in 2.5.0) $$there/bin/python -m pip install --quiet --no-deps 'rich<14';; esac; \
-	  OMP_NUM_THREADS=1 $$there/bin/python -m pytest -q; \
+	  $$there/bin/python -m pip install --quiet torch==$$torch lightning==$$lightning $$rich --editable '.[test]'; \
+	  OMP_NUM_THREADS=1 $$there/bin/python -m pytest -q $(PARALLEL); \
 	done
 
 clean:  ## remove what the targets made

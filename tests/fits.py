@@ -23,16 +23,16 @@ OPTIMIZERS = {
 
 
 class Net(pl.LightningModule):
-    """Two hidden stages, `net.0` and `net.1` (linear, [batch norm,] ReLU[, dropout]), and `net.2` on top.
+    """Hidden stages, `net.0` and `net.1` (linear, [batch norm,] ReLU[, dropout]), and `net.2` on top.
 
     No bias before batch norm: its gradient is zero but for rounding, which Adam blows up to 1e-11 a step.
     """
 
-    def __init__(self, dropout=0.0, batch_norm=False, optimizer="sgd", width=8):
+    def __init__(self, dropout=0.0, batch_norm=False, optimizer="sgd", width=8, hidden=2):
         super().__init__()
         self.save_hyperparameters()
         stages = []
-        for features in (FEATURES, width):
+        for features in (FEATURES, *[width] * (hidden - 1)):
             norm = [nn.BatchNorm1d(width)] if batch_norm else []
             drop = [nn.Dropout(dropout)] if dropout else []
             stages.append(

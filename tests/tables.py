@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Record, Signal
 from lightning_dni.estimators import (
@@ -177,9 +178,33 @@ ESTIMATORS = [
 ]
 
 
+LEARNED = [row for row in ESTIMATORS if row.learned]
+ROWWISE = [row for row in ESTIMATORS if row.rowwise]
+REGRESSORS = [row for row in LEARNED if row.is_regressor()]
+HEADS = [row for row in LEARNED if not row.is_regressor()]
+BATCH_NORM = [row for row in LEARNED if not row.rowwise]
+CONDITIONED = [row for row in ESTIMATORS if row.context != "none"]
+POSITIONWISE = [row for row in ESTIMATORS if row.kind == "sequence" and row.positionwise]
+
+
 def each(rows):
     """Run a law over `rows`, as its argument `row`."""
     return pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in rows])
+
+
+def exact(a, b):
+    assert_close(a, b, rtol=0, atol=0)
+
+
+def synthesize(estimator, h, context):
+    gradient, _ = estimator.synthesize(h, context, None)
+    return None if gradient is None else tuple(g.detach() for g in gradient)
+
+
+def lesson(estimator, h, context, feedback, graph=None):
+    """Loss and its parameter gradients, as the engine would take them."""
+    loss = estimator.loss(record_of(estimator, h, context, graph), feedback)
+    return loss.detach(), gradients_of(estimator, loss)
 
 
 class TwoLeaves(nn.Module):

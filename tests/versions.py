@@ -12,5 +12,5 @@ TORCH = Version(torch.__version__)
 newer_torch = pytest.mark.skipif(Version("2.6") > TORCH, reason="older torch exports and compiles otherwise")
 safe_loading = pytest.mark.skipif(
     "weights_only" not in inspect.signature(pl.Trainer.fit).parameters,
-    reason="older Lightning has no `weights_only` to pass, other finders, and saves uncopied",
+    reason="older Lightning has no `weights_only` to pass",
 )

@@ -6,11 +6,17 @@ from lightning_dni.callbacks._compat import MisconfigurationException
 from lightning_dni.core.report import HasEngine, Observable
 
 
-def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
+def engine_of(trainer: pl.Trainer, callback: pl.Callback, exact: bool = False) -> Observable:
     """The engine that `callback` is to work with.
 
+    Args:
+        trainer: Whose strategy is asked.
+        callback: Who asks.
+        exact: Whether one without synthetic gradients will do.
+
     Raises:
-        MisconfigurationException: The strategy has none, or the Trainer is another package's.
+        MisconfigurationException: The strategy has none, or one without synthetic gradients, or the Trainer
+            is another package's.
     """
     if not isinstance(trainer, pl.Trainer):
         raise MisconfigurationException(
@@ -18,10 +24,14 @@ def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
             f"{type(trainer).__module__.partition('.')[0]}, whose classes are others. Replace "
             "`import pytorch_lightning as pl` by `import lightning.pytorch as pl`, everywhere."
         )
-    strategy = trainer.strategy
+    strategy, who = trainer.strategy, type(callback).__name__
     if isinstance(strategy, HasEngine) and isinstance(strategy.engine, Observable):
-        return strategy.engine
-    who = type(callback).__name__
+        if exact or strategy.engine.bp_lambda:
+            return strategy.engine
+        raise MisconfigurationException(
+            f"Expected synthetic gradients for {who}, but got {type(strategy).__name__} with an exact "
+            f"schedule, which has none. Pass schedule='dni', or take {who} out of `callbacks`."
+        )
     raise MisconfigurationException(
         f"Expected a strategy with synthetic gradients for {who}, but got {type(strategy).__name__}, which "
         "exposes no `engine`. Pass Trainer(strategy=DNIStrategy(boundaries=[...], estimator=...)), or take "

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,8 +16,9 @@ from lightning_dni.callbacks.engine import engine_of, key_of
 from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
 from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
 from lightning_dni.callbacks.pictures import picture_path
+from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.wandb_report import WandbReport
-from lightning_dni.callbacks.window import BoundaryWindow, metrics_of
+from lightning_dni.callbacks.window import BoundaryWindow, add_up, metrics_of
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import Observable, Utilization
 
@@ -43,6 +43,9 @@ class GradientMonitor(pl.Callback):
     (`on_nonfinite="skip"`, a gradient scaler), `dni_skipped/<boundary>` counts them. Loggers also get the
     run's configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
     picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
+
+    In several processes gradients, losses and weights are those of the joint batch, and skipped updates are
+    added up, the same number in every process; time, samples and memory are each process's own.
 
     Under `DNIPipelineStrategy` figures come up with the activations, so a row tells of an earlier step:
     the newest that has come to rank 0, `staleness` + 1 steps before it as a rule. `dni_staleness/<boundary>`
@@ -102,7 +105,7 @@ class GradientMonitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the engine and describe the run to every logger."""
-        self._engine = engine_of(trainer, self)
+        self._engine = engine_of(trainer, self, exact=True)
         self._clear()
         self._delay = self._engine.report_delay
         self._probes = self._chooses_probes(self._engine)
@@ -233,15 +236,15 @@ class GradientMonitor(pl.Callback):
         self._arrived, self._utilization = dict(report.figures), dict(report.utilization)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        add_up = partial(trainer.strategy.reduce, reduce_op="sum")
-        figures = {name: window.figures(add_up) for name, window in self._windows.items()} | self._arrived
+        replicas = Replicas(trainer.strategy, pl_module) if trainer.world_size > 1 else None
+        figures = {name: window.figures(replicas) for name, window in self._windows.items()}
+        figures |= {name: add_up(arrived, replicas) for name, arrived in self._arrived.items()}
         measured = {name: metrics_of(found) for name, found in figures.items()}
         values = {key_of(metric, n): v for n, found in measured.items() for metric, v in found.items()}
         values |= _over_boundaries(measured)
         timing = self._clock.read()
         self._remember(measured, values, timing)
-        assert self._engine is not None
-        skipped = {key_of("dni_skipped", name): float(n) for name, n in self._engine.skipped.items()}
+        skipped = self._skipped(replicas)
         lags = {n: f.staleness for n, f in figures.items() if f.staleness is not None}
         ages = {key_of("dni_staleness", name): float(lag) for name, lag in lags.items()}
         shares = _shares(self._utilization, self._spent)
@@ -252,6 +255,18 @@ class GradientMonitor(pl.Callback):
         self._spent, self._utilization = self._utilization, {}
         self._clock.reset()
         reset_peak_memory(pl_module.device)
+
+    def _skipped(self, replicas: Replicas | None) -> dict[str, float]:
+        assert self._engine is not None
+        skipped = self._engine.skipped
+        if replicas is not None:
+            names = list(self._engine.bp_lambda)
+            own = torch.tensor([float(skipped.get(name, 0)) for name in names])
+            totals = replicas.total(own.to(replicas.device)).tolist()
+            # under a gradient scaler only those appear where something was found
+            found = dict(zip(names, totals, strict=True))
+            skipped = {name: int(n) for name, n in found.items() if n or name in skipped}
+        return {key_of("dni_skipped", name): float(n) for name, n in skipped.items()}
 
     def _remember(
         self,

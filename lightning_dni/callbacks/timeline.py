@@ -53,7 +53,7 @@ class PipelineTimeline(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the stage."""
-        engine = engine_of(trainer, self)
+        engine = engine_of(trainer, self, exact=True)
         self._engine = engine if isinstance(engine, StagedEngine) else None
         self._spans = []
         self._wandb = WandbReport(trainer)

@@ -1,17 +1,13 @@
 """The metrics of one boundary, from the sums over one optimizer step."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.core.distance import cosine_of, norm_quotient, row_cosine_of
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import BoundaryReport
 from lightning_dni.core.sums import BoundarySums
-
-REPLICATED = ("target", "true", "bootstrap")
-"""Sums that are added up over replicas, each of which has rows of its own."""
 
 
 class BoundaryWindow:
@@ -24,19 +20,28 @@ class BoundaryWindow:
         """Add a micro-batch."""
         self._sums.update(report)
 
-    def figures(self, add_up: Callable[[Tensor], Tensor]) -> Figures:
-        """The sums, of all replicas where there are any.
+    def figures(self, replicas: Replicas | None = None) -> Figures:
+        """The sums.
 
         Args:
-            add_up: Gives the sum of a tensor over the replicas.
+            replicas: The processes whose rows count together; None: there are no others.
         """
-        figures = self._sums.figures()
-        shared = [name for name in REPLICATED if name in figures.sums]
-        return figures.with_sums({name: add_up(figures.sums[name]) for name in shared})
+        return self._sums.figures(together=replicas)
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self, replicas: Replicas | None = None) -> dict[str, Tensor]:
         """The metrics by name, without those for which nothing was measured."""
-        return metrics_of(self._sums.figures())
+        return metrics_of(self.figures(replicas))
+
+
+def add_up(figures: Figures, replicas: Replicas | None) -> Figures:
+    """Figures that have come from elsewhere, with those that have come to the other replicas.
+
+    Gradients of weights are not added up: what has come are sums of each replica's own.
+    """
+    if replicas is None:
+        return figures
+    shared = {name: sums for name, sums in figures.sums.items() if name != "weights"}
+    return figures.with_sums({name: replicas.total(sums) for name, sums in shared.items()})
 
 
 def metrics_of(figures: Figures) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class Engine(ABC):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of estimator updates left out so far because something was not finite."""
+        """Number of estimator updates so far that left out something that was not finite, by boundary."""
         return dict(self._health.skipped)
 
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
@@ -199,10 +199,12 @@ class Engine(ABC):
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
         with self.profile("dni.estimator_step"):
             self._pool.update(self._exchange)
+        self._health.end_update()
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
+        self._health.end_update()
 
     def _settings(
         self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool

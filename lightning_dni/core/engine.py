@@ -69,7 +69,7 @@ class DNIEngine(Engine):
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
             derived from (seed, boundary below, step).
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite; "skip"
-            leaves out that update of the estimator, and of a stage that was given such a gradient.
+            leaves it out of the update of the estimator, and of a stage that was given such a gradient.
         seed: Seed of the engine's own streams; None: torch's initial seed.
         exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
         rank: Number of this replica, which has its own streams under `rng="stage"`.

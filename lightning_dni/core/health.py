@@ -46,7 +46,8 @@ class Health:
         boundaries: Names of the boundaries.
 
     Attributes:
-        skipped: Number of skipped estimator updates by boundary; empty where none can be.
+        skipped: Number of estimator updates by boundary that left something out, be it one of several
+            accumulated batches; empty where none can.
 
     Raises:
         EstimatorError: `on_nonfinite` is something else.
@@ -61,6 +62,7 @@ class Health:
         self.skipped = dict.fromkeys(boundaries, 0) if self.skips else {}
         self._unread: list[Observation] = []
         self._suspects: dict[str, Installed] = {}
+        self._counted: set[str] = set()
 
     @property
     def is_crowded(self) -> bool:
@@ -71,7 +73,12 @@ class Health:
         """Drop what was observed and not looked at; go on counting from `skipped`."""
         self._unread.clear()
         self._suspects.clear()
+        self._counted.clear()
         self.skipped.update(skipped)
+
+    def end_update(self) -> None:
+        """What is skipped from now on belongs to another update of the estimators."""
+        self._counted.clear()
 
     def observe(self, step: int, loss: Tensor | None, cuts: Sequence[Cut]) -> None:
         """Keep a scalar of everything in a step that must be finite; `cuts` topmost first."""
@@ -127,10 +134,15 @@ class Health:
             if not keep_stage and not (applied if cut.waits else said):
                 cut.param_grads = []
             if not (said and learnt):
-                self.skipped[cut.boundary] = self.skipped.get(cut.boundary, 0) + 1
+                self._count(cut.boundary)
                 cut.estimator_grads, cut.lesson = [], None
                 if not self.skips:
                     self._suspects[cut.boundary] = cut.installed
+
+    def _count(self, boundary: str) -> None:
+        if boundary not in self._counted:
+            self._counted.add(boundary)
+            self.skipped[boundary] = self.skipped.get(boundary, 0) + 1
 
 
 def _numbers(values: Sequence[Tensor]) -> list[float]:

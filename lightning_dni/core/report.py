@@ -104,7 +104,7 @@ class Observable(Protocol):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of skipped estimator updates by boundary; empty where none can be."""
+        """Number of estimator updates by boundary that left something out; empty where none can."""
 
     def set_bp_lambda(self, value: float | Mapping[str, float]) -> None:
         """Change lambda from the next training step on, everywhere or by boundary or pattern."""

@@ -1,6 +1,7 @@
 """Sums over the gradients at one boundary, micro-batch by micro-batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,16 @@ from torch import Tensor
 from lightning_dni.core.distance import cosine_sums, difference_sums, row_cosine_sums, sum_dtype, value_dtype
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import BoundaryReport
+
+
+class Together(Protocol):
+    """Processes whose rows count together; all of them have to ask for the same sums."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of every process's `value`."""
+
+    def totals(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of every process's gradient by parameter, of which each may lack some."""
 
 
 class BoundarySums:
@@ -48,13 +59,23 @@ class BoundarySums:
             self._spread = self._spread or Spread()
             self._spread.update(target)
 
-    def figures(self, staleness: int | None = None) -> Figures:
-        """What was summed so far."""
+    def figures(self, staleness: int | None = None, together: Together | None = None) -> Figures:
+        """What was summed so far.
+
+        Args:
+            staleness: As in `Figures`.
+            together: The processes whose rows count together; None: there are no others.
+        """
         sums = dict(self._sums)
+        if together is not None:
+            sums = {family: together.total(vector) for family, vector in sums.items()}
         if self._spread is not None:
-            sums["spread"] = self._spread.sums()
+            sums["spread"] = self._spread.sums(together)
         if self._true:
-            sums["weights"] = _compare(*_side_by_side(self._applied, self._true))
+            sides = self._applied, self._true
+            sums["weights"] = _compare(
+                *_side_by_side(*(sides if together is None else map(together.totals, sides)))
+            )
         return Figures(sums, self._dtype, staleness)
 
     def _add(self, family: str, sums: Tensor) -> None:
@@ -86,15 +107,28 @@ class Spread:
         self._all_rows += rows
         self._squares = squares if self._squares is None else self._squares + squares
 
-    def sums(self) -> Float[Tensor, " 2"]:
-        """The sum of squared distances, and the number of rows."""
+    def sums(self, together: Together | None = None) -> Float[Tensor, " 2"]:
+        """The sum of squared distances, and the number of rows, of all processes if there are others."""
         assert self._squares is not None
-        return torch.stack([self._squares, torch.full_like(self._squares, self._all_rows)])
+        assert self._mean is not None
+        squares = self._squares
+        if together is not None and _are_equal(self._mean.numel(), together, self._mean):
+            rows = self._mean.new_tensor(float(self._rows))
+            shift = self._mean - together.total(self._mean * rows) / together.total(rows)
+            squares = squares + shift.square().sum() * rows
+        sums = torch.stack([squares, torch.full_like(squares, self._all_rows)])
+        return sums if together is None else together.total(sums)
 
     def variance(self) -> Float[Tensor, ""]:
         """Mean squared distance of a row to the mean."""
         squares: Tensor = self.sums()[0]
         return squares / self._all_rows
+
+
+def _are_equal(size: int, together: Together, like: Tensor) -> bool:
+    """Whether every process has this `size` (no variance among them)."""
+    count, total, squares = together.total(like.new_tensor([1.0, size, size**2])).tolist()
+    return bool(count * squares == total**2)
 
 
 def _compare(gradient: Tensor, reference: Tensor) -> Tensor:

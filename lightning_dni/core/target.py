@@ -12,7 +12,8 @@ from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.errors import EstimatorError
 
-Denominator = Literal["batch", "sum", "elements"] | Callable[[Any, Any], float | Tensor]
+# the callable gives float | Tensor, but jsonargparse takes no function from a recipe that is declared so
+Denominator = Literal["batch", "sum", "elements"] | Callable[[Any, Any], Any]
 DENOMINATORS = ("batch", "sum", "elements")
 
 
@@ -60,7 +61,8 @@ def denominator(
             one is assumed (a learned estimator is exactly zero then).
     """
     if callable(choice):
-        return choice(batch, h)
+        divisor: float | Tensor = choice(batch, h)
+        return divisor
     if choice == "sum":
         return 1.0
     elements = elements_per_row or 1 if choice == "elements" else 1

@@ -6,6 +6,7 @@ from lightning_dni.demos.language import GPTLanguageModel
 from lightning_dni.demos.mnist import MNISTDataModule
 from lightning_dni.demos.models import ConvClassifier, MLPClassifier
 from lightning_dni.demos.resnet import ResNet, ResNetClassifier
+from lightning_dni.demos.text import TextDataModule, count_tokens
 
 __all__ = [
     "GPT",
@@ -16,4 +17,6 @@ __all__ = [
     "MNISTDataModule",
     "ResNet",
     "ResNetClassifier",
+    "TextDataModule",
+    "count_tokens",
 ]

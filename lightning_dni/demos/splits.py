@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -21,14 +21,14 @@ class Split(Dataset[Batch]):
 
     Args:
         inputs: what goes into the network, possibly shared by several splits.
-        targets: the class of each input.
+        targets: the class of each input, or of each position of it.
         rows: which rows belong to this split.
     """
 
     def __init__(
         self,
-        inputs: Float[Tensor, " all *dims"],
-        targets: Int64[Tensor, " all"],
+        inputs: Shaped[Tensor, " all *dims"],
+        targets: Int64[Tensor, " all *positions"],
         rows: Int64[Tensor, " size"],
     ) -> None:
         self.inputs = inputs

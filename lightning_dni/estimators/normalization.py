@@ -10,6 +10,7 @@ class BatchNorm(nn.Module):
 
     A batch is normalized by its own statistics, whether or not the running averages take note of it;
     so an estimator whose graph is built again for its loss sees the same numbers and counts them once.
+    The averages leave out a batch whose statistics are not finite, since they would never recover.
     A single row has no variance: it is normalized by the running averages, and they stay.
 
     Args:
@@ -32,13 +33,15 @@ class BatchNorm(nn.Module):
         """Normalize `x`; the running averages follow where `track`."""
         flat = x if self._feature_dim == 1 else x.reshape(-1, x.shape[-1])
         single = flat.numel() == flat.shape[1]
-        averages = track or single
-        normalized = F.batch_norm(
-            flat,
-            self.running_mean if averages else None,
-            self.running_var if averages else None,
-            self.weight,
-            self.bias,
-            training=not single,
-        )
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        normalized = F.batch_norm(flat, mean, var, self.weight, self.bias, training=not single)
+        if track and not single:
+            self._follow(mean, var)
         return normalized.view(x.shape)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, var: Tensor) -> None:
+        """Take over these averages if they are finite, without waiting for the device."""
+        sound = (mean.sum() + var.sum()).isfinite()
+        self.running_mean.copy_(torch.where(sound, mean, self.running_mean))
+        self.running_var.copy_(torch.where(sound, var, self.running_var))

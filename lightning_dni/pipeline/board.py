@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 PERIOD = 0.3
 """Seconds between two heartbeats."""
 
+NEWS = 0.1
+"""The same where the process is doing something else by now."""
+
 _ERROR = "error"
 _NOTHING = "-"
 
@@ -50,11 +53,13 @@ class Beat:
         count: Its number.
         where: What the process was doing.
         left: Whether it needs nobody any more.
+        asks: What it asks of all, as bits.
     """
 
     count: int = 0
     where: str = "start-up"
     left: bool = False
+    asks: int = 0
 
 
 def prepare(store: Store, size: int) -> None:
@@ -84,7 +89,7 @@ class Board:
         self._store, self._rank, self._peers = store, rank, list(peers)
         self._keys = [_ERROR, *map(_beat_key, self._peers)]
         self._outbox: Fault | None = None
-        self._wake, self._stopping = Event(), False
+        self._wake, self._stopping, self._news = Event(), False, False
         self.mine = Beat()
         self.beats = {rank: Beat() for rank in self._peers}
         self.fault: Fault | None = None
@@ -97,6 +102,11 @@ class Board:
         """Tell everybody, unless another error came first; does not wait."""
         self._outbox = fault
         self._wake.set()
+
+    def tell(self, where: str) -> None:
+        """Say what this process is doing; others hear of it soon."""
+        self.mine.where = where
+        self._news = True
 
     def refresh(self) -> None:
         """Read and write now; does not wait."""
@@ -115,11 +125,16 @@ class Board:
             while not last:
                 last = self._stopping
                 self._wake.clear()
+                self._news = False
                 self._exchange()
-                if not (last or self._stopping):
-                    self._wake.wait(PERIOD)
+                self._rest()
         except Exception as lost:
             self.lost = lost
+
+    def _rest(self) -> None:
+        for _ in range(round(PERIOD / NEWS)):
+            if self._stopping or self._wake.wait(NEWS) or self._news:
+                break
 
     def _exchange(self) -> None:
         self.mine.count += 1

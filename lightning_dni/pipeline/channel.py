@@ -4,7 +4,11 @@ Waiting for a peer can be neither polled nor cancelled on gloo. So helper thread
 the thread that trains waits for them only, and asks in between whether the other stages still run.
 """
 
+import atexit
+import os
 import re
+import time
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import Semaphore, Thread
 
@@ -17,11 +21,57 @@ from lightning_dni.pipeline.wire import Parcel, Wire
 TICK = 0.1
 """Seconds between two looks at the guard."""
 
-FAREWELL = 5.0
+FAREWELL = 60.0
 """Seconds that closing waits for the other end."""
 
+PARTING = 0.5
+"""The same where something has failed."""
 
-class SendChannel:
+
+class _End:
+    """What both ends have in common: a helper thread, and a way to be rid of it."""
+
+    def __init__(self, wire: Wire, name: str, guard: Guard, target: Callable[[], None]) -> None:
+        self._wire, self._name, self._guard = wire, name, guard
+        self._pid, self._closed = os.getpid(), False
+        self._thread = Thread(target=target, name=f"dni {name}", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, failed=True)
+
+    def close(self, failed: bool = False, seconds: float = FAREWELL) -> None:
+        """Close this end, in whatever state it is; may be called again.
+
+        Args:
+            failed: Whether this stage stops because of an error.
+            seconds: How long to wait for the other end.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._say_goodbye(failed)
+        until = time.monotonic() + (min(seconds, PARTING) if failed else seconds)
+        while self._thread.is_alive() and time.monotonic() < until and not self._is_hopeless():
+            self._thread.join(TICK)
+        if self._thread.is_alive():
+            # a helper that wakes up while the interpreter ends would abort the process
+            self._wire.sever()
+            self._thread.join(PARTING)
+        if not self._thread.is_alive():
+            self._wire.cut()
+
+    def _say_goodbye(self, failed: bool) -> None:
+        raise NotImplementedError
+
+    def _is_hopeless(self) -> bool:
+        try:
+            self._guard.check()
+        except StageError:
+            return True
+        return False
+
+
+class SendChannel(_End):
     """The end that sends.
 
     Args:
@@ -32,13 +82,11 @@ class SendChannel:
     """
 
     def __init__(self, wire: Wire, name: str, window: int, guard: Guard) -> None:
-        self._wire, self._name, self._guard = wire, name, guard
         self._slots = Semaphore(window)
         self._under_way: SimpleQueue[Parcel | None] = SimpleQueue()
         self._broken: Exception | None = None
         self._ended = False
-        self._thread = Thread(target=self._finish, name=f"dni sends {name}", daemon=True)
-        self._thread.start()
+        super().__init__(wire, name, guard, self._finish)
 
     def send(self, message: Message) -> None:
         """Hand a message over; waits only while `window` messages are under way.
@@ -91,15 +139,11 @@ class SendChannel:
                 self._broken = lost
         self._under_way.put(None)
 
-    def close(self, failed: bool = False, seconds: float = FAREWELL) -> None:
-        """End it, and wait for a while until everything has arrived."""
+    def _say_goodbye(self, failed: bool) -> None:
         self.end(failed)
-        self._thread.join(seconds)
-        if not self._thread.is_alive():
-            self._wire.cut()
 
 
-class ReceiveChannel:
+class ReceiveChannel(_End):
     """The end that receives.
 
     Args:
@@ -110,12 +154,10 @@ class ReceiveChannel:
     """
 
     def __init__(self, wire: Wire, name: str, window: int, guard: Guard) -> None:
-        self._wire, self._name, self._guard = wire, name, guard
         self._slots = Semaphore(window)
         self._arrived: SimpleQueue[Message | Flag | Exception] = SimpleQueue()
         self._closing = False
-        self._thread = Thread(target=self._pump, name=f"dni receives {name}", daemon=True)
-        self._thread.start()
+        super().__init__(wire, name, guard, self._pump)
 
     def receive(self) -> Message:
         """The next message, in the order in which they were sent; waits for it.
@@ -152,9 +194,7 @@ class ReceiveChannel:
 
     def _pump(self) -> None:
         try:
-            while (header := self._wire.take_header()).flag == Flag.MESSAGE:
-                if not self._closing:
-                    self._slots.acquire()
+            while (header := self._take_header()).flag == Flag.MESSAGE:
                 tensors = self._wire.take_tensors(header)
                 if not self._closing:
                     self._arrived.put(
@@ -165,13 +205,16 @@ class ReceiveChannel:
         except Exception as lost:
             self._arrived.put(lost)
 
-    def close(self, seconds: float = FAREWELL) -> None:
-        """Drop whatever still comes, and wait for a while for the other end to close."""
+    def _take_header(self) -> Header:
+        """The next header, once there is room for its message: what nobody receives stays with the sender."""
+        if not self._closing:
+            self._slots.acquire()
+        return self._wire.take_header()
+
+    def _say_goodbye(self, failed: bool) -> None:
+        """From now on drop what comes; the other end may still have to get rid of it."""
         self._closing = True
         self._slots.release()
-        self._thread.join(seconds)
-        if not self._thread.is_alive():
-            self._wire.cut()
 
 
 def _lost(doing: str, error: Exception) -> StageError:

@@ -74,14 +74,12 @@ def close(links: Links, failed: bool = False, seconds: float = FAREWELL) -> None
         failed: Whether this stage stops because of an error.
         seconds: How long to wait for the other ends.
     """
-    outlets = [end for end in links if isinstance(end, SendChannel)]
-    for outlet in outlets:
-        outlet.end(failed)
-    for inlet in links:
-        if isinstance(inlet, ReceiveChannel):
-            inlet.close(seconds)
-    for outlet in outlets:
-        outlet.close(failed, seconds)
+    for end in links:
+        if isinstance(end, SendChannel):
+            end.end(failed)  # nobody waits for another one's goodbye before saying it
+    for end in links:
+        if isinstance(end, (SendChannel, ReceiveChannel)):
+            end.close(failed, seconds)
 
 
 def _ways(ranks: Sequence[Sequence[int]], with_output: bool) -> list[_Way]:

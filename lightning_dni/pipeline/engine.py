@@ -13,8 +13,9 @@ what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,12 +25,12 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import rows_of
-from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
 from lightning_dni.errors import EstimatorError
+from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
     ask,
     correct,
@@ -44,6 +45,7 @@ from lightning_dni.pipeline.message import Kind, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.restoring import goes_on, restrict
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
 T = TypeVar("T")
@@ -108,19 +110,19 @@ class StageEngine(StagedEngine):
         self._number = self.clock.step = self._steps
         if self._step.report and not self.is_last:
             self._reporting.begin(self._updates)
+        if self._step.exchange is not None:
+            self._step.exchange.begin(fresh=first)
         passage.receive(Kind.TRAIN, self._number, batch)
-        call = 1 if self.stage else 0
-        seed = derive_seed(self._pool.seed, "stage", self._below, call, self._steps, *self._replica)
-        staged = seeded(seed, self._device) if self._rng == "stage" else nullcontext()
         boundaries = [] if self._boundary is None else [self._boundary]
-        with staged, in_place_errors(boundaries):
+        with self._drawing(self._number), in_place_errors(boundaries):
             yield
         self._steps += 1
 
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
+        own = partial(self._draw_own, self._number)
         with self.profile("pipeline.forward"):
-            return self._placed().run(step, Kind.TRAIN, self._number, self._on_output)
+            return self._placed().run(step, Kind.TRAIN, self._number, self._on_output, own)
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
@@ -167,6 +169,8 @@ class StageEngine(StagedEngine):
             assert self._step is not None
             differentiate(cut, received, keep_graph=self._step.probe)
         self._send_back(gradients_at(received))
+        if self._step.exchange is not None:
+            self._step.exchange.offer(cut.param_grads)
 
     def _send_back(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Tell the stage below what its output was worth."""
@@ -196,19 +200,31 @@ class StageEngine(StagedEngine):
             self._send_output()
             self._health.observe(self._number, self._loss, [])
             self._look()
+            self._merge([])
             return
         self._inbox.add(self._number, self._updates, crossing)
-        if crossing is None:
+        made: list[tuple[Tensor, Tensor]] = []
+        if crossing is not None:
+            if crossing.cut.waits:
+                self._inbox.take_gradient(crossing)
+                correct(crossing)
+                self._differentiate(crossing.cut)
+            if self._step is not None and self._step.probe:
+                self._probe(crossing)
+            self._examine(crossing.cut)
+            made, crossing.cut.param_grads = crossing.cut.param_grads, []
+        self._merge(made)
+
+    def _merge(self, made: list[tuple[Tensor, Tensor]]) -> None:
+        """Add what was set aside to `.grad`, averaged over the copies of this stage where there are any."""
+        exchange = None if self._step is None else self._step.exchange
+        if exchange is None:
+            accumulate(made)
             return
-        if crossing.cut.waits:
-            self._inbox.take_gradient(crossing)
-            correct(crossing)
-            self._differentiate(crossing.cut)
-        if self._step is not None and self._step.probe:
-            self._probe(crossing)
-        self._examine(crossing.cut)
-        accumulate(crossing.cut.param_grads)
-        crossing.cut.param_grads = []
+        named = {n: p for n, p in self._model.named_parameters() if id(p) in self._own}
+        if self.is_last:
+            exchange.offer_accumulated(named.values())
+        exchange.merge(made, lambda: named)
 
     def _probe(self, crossing: Pending) -> None:
         """Wait for the true gradient of this batch, hand it down, and keep what it shows.
@@ -261,14 +277,16 @@ class StageEngine(StagedEngine):
         """Let the estimator learn from what is due; call it after the user's optimizer has stepped."""
         if self.is_last or self._step is None:
             return
-        with self.profile("dni.estimator_step"):
+        with self.clock.doing(Activity.ESTIMATOR):
             due = self._inbox.collect(self._updates)
+            if not due:
+                return
             for crossing in due:
                 self._learn(crossing)
-            if due:
-                lessons = [c.cut.lesson for c in due if c.cut.lesson is not None]
-                self._pool.remember(lessons)
-                self._reporting.close(due, self._updates, self.skipped)
+            if self._exchange is not None:
+                self._exchange.average(list(self._pool.named_parameters().values()))
+            self._pool.remember([c.cut.lesson for c in due if c.cut.lesson is not None])
+            self._reporting.close(due, self._updates, self.skipped)
             super().update_estimators()
 
     def _learn(self, crossing: Pending) -> None:
@@ -299,15 +317,19 @@ class StageEngine(StagedEngine):
         """Receive what is under way, without learning from it: it can then be saved."""
         self._inbox.drain()
 
+    @property
+    def waits_for_part(self) -> bool:
+        """Whether a whole state was restored of which it is not known yet which part is this stage's."""
+        return self._saved is not None
+
     def state_dict(self) -> dict[str, Any]:
-        """This stage's part of what must survive a restart; see `join_states`."""
-        if not self.is_placed and self._saved is not None:
+        """This stage's part of what must survive a restart; the whole while it `waits_for_part`."""
+        if self._saved is not None:
             return dict(self._saved)
         state = super().state_dict()
         state["pipeline"] = {
             "staleness": self._staleness,
             "updates": self._updates,
-            "evaluated": self._evaluated,
             "pending": {} if self._boundary is None else {self._boundary: save(self._inbox.pending)},
         }
         return state
@@ -319,12 +341,15 @@ class StageEngine(StagedEngine):
             self._take_over(state)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({key: value for key, value in state.items() if key != "pipeline"})
+        super().load_state_dict(restrict(state, self.boundaries))
         self._pool.keep([] if self._boundary is None else [self._boundary])
         self._saved = None
         moved = state.get("pipeline")
         self._updates = self._steps - 1 if moved is None else moved["updates"]
-        if moved is not None and moved["staleness"] == self._staleness and self._boundary is not None:
-            installed = self._pool.installed.get(self._boundary)
+        installed = None if self._boundary is None else self._pool.installed.get(self._boundary)
+        if moved is None or installed is None or not goes_on(state, self.boundaries, self._staleness):
+            self._inbox.restore([])
+        else:
+            assert self._boundary is not None
             kept = moved["pending"].get(self._boundary, [])
-            self._inbox.restore([] if installed is None else load(self._boundary, installed, kept))
+            self._inbox.restore(load(self._boundary, installed, kept))

@@ -40,7 +40,7 @@ DTYPES = (
 )
 
 _FORMAT = 0x444E4901
-_HEAD = 7
+_HEAD = 8
 _PER_TENSOR = 4 + MAX_DIMS
 _FACTS_AT = _HEAD + MAX_TENSORS * _PER_TENSOR
 WORDS = _FACTS_AT + MAX_FACTS
@@ -56,6 +56,18 @@ class Flag(IntEnum):
     MESSAGE = 0
     END = 1
     FAILED = 2
+
+
+class Route(IntEnum):
+    """Where the tensors of a message are received.
+
+    Buffers are posted ahead for tensors as large as those before. Tensors of other sizes go past them; if
+    such sizes come twice in a row, the next buffers are posted for them.
+    """
+
+    PAST = 0
+    POSTED = 1
+    ADAPTED = 2
 
 
 class Layout(NamedTuple):
@@ -94,6 +106,7 @@ class Header(NamedTuple):
     fingerprint: int = 0
     layouts: tuple[Layout | None, ...] = ()
     facts: tuple[float, ...] = ()
+    route: Route = Route.PAST
 
 
 def flatten(tensor: Tensor) -> tuple[Layout, Tensor]:
@@ -134,7 +147,7 @@ def encode(header: Header) -> Tensor:
         if number not in _INT64:
             raise StageError(f"A message takes a {name} of 64 bits with sign, got {number}. Reduce it.")
     words = [_FORMAT, header.flag, header.step, header.kind, header.fingerprint]
-    words += [len(header.layouts), len(header.facts)]
+    words += [len(header.layouts), len(header.facts), header.route]
     for layout in header.layouts:
         words += _words_of(layout)
     words += [0] * (_FACTS_AT - len(words))
@@ -154,7 +167,7 @@ def decode(words: Tensor) -> Header:
             f"Expected the header ({WORDS} words that start with {_FORMAT:#x}), got {len(found)} "
             f"that start with {found[0]:#x}. Use the same version of lightning_dni in every process."
         )
-    flag, step, kind, fingerprint, tensors, facts = found[1:_HEAD]
+    flag, step, kind, fingerprint, tensors, facts, route = found[1:_HEAD]
     starts = range(_HEAD, _HEAD + tensors * _PER_TENSOR, _PER_TENSOR)
     return Header(
         Flag(flag),
@@ -163,6 +176,7 @@ def decode(words: Tensor) -> Header:
         fingerprint,
         tuple(_layout_of(found[start : start + _PER_TENSOR]) for start in starts),
         tuple(words[_FACTS_AT : _FACTS_AT + facts].view(torch.float64).tolist()),
+        Route(route),
     )
 
 

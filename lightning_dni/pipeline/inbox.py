@@ -63,17 +63,17 @@ class Inbox:
     def take_gradient(self, crossing: Pending) -> None:
         """Wait for the target gradient of `crossing`, if it is not here yet."""
         if crossing.gradient is None:
-            crossing.gradient = _next(self._links.gradient_in, crossing.step, "target gradient")
+            crossing.gradient = next_message(self._links.gradient_in, crossing.step, "target gradient")
             take_gradient(crossing.cut, crossing.gradient)
 
     def take_true(self, crossing: Pending) -> tuple[Tensor | None, ...]:
         """Wait for the true gradient of `crossing`, the newest one; on a drained stage it comes next."""
-        return _next(self._links.gradient_in, crossing.step, "true gradient").tensors
+        return next_message(self._links.gradient_in, crossing.step, "true gradient").tensors
 
     def _take_output(self) -> None:
         """Wait for the next output of the network, and hand it on."""
         passed = self.passed.popleft()
-        message = _next(self._links.output_in, passed.step, "network output")
+        message = next_message(self._links.output_in, passed.step, "network output")
         if self._links.output_out is not None:
             self._links.output_out.send(message)
         if passed.pending is not None:
@@ -91,7 +91,12 @@ class Inbox:
         self.pending, self.passed = deque(crossings), deque()
 
 
-def _next(inlet: Inlet | None, step: int, what: str) -> Message:
+def next_message(inlet: Inlet | None, step: int, what: str) -> Message:
+    """The next message from the stage above; waits for it.
+
+    Raises:
+        StageError: It belongs to another batch than `step`, or that stage has stopped.
+    """
     assert inlet is not None
     message = inlet.receive()
     if message.step != step:

@@ -58,12 +58,12 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Give random numbers and the buffers of `model` back as they were."""
-    contents = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    contents = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
         with same_randomness(device_of(model)), same_buffers(model):
             yield
     finally:
         with torch.no_grad():
-            for buffer, version, content in contents:
-                if buffer._version != version:  # a graph may have saved it
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):  # else a graph may have saved it
                     buffer.copy_(content)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class Kind(IntEnum):
-    """What the batch is for that a message belongs to."""
+    """What the batch is for that a message belongs to; MEET is no batch, but says that all come together."""
 
     TRAIN = 0
     EVALUATE = 1
+    MEET = 2
 
 
 @dataclass(frozen=True)

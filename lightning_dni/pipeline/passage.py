@@ -16,6 +16,9 @@ from lightning_dni.pipeline.splitting import StageRunner
 
 T = TypeVar("T")
 
+SAMPLED = 1024
+"""About so many elements of a tensor are looked at to tell two batches apart."""
+
 OnOutput = Callable[[list[Tensor], Any], None]
 """Receives the tensors of a stage's output that carry a gradient, and the whole output."""
 
@@ -70,6 +73,13 @@ class Passage:
 
     def _check(self, message: Message, kind: Kind, step: int) -> None:
         below, here = f"stage {self._stage - 1}", f"stage {self._stage}"
+        if message.kind is Kind.MEET:
+            raise StageError(
+                f"Expected {below} to be at the batch at which {here} is ({kind.name.lower()} batch {step}), "
+                "but it has no such batch: it waits for all stages. Give every process the same number of "
+                "batches, and do on every rank, at the same batch, whatever waits for all of them: saving a "
+                "checkpoint, `trainer.log_dir`, ending an epoch by returning -1."
+            )
         if (message.kind, message.step) != (kind, step):
             raise StageError(
                 f"Expected {below} to be at the batch at which {here} is ({kind.name.lower()} batch {step}), "
@@ -84,9 +94,21 @@ class Passage:
             )
 
     def run(
-        self, step: Callable[[], T], kind: Kind, number: int, on_output: OnOutput | None = None
+        self,
+        step: Callable[[], T],
+        kind: Kind,
+        number: int,
+        on_output: OnOutput | None = None,
+        on_receive: Callable[[], None] | None = None,
     ) -> T | None:
         """Run the user's step as this stage; None where the stage is not the last one.
+
+        Args:
+            step: The user's step.
+            kind: What the batch is for.
+            number: Number of the batch among those of its kind.
+            on_output: Called when the stage's output has been sent.
+            on_receive: Called when the step takes what has come from below.
 
         Raises:
             StageError: The step ended without coming to the stage's boundary.
@@ -95,9 +117,13 @@ class Passage:
         def emit(output: Any) -> None:
             self._send(output, kind, number, on_output)
 
-        last = self._links.activation_out is None
-        receive = None if self._links.activation_in is None else lambda: self._value
-        result = self.runner.run(step, receive, None if last else emit)
+        def receive() -> Any:
+            if on_receive is not None:
+                on_receive()
+            return self._value
+
+        first, last = self._links.activation_in is None, self._links.activation_out is None
+        result = self.runner.run(step, None if first else receive, None if last else emit)
         self._value = None
         if not last and not self._sent:
             raise StageError(
@@ -120,14 +146,21 @@ class Passage:
 
 
 def fingerprint(batch: Any) -> int:
-    """A number of the first bytes of a batch's tensors on the CPU; 0 where there are none.
+    """A number of what is on the CPU in a batch, of large tensors a part spread over all rows; 0 for nothing.
 
     >>> fingerprint(torch.arange(3)) == fingerprint(torch.arange(3)) != fingerprint(torch.arange(4))
     True
     """
     seen = 0
-    for tensor in pytree.tree_leaves(batch):
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
-            few = tensor.detach().flatten()[:256].contiguous().view(torch.uint8).numpy()
-            seen = zlib.crc32(few.tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode(), seen))
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.numel():
+            seen = zlib.crc32(_sample(leaf), zlib.crc32(repr(tuple(leaf.shape)).encode(), seen))
+        elif isinstance(leaf, (int, float, str, bytes)):
+            seen = zlib.crc32(repr(leaf).encode(), seen)
     return seen
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    step = flat.numel() // SAMPLED | 1  # odd, so that it does not fall on one column of every row
+    return flat[::step].contiguous().view(torch.uint8).numpy().tobytes()

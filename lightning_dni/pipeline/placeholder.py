@@ -1,5 +1,7 @@
 """Tensors without values for what lies below a stage: shapes to compute with, never numbers."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,8 +10,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_dni.errors import BoundaryError
+from lightning_dni.pipeline.shapes import Memo, recipe_of, signature_of
 from lightning_dni.pipeline.tracing import METADATA
 
+PLACES: dict[str, Callable[[torch.device], Any]] = {
+    "device": lambda device: device,
+    "is_meta": lambda device: False,
+    "is_cpu": lambda device: device.type == "cpu",
+    "is_cuda": lambda device: device.type == "cuda",
+}
+"""What a placeholder says about where it is: what the tensor itself would say."""
+MOVES = frozenset({"cpu", "cuda"})
+MEMO = 1024
+"""How many calls between modules are remembered."""
 NEEDS_GRAD = frozenset({"register_hook", "retain_grad", "register_post_accumulate_grad_hook"})
 
 
@@ -20,15 +33,34 @@ class Below:
         stage: The stage.
         boundary: Its lower boundary.
         open: Whether the input is still to arrive.
+        everything: Whether all tensors are only shapes now, those of the batch and of this stage too.
         refused: The first refusal; it stands also where the user's code catches it.
         foreign: Parameters and buffers of other stages, by their ids; they have no values here.
+        device: Where the user's code believes all tensors to be.
     """
 
     def __init__(self, stage: int, boundary: str) -> None:
         self.stage, self.boundary = stage, boundary
-        self.open = False
+        self.open = self.everything = False
         self.refused: BoundaryError | None = None
         self.foreign: frozenset[int] = frozenset()
+        self.device = torch.device("cpu")
+        self._memo = Memo(MEMO)
+
+    def concerns(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has no values on this stage."""
+        return (
+            self.everything or isinstance(tensor, Placeholder) or tensor.is_meta or id(tensor) in self.foreign
+        )
+
+    @contextmanager
+    def shapes_only(self) -> Iterator[None]:
+        """Let everything be only shapes in a block, which may fail."""
+        self.everything = True
+        try:
+            yield
+        finally:
+            self.everything = False
 
     def refuse(self, what: str, remedy: str) -> BoundaryError:
         """Note and return the error that says `what` the code of this stage did."""
@@ -53,12 +85,25 @@ class Below:
         Raises:
             BoundaryError: The input has arrived, values are needed, or the batch would change.
         """
+        if self.everything:
+            return self.shapes(func, args, kwargs)
         name = getattr(func, "__name__", str(func))
+        if name == "__get__" and func.__self__.__name__ in PLACES:
+            return PLACES[func.__self__.__name__](self.device)
         if not self.open and name not in METADATA and name != "__get__":
             raise self.skip_connection(f"a tensor from below in `{name}`")
-        self._check_in_place(name, args, kwargs)
+        changes = _changes_in_place(name, kwargs)
+        if changes:
+            self._check_target(name, args, kwargs)
+        signature = None if changes or name in NEEDS_GRAD else signature_of(args, kwargs)
+        key = None if signature is None else (func, signature)
+        recipe = self._memo.get(key)
+        if recipe is not None:
+            return recipe.make(self.make)
         try:
-            return self.shapes(func, args, kwargs)
+            out = self.shapes(func, args, kwargs)
+            self._memo.put(key, recipe_of(out))
+            return out
         except Exception as error:
             raise self.refuse(
                 f"code between the modules below it in which `{name}` cannot run without values ({error})",
@@ -67,19 +112,22 @@ class Below:
 
     def shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run `func` on shapes only, whatever it needs and changes."""
+        name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = pytree.tree_map(_to_meta, (args, kwargs))
-            if getattr(func, "__name__", "") in NEEDS_GRAD:
+            args, kwargs = _map(_to_meta, args), _map(_to_meta, kwargs)
+            if name in NEEDS_GRAD:
                 args = (args[0].detach().requires_grad_(), *args[1:])
+            if name in MOVES:
+                return self.mark(args[0].clone())
+            if name == "to":
+                args = tuple("meta" if isinstance(x, str) else x for x in args)
+            if "device" in kwargs:
+                kwargs["device"] = "meta"
             return self.mark(func(*args, **kwargs))
 
-    def _check_in_place(self, name: str, args: Any, kwargs: Any) -> None:
-        changes = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or "set" in name)
-        targets = [*(args[:1] if changes else ()), kwargs.get("out")]
-        for target in pytree.tree_leaves(targets):
-            if isinstance(target, Tensor) and not (
-                isinstance(target, Placeholder) or target.is_meta or id(target) in self.foreign
-            ):
+    def _check_target(self, name: str, args: Any, kwargs: Any) -> None:
+        for target in _leaves([*args[:1], kwargs.get("out")]):
+            if isinstance(target, Tensor) and not self.concerns(target):
                 raise self.refuse(
                     f"a change in place of a tensor of the batch by `{name}`",
                     "Use the form that makes a new tensor, or put that code into a module of its own.",
@@ -88,9 +136,14 @@ class Below:
     def mark(self, value: Any) -> Any:
         """`value` with a placeholder for every tensor in it."""
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(value, Tensor):
-                return self._mark(value)
-            return pytree.tree_map(self._mark, value)
+            return _map(self._mark, value)
+
+    def make(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A placeholder of these facts."""
+        with torch._C.DisableTorchFunction():
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta").as_subclass(Placeholder)
+        tensor.below = self
+        return tensor
 
     def _mark(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -109,11 +162,13 @@ class Placeholder(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Go on with shapes, or refuse."""
         kwargs = kwargs or {}
-        below = next(x.below for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Placeholder))
+        below = next(x.below for x in _leaves((args, kwargs)) if isinstance(x, Placeholder))
         return below.compute(func, args, kwargs)
 
 
 def _to_meta(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("meta")
     if not isinstance(x, Tensor) or (type(x) is Tensor and x.is_meta):
         return x
     if isinstance(x, Placeholder):
@@ -121,36 +176,46 @@ def _to_meta(x: Any) -> Any:
     return x.detach().to("meta")
 
 
-def bare(x: Any) -> Any:
-    """A placeholder as a plain tensor on the meta device; anything else as it is."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor) if isinstance(x, Placeholder) else x
+def _changes_in_place(name: str, kwargs: Any) -> bool:
+    if name.endswith("__"):
+        return name.startswith("__i") or name in {"__setitem__", "__set__"}
+    return name.endswith("_") or kwargs.get("out") is not None
 
 
-def _has_tensors(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
+def _leaves(x: Any) -> Iterator[Any]:
+    """What is in `x`; as pytree has it, but quick for what most calls are given."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        for part in x:
+            yield from _leaves(part)
+    elif kind is dict:
+        for part in x.values():
+            yield from _leaves(part)
+    elif isinstance(x, tuple | list | dict):
+        yield from pytree.tree_leaves(x)
+    else:
+        yield x
+
+
+def _map(change: Callable[[Any], Any], x: Any) -> Any:
+    """`x` with `change` made to all that is in it."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind(_map(change, part) for part in x)
+    if kind is dict:
+        return {key: _map(change, part) for key, part in x.items()}
+    return change(x) if isinstance(x, Tensor) or x is None else pytree.tree_map(change, x)
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Code below the lower boundary: what depends on other stages' tensors has shapes only.
+    """Code below the lower boundary: what depends on other stages' tensors has shapes only."""
 
-    Args:
-        below: Decides what may be done.
-        everything: Whether all tensors have shapes only, also those of the batch.
-    """
-
-    def __init__(self, below: Below, everything: bool = False) -> None:
+    def __init__(self, below: Below) -> None:
         super().__init__()
-        self._below, self._everything = below, everything
+        self._below = below
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        below = self._below
-        if self._everything:
-            return below.shapes(func, args, kwargs) if _has_tensors(args, kwargs) else func(*args, **kwargs)
-        if below.open:
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            foreign = below.foreign
-            if any(isinstance(x, Placeholder) or id(x) in foreign for x in tensors):
-                return below.compute(func, args, kwargs)
+        kwargs, below = kwargs or {}, self._below
+        if below.open and any(isinstance(x, Tensor) and below.concerns(x) for x in _leaves((args, kwargs))):
+            return below.compute(func, args, kwargs)
         return func(*args, **kwargs)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import device_of, named_submodules
-from lightning_dni.errors import DNIError, StageError
-from lightning_dni.pipeline.calls import Calls, is_compiled, usual_call
+from lightning_dni.errors import StageError
+from lightning_dni.pipeline.calls import Calls, is_compiled, plain_call, usual_call
 from lightning_dni.pipeline.keeping import RandomState, undisturbed
 from lightning_dni.pipeline.plan import StagePlan, named_tensors
 from lightning_dni.pipeline.splitting import StageRunner
@@ -90,6 +90,9 @@ class _Whole:
     def _seen(self, model: nn.Module, plan: StagePlan) -> Iterator[None]:
         calls, modules = Calls(), named_submodules(model)
         try:
+            for name, module in modules.items():
+                if len(plan.modules.get(name, ())) > 1 and is_compiled(module):
+                    calls.place(module, plain_call(module))  # as on a stage
             for name in plan.boundaries:
                 module = modules[name]
                 calls.place(module, partial(self._see, plan, name, usual_call(module), device_of(model)))
@@ -150,7 +153,6 @@ class _Chain:
         boundaries, last = self._plan.boundaries, self._plan.stages - 1
         model, plan = self._model, self._plan
         with (
-            undisturbed(model),
             StageRunner(model, plan, stage) as runner,
             _without_others(model, plan, stage),
         ):
@@ -201,8 +203,6 @@ class _Chain:
     def _differentiate(self, stage: int, outputs: Any, gradients: Any) -> None:
         try:
             torch.autograd.backward(outputs, gradients)
-        except DNIError:
-            raise
         except Exception as error:
             raise StageError(
                 f"Expected stage {stage} to be differentiated alone, but got {type(error).__name__}: {error} "

@@ -1,37 +1,21 @@
 """What a module of a stage below returns on this stage: the shapes of its output."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from lightning_dni.core.boundary import device_of
-from lightning_dni.core.value import close_value, is_plain, open_value
 from lightning_dni.errors import BoundaryError
 from lightning_dni.pipeline.calls import plain_call
 from lightning_dni.pipeline.keeping import same_buffers, same_randomness
-from lightning_dni.pipeline.placeholder import Below, ShapesOnly, bare
+from lightning_dni.pipeline.placeholder import Below
 from lightning_dni.pipeline.plan import Leaf, TracedCall
+from lightning_dni.pipeline.shapes import Memo, Recipe, Shape, recipe_of, signature_of
 from lightning_dni.pipeline.tracing import rows_of
 
 MEMO = 64
 """How many signatures a skipped module remembers."""
-
-
-class _Shape(NamedTuple):
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
-
-
-class _Recipe(NamedTuple):
-    flat: Sequence[Any]
-    structure: pytree.TreeSpec
 
 
 class SkippedModule:
@@ -46,7 +30,7 @@ class SkippedModule:
 
     def __init__(self, name: str, module: nn.Module, traced: Sequence[TracedCall], below: Below) -> None:
         self._name, self._module, self._traced, self._below = name, module, traced, below
-        self._memo: dict[Any, _Recipe] = {}
+        self._memo = Memo(MEMO)
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         """Placeholders for what the module would return.
@@ -59,62 +43,43 @@ class SkippedModule:
                 f"a run of {self._name!r}, a module below it, after that output had arrived",
                 "Choose boundaries behind the module's last use.",
             )
-        key = self._signature(args, kwargs)
-        recipe = None if key is None else self._memo.get(key)
+        signature = signature_of(args, kwargs)
+        key = None if signature is None else (self._module.training, signature)
+        recipe = self._memo.get(key)
         if recipe is None:
             recipe = self._find(args, kwargs)
-            if key is not None:
-                if len(self._memo) >= MEMO:
-                    self._memo.clear()
-                self._memo[key] = recipe
-        flat = [self._below.mark(x.make()) if isinstance(x, _Shape) else x for x in recipe.flat]
-        return close_value(flat, recipe.structure)
+            self._memo.put(key, recipe)
+        return recipe.make(self._below.make)
 
-    def _signature(self, args: Any, kwargs: Any) -> Any:
-        """What the shapes depend on; None where that cannot be said."""
-        if kwargs or not all(isinstance(x, Tensor) for x in args):
-            flat, structure = pytree.tree_flatten((args, kwargs))
-        else:
-            flat, structure = args, None
-        if not all(isinstance(x, Tensor) or is_plain(x) for x in flat):
-            return None
-        facts = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in flat)
-        return self._module.training, structure, facts
-
-    def _find(self, args: Any, kwargs: Any) -> _Recipe:
+    def _find(self, args: Any, kwargs: Any) -> Recipe:
         try:
             output = self._run_on_shapes(args, kwargs)
         except Exception as error:
             return self._as_traced(args, kwargs, error)
-        try:
-            flat, structure = open_value(self._name, output)
-        except BoundaryError as error:
-            raise self._unknown(str(error)) from error
-        shapes = [
-            _Shape(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
-            for x in map(bare, flat)
-        ]
-        return _Recipe(shapes, structure)
+        recipe = recipe_of(output)
+        if recipe is None:
+            raise self._unknown("it returns something that cannot be opened")
+        return recipe
 
     def _run_on_shapes(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._below.mark((args, kwargs))
         with (
             same_buffers(self._module),
-            same_randomness(device_of(self._module)),
+            same_randomness(self._below.device),
             torch.no_grad(),
             torch.device("meta"),
-            ShapesOnly(self._below, everything=True),
+            self._below.shapes_only(),
         ):
             return plain_call(self._module)(*args, **kwargs)
 
-    def _as_traced(self, args: Any, kwargs: Any, error: Exception) -> _Recipe:
+    def _as_traced(self, args: Any, kwargs: Any, error: Exception) -> Recipe:
         """The shapes of the traced output, with as many rows as there are now."""
         output = self._traced[0].output if self._traced else None
         if output is None or any(not isinstance(x, Leaf) and x is not None for x in output.flat):
             raise self._unknown(f"its code needs values: {error}") from error
         before, now = self._traced[0].rows, rows_of((args, kwargs))
         flat = [x if x is None else _adapted(x, before, now) for x in output.flat]
-        return _Recipe(flat, output.structure)
+        return Recipe(flat, output.structure)
 
     def _unknown(self, why: str) -> BoundaryError:
         return self._below.refuse(
@@ -123,9 +88,9 @@ class SkippedModule:
         )
 
 
-def _adapted(leaf: Leaf, before: int | None, now: int | None) -> _Shape:
+def _adapted(leaf: Leaf, before: int | None, now: int | None) -> Shape:
     shape = leaf.shape
     if shape and before is not None and now is not None and shape[0] == before:
         shape = (now, *shape[1:])
     with torch.device("meta"):
-        return _Shape(shape, torch.empty(shape).stride(), leaf.dtype)
+        return Shape(shape, torch.empty(shape).stride(), leaf.dtype)

@@ -169,6 +169,10 @@ class StageRunner:
             value = step()
         except StageDone:
             run.left = True
+        except Exception as error:
+            if self._below.refused is None or error is self._below.refused:
+                raise
+            raise self._below.refused from error
         if self._below.refused is not None:
             raise self._below.refused
         self._check_run(run)
@@ -190,7 +194,8 @@ class StageRunner:
     def _did_not_run(self, boundary: str) -> StageError:
         return StageError(
             f"Expected the step to run boundary {boundary!r} on stage {self._stage}, but it did not, "
-            "though it did when the model was traced. Choose modules that run in every step."
+            "though it did when the model was traced. Choose modules that run in every step, and compile "
+            "modules rather than the step."
         )
 
     def _check_value(self, value: Any, what: str) -> None:
@@ -227,13 +232,9 @@ class StageRunner:
         run = self._run
         if run is None:
             return usual(*args, **kwargs)
-        if run.on_shapes:
+        if self._below.everything:
             return plain_call(module)(*args, **kwargs)
-        run.on_shapes = True
-        try:
-            return skipped(args, kwargs)
-        finally:
-            run.on_shapes = False
+        return skipped(args, kwargs)
 
     def _stray(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
@@ -250,7 +251,7 @@ class _Run:
 
     def __init__(self, receive: Callable[[], Any] | None, emit: Callable[[Any], None] | None) -> None:
         self.receive, self.emit = receive, emit
-        self.received = self.emitted = self.left = self.on_shapes = False
+        self.received = self.emitted = self.left = False
         self.shapes = ExitStack()
         self.mode: ShapesOnly | None = None
 

@@ -1,20 +1,30 @@
 """What every engine of one stage has: its place in the pipeline, and the way of a batch through it."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
+
 from lightning_dni.core.base import Engine
+from lightning_dni.core.randomness import derive_seed, seeded
 from lightning_dni.core.report import StepReport
 from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.errors import EstimatorError, StageError
 from lightning_dni.pipeline.clock import StageClock
-from lightning_dni.pipeline.message import Kind, Links
+from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.reporting import Reporting
 from lightning_dni.pipeline.splitting import StageRunner
 
 T = TypeVar("T")
+
+ALIKE = (
+    "Give every process the same number of batches, and do on every rank, at the same batch, whatever waits "
+    "for all of them: saving a checkpoint, `trainer.log_dir`, ending an epoch by returning -1."
+)
 
 TRAINING = "training_step"
 """The step of the user's in which the model is trained."""
@@ -46,7 +56,7 @@ class StagedEngine(Engine):
         self._own: set[int] = set()
         self._passages: dict[str, Passage] = {}
         self._current: Passage | None = None
-        self._evaluated = 0
+        self._evaluated = self._meetings = 0
 
     # ---- which stage this is
 
@@ -66,11 +76,13 @@ class StagedEngine(Engine):
                 f"Expected `staleness` to be an integer of at least 0, but got {staleness!r}. Pass 0 to wait "
                 "for the target gradient of the same batch."
             )
+        self.detach()  # a part that an earlier `place` has given: it leads to closed links
         self.stage, self._staleness = stage, staleness
         self._reporting = Reporting(stage, (), self.clock)
         self._links = self._reporting.carry(self.clock.watch(links))
         self._others = []
         self._passages.clear()
+        self._meetings = 0
 
     def place(self, plan: StagePlan, step: str = TRAINING) -> None:
         """Take over the part of this stage in a step of the user's, and hook the model.
@@ -138,6 +150,23 @@ class StagedEngine(Engine):
         """Whether the loss is computed here."""
         return self._boundary is None
 
+    def drain(self) -> None:
+        """Receive what is under way to this stage; nothing is between two batches, but with a lag."""
+
+    # ---- random numbers: before its own part a stage draws what stage 0 draws, then from its own stream
+
+    def _drawing(self, number: int) -> AbstractContextManager[None]:
+        """A block around the training step `number` in which it draws as in one process."""
+        if self._rng != "stage":
+            return nullcontext()
+        return seeded(derive_seed(self._pool.seed, "stage", None, 0, number, *self._replica), self._device)
+
+    def _draw_own(self, number: int) -> None:
+        """Go over to the stream of this stage."""
+        if self._rng == "stage":
+            seed = derive_seed(self._pool.seed, "stage", self._below, 1, number, *self._replica)
+            torch.manual_seed(seed)
+
     # ---- evaluation
 
     def evaluate(self, step: Callable[[], T], batch: Any = None, name: str = TRAINING) -> T | None:
@@ -196,6 +225,25 @@ class StagedEngine(Engine):
         stages = {} if self.plan is None else {"stages": self.plan.stages}
         return {**here, "schedule": self.schedule, "staleness": self._staleness, **stages}
 
+    # ---- where all stages come together
+
+    def meet(self, what: str) -> None:
+        """See that every stage comes to the same place, before it waits there for all of them.
+
+        Args:
+            what: What comes next; every stage says the same.
+
+        Raises:
+            StageError: The stage below is at a batch, or comes together for something else.
+        """
+        self._meetings += 1
+        mark = zlib.crc32(what.encode())
+        if self._links.activation_in is not None:
+            found = self._links.activation_in.receive()
+            check_meeting(found, self.stage, self._meetings, mark, what)
+        if self._links.activation_out is not None:
+            self._links.activation_out.send(Message(self._meetings, Kind.MEET, fingerprint=mark))
+
 
 def _joined(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
     """Two descriptions as one: facts by boundary side by side, in the order of `other` after `one`."""
@@ -207,3 +255,21 @@ def _joined(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str,
         elif key == "estimator_optimizers" and isinstance(known, list) and isinstance(value, list):
             joined[key] = known + [each for each in value if each not in known]
     return joined
+
+
+def check_meeting(found: Message, stage: int, number: int, mark: int, what: str) -> None:
+    """See that the stage below comes to the same meeting.
+
+    Raises:
+        StageError: It does not.
+    """
+    if found.kind is not Kind.MEET:
+        raise StageError(
+            f"Expected stage {stage - 1} to wait for all stages as stage {stage} does ({what}), but got its "
+            f"{found.kind.name.lower()} batch {found.step}. {ALIKE}"
+        )
+    if (found.step, found.fingerprint) != (number, mark):
+        raise StageError(
+            f"Expected stage {stage - 1} to wait for the same as stage {stage} ({what}, time {number}), "
+            f"but got something else (time {found.step}). {ALIKE}"
+        )

@@ -2,16 +2,20 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.pipeline.engine import StageEngine
+from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.local import LocalChannel
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.schedule import turns
 from lightning_dni.pipeline.tracing import trace_stages
 
 
@@ -89,8 +93,81 @@ class StagesTogether:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole model, each from the stage that trains it."""
-        states = [model.state_dict() for model in self.models]
-        return {name: states[self.plan.owner(name)][name] for name in states[0]}
+        return _whole(self.plan, self.models)
+
+
+class ExactStagesTogether:
+    """Runs the stages of a model under a schedule of exact backprop, each on a copy of the model.
+
+    Args:
+        model: The whole model; it is copied.
+        boundaries: Submodule names or patterns.
+        loss_of: Gives the loss of a model on a batch, as a training step does.
+        optimizer: Makes an optimizer from a model's parameters.
+        batch: Any batch, to see what belongs to which stage.
+        options: Further arguments of `ExactEngine`.
+
+    Attributes:
+        engines: One per stage, from the one that is given the batch upwards.
+        models: The copy that each of them trains its part of.
+
+    Raises:
+        BoundaryError: The model cannot be cut there.
+        StageError: A parameter is used in two stages, or there is no such schedule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        boundaries: Sequence[str],
+        loss_of: Callable[[nn.Module, Any], Tensor],
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        batch: Any,
+        **options: Any,
+    ) -> None:
+        probed = copy.deepcopy(model)
+        self.plan = trace_stages(
+            probed, boundaries, lambda: loss_of(probed, batch), output=options.get("output")
+        )
+        self._loss_of = loss_of
+        self.models = [copy.deepcopy(model) for _ in range(self.plan.stages)]
+        self.engines = [ExactEngine(m, list(boundaries), rng="stage", **options) for m in self.models]
+        for stage, (engine, links) in enumerate(zip(self.engines, _links(self.plan.stages), strict=True)):
+            engine.join(stage, links, 0)
+            engine.place(self.plan)
+        self.optimizers = [optimizer(m.parameters()) for m in self.models]
+
+    def step(self, batches: Sequence[Any]) -> list[Tensor]:
+        """One update of every stage on `batches`, each split into microbatches; returns their mean losses."""
+        losses: list[Tensor] = []
+        for i, batch in enumerate(batches):
+            with ExitStack() as steps:
+                for engine in self.engines:
+                    steps.enter_context(engine.training_step(batch, accumulate=len(batches), first=i == 0))
+                self._take_turns()
+            if i == 0:
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+            for engine in self.engines:
+                engine.finish_backward()
+            losses.append(cast(Tensor, self.engines[-1].loss))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return losses
+
+    def _take_turns(self) -> None:
+        schedule, microbatches = self.engines[0].schedule, self.engines[0].microbatches
+        for stage, passed in turns(schedule, self.plan.stages, microbatches):
+            self.engines[stage].take(passed, partial(self._loss_of, self.models[stage]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the whole model, each from the stage that trains it."""
+        return _whole(self.plan, self.models)
+
+
+def _whole(plan: StagePlan, models: Sequence[nn.Module]) -> dict[str, Tensor]:
+    states = [model.state_dict() for model in models]
+    return {name: states[plan.owner(name)][name] for name in states[0]}
 
 
 def _links(stages: int) -> list[Links]:

@@ -127,14 +127,11 @@ class _Trace:
             self._names.setdefault(id(tensor), []).append(name)
         self._constant: set[str] = set()
 
-    def _named_buffers(self) -> list[tuple[str, Tensor]]:
-        return list(self.model.named_buffers(remove_duplicate=False))
-
     @contextmanager
     def watch(self, on_output: Callable[[nn.Module, Any], None]) -> Iterator[None]:
         """Watch every call and every use of a parameter or buffer inside the block."""
         calls = Calls()
-        versions = {without_wrappers(n): (b, b._version) for n, b in self._named_buffers()}
+        before = self._contents()
         names = {id(self.modules[b]): b for b in self.boundaries}
         try:
             for module, name in self._first_names().items():
@@ -143,10 +140,22 @@ class _Trace:
                 yield
         finally:
             calls.remove()
-            now = {without_wrappers(n): (b, b._version) for n, b in self._named_buffers()}
-            self._constant = {
-                n for n, (b, v) in versions.items() if n in now and now[n][0] is b and now[n][1] == v
-            }
+            self._constant = self._unchanged(before)
+
+    def _contents(self) -> dict[str, tuple[Tensor, int, Tensor]]:
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return {without_wrappers(n): (b, b._version, b.detach().clone()) for n, b in buffers}
+
+    def _unchanged(self, before: dict[str, tuple[Tensor, int, Tensor]]) -> set[str]:
+        # batch norm changes its buffers without counting it, others may write what was there
+        return {
+            name
+            for name, (buffer, version, content) in self._contents().items()
+            if name in before
+            and before[name][0] is buffer
+            and before[name][1] == version
+            and torch.equal(before[name][2], content)
+        }
 
     def _first_names(self) -> dict[nn.Module, str]:
         first: dict[nn.Module, str] = {}

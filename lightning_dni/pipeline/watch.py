@@ -7,10 +7,13 @@ so on the same machine the operating system is asked; only far processes are jud
 import atexit
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
@@ -106,7 +109,7 @@ class Watch:
         self._gone_at: dict[int, int] = {}
         self._thread = Thread(target=self._run, name="dni watch", daemon=True)
         self._thread.start()
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
 
     @property
     def where(self) -> str:
@@ -115,9 +118,18 @@ class Watch:
 
     @where.setter
     def where(self, where: str) -> None:
-        self._board.mine.where = where
+        self._board.tell(where)
 
     # ---- for the training thread
+
+    def ask(self, asked: int) -> None:
+        """Tell all processes, with the next heartbeats, that this one asks for something."""
+        self._board.mine.asks |= asked
+        self._board.refresh()
+
+    def asked(self) -> int:
+        """What any process is known to have asked for."""
+        return reduce(or_, (beat.asks for beat in self._board.beats.values()), self._board.mine.asks)
 
     def check(self) -> None:
         """Return at once where nothing is known to be wrong.
@@ -181,13 +193,20 @@ class Watch:
         if self._closing.is_set() or os.getpid() != self._pid:
             return
         self._closing.set()
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self._thread.join(seconds)
         self._board.mine.left = True
         self._board.refresh()
         if self._rank == 0:
             self._await_others(seconds)
         self._board.stop(1.0)
+
+    def _at_exit(self) -> None:
+        """Nobody has closed it: the script was left by an exception, or forgot to."""
+        uncaught = getattr(sys, "last_value", None)
+        if uncaught is not None and os.getpid() == self._pid:
+            self.report(uncaught)
+        self.close()
 
     def _await_others(self, seconds: float) -> None:
         """Keep the store until every other process has left, or has read that this one leaves."""
@@ -237,6 +256,8 @@ class Watch:
         before = time.monotonic()
         while not self._closing.wait(PERIOD):
             now = time.monotonic()
+            if self._rank == 0:  # whom all listen to
+                self._board.mine.asks = self.asked()
             if self._fault is None:
                 # only what this thread was there to see counts: it may have been kept away itself
                 self._look(min(now - before, 2 * PERIOD))

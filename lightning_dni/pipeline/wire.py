@@ -1,6 +1,7 @@
 """One direction between two processes, as torch.distributed carries it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -8,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dni.pipeline.header import WORDS, Header, Layout, decode, encode, flatten
+from lightning_dni.pipeline.header import WORDS, Header, Layout, Route, decode, encode, flatten
 from lightning_dni.pipeline.message import Message
 
 FOREVER = timedelta(days=365)
 """How long to wait where a slow stage must not be taken for a dead one; the watch finds the dead ones."""
+
+_IN_TURN, _POSTED, _NEVER = range(3)
+"""Tags: what is received after its header, what buffers are posted for ahead, and nothing."""
 
 
 class Parcel(NamedTuple):
@@ -45,8 +49,12 @@ class Wire:
         device: torch.device | None = None,
     ) -> None:
         self.peer = peer
+        self._at = dist.get_group_rank(control, peer)
         self._control, self._data = control, data
         self._device = device or torch.device("cpu")
+        self._ahead: tuple[int, ...] = ()
+        self._last: tuple[int, ...] = ()
+        self._posted: list[tuple[Tensor, dist.Work]] = []
         # waiting for a transfer on the stream that computes would make the computing wait
         on_cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -56,17 +64,32 @@ class Wire:
     def post(self, header: Header, message: Message | None = None) -> Parcel:
         """Start to send; the header tells about `message` what the other end has to know."""
         flat = [None if t is None else flatten(t) for t in (message.tensors if message else ())]
-        words = encode(header._replace(layouts=tuple(f and f[0] for f in flat)))
-        full = [self._on_its_way(*f) for f in flat if f is not None and f[0].nbytes]
-        groups = [self._control, *(group for group, _ in full)]
-        tensors = [words, *(tensor for _, tensor in full)]
-        works = [dist.isend(t, self.peer, group) for t, group in zip(tensors, groups, strict=True)]
-        return Parcel([w for w in works if w is not None], tensors)
+        full = [f for f in flat if f is not None and f[0].nbytes]
+        through_host = [f.cpu() for layout, f in full if self._is_through_host(layout)]
+        sizes = tuple(map(len, through_host))
+        route = self._route(sizes)
+        words = encode(header._replace(layouts=tuple(f and f[0] for f in flat), route=route))
+        sent = [(words, self._control, _IN_TURN)]
+        sent += [(t, self._control, _POSTED if route == Route.POSTED else _IN_TURN) for t in through_host]
+        if self._data is not None:
+            sent += [(f, self._data, _IN_TURN) for layout, f in full if not self._is_through_host(layout)]
+        if route == Route.ADAPTED:
+            # what is posted already cannot be taken back
+            sent += [(torch.empty(n, dtype=torch.uint8), self._control, _POSTED) for n in self._ahead]
+            self._ahead = sizes
+        self._last = sizes
+        # not dist.isend: the group has to serve to the end, also where the default group is gone already
+        return Parcel([g.send([t], self._at, tag) for t, g, tag in sent], [t for t, _, _ in sent])
 
-    def _on_its_way(self, layout: Layout, flat: Tensor) -> tuple[dist.ProcessGroup, Tensor]:
-        if layout.on_host:
-            return self._control, flat
-        return (self._control, flat.cpu()) if self._data is None else (self._data, flat)
+    def _route(self, sizes: tuple[int, ...]) -> Route:
+        if not sizes:
+            return Route.PAST
+        if sizes == self._ahead:
+            return Route.POSTED
+        return Route.ADAPTED if sizes == self._last or not self._ahead else Route.PAST
+
+    def _is_through_host(self, layout: Layout) -> bool:
+        return layout.on_host or self._data is None
 
     def finish(self, parcel: Parcel) -> None:
         """Wait until a message has been sent; its tensors are free then."""
@@ -79,30 +102,53 @@ class Wire:
     # ---- receiving
 
     def take_header(self) -> Header:
-        """Wait for the next header."""
+        """Wait for the next header, and be ready for its tensors."""
         words = torch.empty(WORDS, dtype=torch.int64)
-        self._wait(words, self._control)
+        coming = self._control.recv([words], self._at, _IN_TURN)
+        if not self._posted:
+            buffers = [torch.empty(n, dtype=torch.uint8) for n in self._ahead]
+            self._posted = [(b, self._control.recv([b], self._at, _POSTED)) for b in buffers]
+        coming.wait(FOREVER)
         return decode(words)
 
     def take_tensors(self, header: Header) -> tuple[Tensor | None, ...]:
         """Wait for the tensors of a header."""
+        posted = self._take_posted() if header.route == Route.POSTED else []
         with torch.cuda.stream(self._stream):
-            tensors = tuple(None if layout is None else self._take(layout) for layout in header.layouts)
+            flat = [self._take(layout, posted) for layout in header.layouts]
+            tensors = tuple(self._restore(f, layout) for f, layout in zip(flat, header.layouts, strict=True))
         if self._stream is not None:
             self._stream.synchronize()
+        if header.route == Route.ADAPTED:
+            self._take_posted()
+            hosted = [x for x in header.layouts if x is not None and self._is_through_host(x)]
+            self._ahead = tuple(x.nbytes for x in hosted if x.nbytes)
         return tensors
 
-    def _take(self, layout: Layout) -> Tensor:
-        through_host = layout.on_host or self._data is None
-        flat = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu" if through_host else self._device)
-        if layout.nbytes:
-            self._wait(flat, self._control if through_host else self._data)
-        return layout.restore(flat if layout.on_host else flat.to(self._device))
+    def _take_posted(self) -> list[Tensor]:
+        for _, work in self._posted:
+            work.wait(FOREVER)
+        buffers = [buffer for buffer, _ in self._posted]
+        self._posted = []
+        return buffers
 
-    def _wait(self, buffer: Tensor, group: dist.ProcessGroup | None) -> None:
-        work = dist.irecv(buffer, self.peer, group)
-        assert work is not None
-        work.wait(FOREVER)
+    def _take(self, layout: Layout | None, posted: list[Tensor]) -> Tensor | None:
+        """Bytes of one tensor, in the order in which they were sent."""
+        if layout is None:
+            return None
+        through_host = self._is_through_host(layout)
+        if through_host and layout.nbytes and posted:
+            return posted.pop(0)
+        flat = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu" if through_host else self._device)
+        group = self._control if through_host else self._data
+        if layout.nbytes and group is not None:
+            group.recv([flat], self._at, _IN_TURN).wait(FOREVER)
+        return flat
+
+    def _restore(self, flat: Tensor | None, layout: Layout | None) -> Tensor | None:
+        if flat is None or layout is None:
+            return None
+        return layout.restore(flat if layout.on_host else flat.to(self._device))
 
     def adopt(self, tensors: Sequence[Tensor | None]) -> None:
         """Tell the allocator that the stream that computes now uses what has come."""
@@ -113,11 +159,17 @@ class Wire:
 
     # ---- the end
 
+    def sever(self) -> None:
+        """End the connection, so that whoever waits for it gets an error now."""
+        # there is no call for it, but a wait that runs out of time closes the connection for all
+        with suppress(RuntimeError):
+            self._control.recv([torch.empty(1)], self._at, _NEVER).wait(timedelta(milliseconds=1))
+        if self._data is not None and hasattr(self._data, "abort"):  # torch 2.4 has no such call
+            self._data.abort()
+
     def cut(self) -> None:
         """Give up the groups, if nobody has done so before."""
         for group in (self._data, self._control):
             if group is not None and dist.is_initialized():
-                try:
+                with suppress(ValueError):  # destroyed together with the default group
                     dist.destroy_process_group(group)
-                except ValueError:  # destroyed together with the default group
-                    continue

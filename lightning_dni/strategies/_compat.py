@@ -1,18 +1,26 @@
 """Every Lightning name that is not documented for users, each with a canary in the tests."""
 
 import copy
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, Timer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torchmetrics import Metric
 
 AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging,)
 if hasattr(callbacks, "WeightAveraging"):  # older Lightning has none
@@ -20,15 +28,29 @@ if hasattr(callbacks, "WeightAveraging"):  # older Lightning has none
 
 __all__ = [
     "AVERAGING",
+    "LightningEnvironment",
     "MisconfigurationException",
     "Precision",
+    "SIGTERMException",
     "StrategyRegistry",
     "TrainerFn",
+    "clip_by_stage",
     "drop_logged_values",
+    "follow",
+    "follow_batches",
+    "free_timer",
+    "log_as_batch",
+    "mark_sigterm",
+    "metric_state",
+    "note_sigterm",
     "quiet_copy",
     "rank_zero_warn",
+    "replace_on",
     "saves_at_step",
-    "thin_sigterm_broadcast",
+    "set_metric_state",
+    "validates_by_time",
+    "waits_in_every_batch",
+    "worker_seeding",
 ]
 
 
@@ -59,23 +81,119 @@ def drop_logged_values(trainer: pl.Trainer) -> None:
         loop._results = _NoResults(training=False)
 
 
-def thin_sigterm_broadcast(trainer: pl.Trainer, every: int) -> None:
-    """Have the processes ask each other for a SIGTERM at every n-th batch only: each asking waits for all."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    asks: Callable[[], None] | None = getattr(type(loop), "_broadcast_sigterm_tensor", None)
-    if asks is None:  # older Lightning does not ask
-        return
+def log_as_batch(trainer: pl.Trainer, batch: Any) -> None:
+    """Have values that are logged from now on count with the rows of `batch` in the mean of the epoch."""
+    results = trainer._results
+    if results is not None:
+        results.batch, results.batch_size = batch, None
 
-    def ask_seldom() -> None:
-        if loop.total_batch_idx % every == every - 1:
-            asks(loop)  # type: ignore[call-arg]
 
-    loop._broadcast_sigterm_tensor = ask_seldom
+def replace_on(owner: object, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Have `owner.name` be `function`, for this object only; returns what takes it back."""
+    vars(owner)[name] = function
+    return lambda: vars(owner).pop(name, None)
+
+
+def follow(owner: object, name: str, then: Callable[[], None]) -> Callable[[], None]:
+    """Call `then` after every `owner.name(...)` that returns; returns what takes it back."""
+    method = getattr(owner, name)
+
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then()
+        return result
+
+    return replace_on(owner, name, followed)
+
+
+def follow_batches(
+    trainer: pl.Trainer, batch: Callable[[], None], end: Callable[[], None], epoch: Callable[[], None]
+) -> list[Callable[[], None]]:
+    """Call these after every training batch, after the validation that may follow it, and after an epoch."""
+    fit_loop = trainer.fit_loop
+    return [
+        follow(fit_loop.epoch_loop, "advance", batch),
+        follow(fit_loop.epoch_loop, "on_advance_end", end),
+        follow(fit_loop, "on_advance_end", epoch),
+    ]
+
+
+def note_sigterm(trainer: pl.Trainer, note: Callable[[], None]) -> list[Callable[[], None]]:
+    """Have a SIGTERM noted in this process only; Lightning broadcasts it, and asks for it in every batch."""
+    launcher: Any = trainer.strategy.launcher
+
+    def noted(signum: Any, frame: Any) -> None:
+        if launcher is not None:
+            launcher.kill(signum)  # to the processes that this one has started, as Lightning does
+        note()
+
+    loop = trainer.fit_loop.epoch_loop
+    return [
+        replace_on(trainer._signal_connector, "_sigterm_notifier_fn", noted),
+        replace_on(loop, "_broadcast_sigterm_tensor", lambda: None),
+    ]
+
+
+def mark_sigterm(trainer: pl.Trainer) -> None:
+    """Have the loops raise SIGTERMException where they look next."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def free_timer(timer: Timer, expired: Callable[[], None]) -> list[Callable[[], None]]:
+    """Have `timer` look at the clock of this process only, not at that of rank 0, in every batch."""
+    if timer._interval != "step":
+        return []
+
+    def look(*args: Any, **kwargs: Any) -> None:
+        left = timer.time_remaining()
+        if left is not None and left <= 0:
+            expired()
+
+    return [replace_on(timer, "on_train_batch_end", look)]
+
+
+def clip_by_stage(plugin: Precision, stages: int) -> Callable[[], None]:
+    """Have each stage clip its gradients to its share of a norm; returns what takes it back."""
+    clip = plugin.clip_grad_by_norm
+
+    def clip_share(optimizer: Any, clip_val: float) -> None:
+        clip(optimizer, clip_val / math.sqrt(stages))
+
+    return replace_on(plugin, "clip_grad_by_norm", clip_share)
 
 
 def saves_at_step(callback: Callback, step: int) -> bool:
-    """Whether `callback` looks at a monitored value after optimizer step `step`."""
-    if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+    """Whether `callback` writes a checkpoint after optimizer step `step`; its name may have values."""
+    if not isinstance(callback, ModelCheckpoint):
         return False
     every = callback._every_n_train_steps
     return every > 0 and step % every == 0
+
+
+def waits_in_every_batch(callback: Callback) -> bool:
+    """Whether `callback` asks all processes in every batch whether it is time."""
+    return isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None
+
+
+def validates_by_time(trainer: pl.Trainer) -> bool:
+    """Whether the clock of each process says when it validates."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def metric_state(metric: Metric) -> tuple[dict[str, Any], int]:
+    """What a metric has seen."""
+    return metric.metric_state, metric._update_count
+
+
+def set_metric_state(metric: Metric, state: Mapping[str, Any], updates: int) -> None:
+    """Have a metric have seen what another one has."""
+    for name, value in state.items():
+        setattr(metric, name, move_data_to_device(value, metric.device))
+    metric._update_count, metric._computed = updates, None
+
+
+def worker_seeding(replica: int) -> Callable[[int], None] | None:
+    """What seeds the workers of a loader after `seed_everything(workers=True)`, the same in every stage."""
+    if not int(os.environ.get("PL_SEED_WORKERS", "0")):
+        return None
+    return partial(pl_worker_init_function, rank=replica)

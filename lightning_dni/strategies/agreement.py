@@ -1,18 +1,22 @@
 """All stages decide alike: what the last stage has logged reaches every process that looks at it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+import torch.distributed as dist
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 from typing_extensions import override
 
-from lightning_dni.strategies._compat import drop_logged_values, saves_at_step, thin_sigterm_broadcast
-
-SIGTERM_EVERY = 64
-"""Batches between two times at which the processes ask each other whether one was told to end."""
+from lightning_dni.strategies._compat import (
+    drop_logged_values,
+    metric_state,
+    saves_at_step,
+    set_metric_state,
+)
 
 
 class MetricAgreement(EarlyStopping):
@@ -20,10 +24,14 @@ class MetricAgreement(EarlyStopping):
 
     An EarlyStopping by kind only: Lightning runs those after the module's own epoch end, with the callbacks
     that monitor values, and it stands first among them.
+
+    Args:
+        evaluated: Called after a validation in which all stages have come together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, evaluated: Callable[[], None]) -> None:
         super().__init__(monitor="none")
+        self._evaluated = evaluated
 
     @property
     @override
@@ -43,12 +51,45 @@ class MetricAgreement(EarlyStopping):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nothing."""
 
-    def _share(self, trainer: pl.Trainer) -> None:
-        mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        told: dict[str, float] = trainer.strategy.broadcast(mine)
-        if not trainer.is_global_zero:
-            device = trainer.strategy.root_device
-            trainer.callback_metrics.update({k: torch.tensor(v, device=device) for k, v in told.items()})
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share what validation has found."""
+        if not trainer.sanity_checking:
+            share_values(trainer)
+            self._evaluated()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share the values of the epoch."""
+        share_values(trainer)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share what the test has found."""
+        share_values(trainer)
+
+
+class StateAgreement(Callback):
+    """Hands what the module's torchmetrics have seen to all stages, before anybody computes their values."""
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share what metrics have seen in the epoch."""
+        share_metrics(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share what metrics have seen in the validation."""
+        share_metrics(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share what metrics have seen in the test."""
+        share_metrics(trainer, pl_module)
+
+
+class StepAgreement(Callback):
+    """Shares values in the steps after which a checkpoint is written; it stands before whoever does so."""
 
     @override
     def on_train_batch_end(
@@ -59,54 +100,96 @@ class MetricAgreement(EarlyStopping):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Share values at the steps at which somebody decides by one."""
-        if self._decides(trainer):
-            self._share(trainer)
-
-    def _decides(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (set by a connector, untyped)
-        if any(saves_at_step(callback, step) for callback in callbacks):
-            return True
-        return any(
-            config.reduce_on_plateau and config.interval == "step" and step % config.frequency == 0
-            for config in trainer.lr_scheduler_configs
-        )
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share what validation has found."""
-        if not trainer.sanity_checking:
-            self._share(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share the values of the epoch."""
-        self._share(trainer)
-
-    @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share what the test has found."""
-        self._share(trainer)
+        """Share values, where a checkpoint is due."""
+        if any(saves_at_step(callback, trainer.global_step) for callback in callbacks_of(trainer)):
+            share_values(trainer)
 
 
-def agree(trainer: pl.Trainer, module: pl.LightningModule, is_last: bool) -> None:
-    """Prepare `trainer` for stages of which only the last one has anything to log.
+def share_for_schedules(trainer: pl.Trainer) -> None:
+    """Share values after a batch, where a learning rate schedule looks at one."""
+    batch = trainer.fit_loop.batch_idx + 1
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "step" and batch % config.frequency == 0:
+            share_values(trainer)
+            return
+
+
+def share_values(trainer: pl.Trainer) -> None:
+    """Overwrite `trainer.callback_metrics` with those of the last stage."""
+    told = trainer.strategy.broadcast({k: v.detach().cpu() for k, v in trainer.callback_metrics.items()})
+    if not trainer.is_global_zero:
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({key: value.to(device) for key, value in told.items()})
+
+
+def share_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Have the metrics in `module` have seen what those of the last stage have."""
+    metrics = metrics_in(module)
+    if not metrics or trainer.sanity_checking:
+        return
+    told = trainer.strategy.broadcast([metric_state(metric) for metric in metrics])
+    if not trainer.is_global_zero:
+        for metric, state in zip(metrics, told, strict=True):
+            set_metric_state(metric, *state)
+
+
+def metrics_in(module: nn.Module) -> list[torchmetrics.Metric]:
+    """The metrics among the parts of `module`."""
+    return [part for part in module.modules() if isinstance(part, torchmetrics.Metric)]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The Trainer's list itself, which is set by a connector, untyped."""
+    found: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
+    return found
+
+
+_SAVING = pl.callbacks.Checkpoint
+
+
+class Agreement:
+    """Prepares a Trainer for stages of which only the last one has anything to log, and takes that back.
 
     Args:
         trainer: This process's.
         module: Its module.
         is_last: Whether its stage has the loss.
+        evaluated: Called after a validation in which all stages have come together.
+        copies: The processes that run the same stage; None where there is one.
     """
-    thin_sigterm_broadcast(trainer, SIGTERM_EVERY)
-    if not is_last:
-        drop_logged_values(trainer)
-    for part in module.modules():
-        if isinstance(part, torchmetrics.Metric):  # else it would gather over all stages, which have nothing
-            part.distributed_available_fn = _alone
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009
-    if not any(isinstance(callback, MetricAgreement) for callback in callbacks):
-        callbacks.insert(0, MetricAgreement())
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        is_last: bool,
+        evaluated: Callable[[], None],
+        copies: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._callbacks = callbacks_of(trainer)
+        self._metrics = {
+            metric: (metric.distributed_available_fn, metric.process_group) for metric in metrics_in(module)
+        }
+        for metric in self._metrics:
+            if is_last and copies is not None:
+                metric.process_group = copies
+            else:  # it would gather over all stages, which have nothing
+                metric.distributed_available_fn = _alone
+        if not is_last:
+            drop_logged_values(trainer)
+        step = StepAgreement()
+        last = next(
+            (i for i, c in enumerate(self._callbacks) if isinstance(c, _SAVING)), len(self._callbacks)
+        )
+        self._callbacks.insert(last, step)
+        self._own: list[Callback] = [StateAgreement(), MetricAgreement(evaluated), step]
+        self._callbacks[:0] = self._own[:2]
+
+    def remove(self) -> None:
+        """Leave the Trainer and the module as they were."""
+        self._callbacks[:] = [callback for callback in self._callbacks if callback not in self._own]
+        for metric, (available, group) in self._metrics.items():
+            metric.distributed_available_fn, metric.process_group = available, group
 
 
 def _alone() -> bool:

@@ -16,10 +16,14 @@ class Bucket:
 
     The flat tensor stays; a gradient is copied in before it is sent, and out into the parameter's own
     `.grad` when the average is there, so nobody else's tensor is ever an alias of it.
+
+    Args:
+        variables: Whose gradients it holds.
+        group: The processes that average it; None: all, in the default group.
     """
 
-    def __init__(self, variables: Sequence[Tensor]) -> None:
-        self.variables = list(variables)
+    def __init__(self, variables: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+        self.variables, self._group = list(variables), group
         ends = list(accumulate(v.numel() for v in variables))
         self._flat = torch.zeros(ends[-1], dtype=variables[0].dtype, device=variables[0].device)
         self.views = [
@@ -39,9 +43,10 @@ class Bucket:
 
     def launch(self) -> None:
         """Start averaging; divided first and summed then, as torch's DDP does."""
-        if dist.get_world_size() > 1:
-            self._flat.mul_(1.0 / dist.get_world_size())
-        self._work = dist.all_reduce(self._flat, async_op=True)
+        size = dist.get_world_size(self._group)
+        if size > 1:
+            self._flat.mul_(1.0 / size)
+        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     def wait(self) -> None:
         """Wait for the average."""
@@ -79,16 +84,16 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def average_sparse(variable: Tensor) -> None:
+def average_sparse(variable: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Average a sparse `.grad`; None counts as zero."""
     grad = torch.zeros_like(variable).to_sparse(1) if variable.grad is None else variable.grad
-    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce() * (1.0 / dist.get_world_size())
-    dist.all_reduce(grad)
+    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce() * (1.0 / dist.get_world_size(group))
+    dist.all_reduce(grad, group=group)
     variable.grad = grad
 
 
-def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
-    """Overwrite `tensors` with those of rank `source`, many at once."""
+def broadcast(tensors: Sequence[Tensor], source: int = 0, group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite `tensors` with those of global rank `source`, many at once, in a group or everywhere."""
     kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
     held = 0
     for tensor in tensors:
@@ -101,7 +106,7 @@ def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
     for chunk in (chunk for chunks in kinds.values() for chunk in chunks):
         flat = torch.cat([t.reshape(-1) for t in chunk])
         dist.broadcast(
-            flat.view(torch.uint8), src=source
+            flat.view(torch.uint8), src=source, group=group
         )  # bytes: every backend takes them, whatever the dtype
         pieces = torch.split(flat, [t.numel() for t in chunk])
         copy_all([(t, piece.view(t.shape)) for t, piece in zip(chunk, pieces, strict=True)])

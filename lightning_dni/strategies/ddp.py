@@ -1,7 +1,6 @@
 """DNIDDPStrategy: the same training in several processes, each on its own part of every batch."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -136,16 +135,6 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         )
 
     # ---- one step
-
-    @override
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients to this process: more batches of the same optimizer step follow."""
-        self._closes_window = False
-        try:
-            yield
-        finally:
-            self._closes_window = True
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -1,8 +1,8 @@
 """What every strategy of ours adds to one of Lightning's: the engine around the user's training step."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.step import no_profile
+from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given
 from lightning_dni.strategies.table import describe
@@ -94,6 +95,7 @@ class DecoupledTraining(Strategy):
             self._engine, self._engine_of = self._build_engine(module), module
         if self._restored is not None:
             self._engine.load_state_dict(self._restored)
+            self._warn_of_loss(self._restored)
         elif self._resumes:
             rank_zero_warn(
                 "The checkpoint holds no gradient estimators (it was written under another strategy): they "
@@ -107,6 +109,12 @@ class DecoupledTraining(Strategy):
         self._attached = True
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
         self._watch_optimizers()
+
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+        """Say what a fit from `state` does not go on with."""
+        clauses = left_out(state, self.engine.boundaries, staleness)
+        if clauses:
+            rank_zero_warn(f"Not all that the checkpoint holds is gone on with: {'; '.join(clauses)}.")
 
     def _build_engine(self, module: pl.LightningModule) -> Engine:
         return self._options_for(module).build(DNIEngine, module)
@@ -141,11 +149,20 @@ class DecoupledTraining(Strategy):
             first=first,
             last=self._closes_window,
         ):
-            return self._run_step(partial(super().training_step, *args, **kwargs))
+            return self._run_step(super().training_step, *args, **kwargs)
 
-    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
+    def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's training step inside the engine's."""
-        return step()
+        return step(*args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients to this process: more batches of the same optimizer step follow."""
+        self._closes_window = False
+        try:
+            yield
+        finally:
+            self._closes_window = True
 
     def _loss_scale(self) -> Callable[[], Tensor] | None:
         """Gives what the precision plugin will multiply the loss with, without waiting for the device."""
@@ -241,12 +258,14 @@ class DecoupledTraining(Strategy):
         """Write the estimators into one key of the checkpoint."""
         if self._engine is not None and self._engine_of is self.lightning_module:
             state = self._engine_state()
-            if "optimizer_states" not in checkpoint:  # save_weights_only
-                del state["optimizers"], state["schedules"]
-            checkpoint[CHECKPOINT_KEY] = state
+            if state is not None:
+                if "optimizer_states" not in checkpoint:  # save_weights_only
+                    del state["optimizers"], state["schedules"]
+                checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def _engine_state(self) -> dict[str, Any]:
+    def _engine_state(self) -> dict[str, Any] | None:
+        """What the checkpoint keeps of the engine; None for nothing."""
         return self.engine.state_dict()
 
     @override

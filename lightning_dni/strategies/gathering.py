@@ -1,15 +1,19 @@
 """Bring what the stages hold together into one whole, as a run in one process would have it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.strategies.bucket import broadcast
+
+LARGE = 2**16
+"""Bytes from which on a tensor is sent by itself."""
 
 
 def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> None:
@@ -26,17 +30,61 @@ def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> No
         broadcast(own, rank)
 
 
-def gather(value: Any) -> list[Any] | None:
-    """What every process has, on rank 0; None elsewhere."""
-    rank, found = dist.get_rank(), [None] * dist.get_world_size()
-    dist.gather_object(value, found if rank == 0 else None)
-    return found if rank == 0 else None
+def gather(value: Any, device: torch.device) -> list[Any] | None:
+    """What every process has, on the CPU of rank 0; None elsewhere.
+
+    Large tensors are sent one by one: in an object, they would be copied several times, by every process.
+
+    Args:
+        value: Tensors and primitives, nested.
+        device: That of this process, where the backend sends from it.
+    """
+    via = device if device.type == "cuda" and "nccl" in dist.get_backend_config() else torch.device("cpu")
+    leaves, structure = pytree.tree_flatten(value)
+    large = [leaf for leaf in leaves if _is_large(leaf)]
+    outline = [_outline(leaf) for leaf in leaves]
+    rank, outlines = dist.get_rank(), [None] * dist.get_world_size()
+    dist.gather_object((outline, structure), outlines if rank == 0 else None)
+    if rank:
+        for tensor in large:
+            dist.send(_bytes(tensor.to(via)), 0)
+        return None
+    return [
+        pytree.tree_unflatten([_receive(leaf, source, via) for leaf in there], how) if source else value
+        for source, (there, how) in enumerate(cast(list[Any], outlines))
+    ]
+
+
+def _is_large(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.numel() * leaf.element_size() >= LARGE
+
+
+def _outline(leaf: Any) -> Any:
+    """What goes into the object in the place of `leaf`."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().to("meta" if _is_large(leaf) else "cpu")
+
+
+def _receive(leaf: Any, source: int, via: torch.device) -> Any:
+    """The tensor of which an outline has come."""
+    if not (isinstance(leaf, torch.Tensor) and leaf.is_meta):
+        return leaf
+    tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=via)
+    dist.recv(_bytes(tensor), source)
+    return tensor.cpu()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """What is sent: every backend takes bytes, whatever the dtype."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def join_optimizer_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of an optimizer over the whole module, from each stage's."""
     whole = dict(states[0])
-    whole["state"] = {key: value for state in states for key, value in state["state"].items()}
+    joined = {key: value for state in states for key, value in state["state"].items()}
+    whole["state"] = dict(sorted(joined.items()))
     return whole
 
 
@@ -52,8 +100,6 @@ def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     What is under way in the pipeline stands beside it, by boundary.
     """
-    if "pipeline" not in states[0]:  # no batch has been seen: what was restored, or nothing
-        return dict(states[0])
     upwards = list(reversed(states))
     whole = dict(upwards[0])
     for key in ("kinds", "estimators", "streams"):

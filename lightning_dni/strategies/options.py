@@ -13,6 +13,7 @@ from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
+from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies._compat import MisconfigurationException
 
 E = TypeVar("E", bound=Engine)
@@ -48,18 +49,22 @@ def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
     """
     if given["boundaries"] is not None and given["estimator"] is not None:
         return DNIOptions(**given)
-    defaults = {f.name: f.default for f in fields(DNIOptions) if f.default is not MISSING}
-    passed = [name for name, value in given.items() if value != defaults.get(name)]
-    if passed:
+    if passed(given):
         raise MisconfigurationException(
             "Expected `boundaries` and `estimator` together where a strategy is given options, or no option "
-            f"(the module's `configure_dni` gives them then), but got only {passed}."
+            f"(the module's `configure_dni` gives them then), but got only {passed(given)}."
         )
     return None
 
 
-def options_from(module: pl.LightningModule) -> DNIOptions:
-    """The options that `module.configure_dni()` returns.
+def passed(given: Mapping[str, Any]) -> list[str]:
+    """Names of the options that differ from what they are when left out."""
+    defaults = {f.name: f.default for f in fields(DNIOptions) if f.default is not MISSING}
+    return [name for name, value in given.items() if value != defaults.get(name)]
+
+
+def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
+    """The options that `module.configure_dni()` returns; of an exact schedule, those about stages alone.
 
     Raises:
         MisconfigurationException: The hook is missing, or returns something else than these options.
@@ -74,10 +79,14 @@ def options_from(module: pl.LightningModule) -> DNIOptions:
             f"estimator=...), or define `configure_dni` returning them. The module's children are {children}."
         )
     options: Any = hook()
+    if exact and isinstance(options, Mapping):
+        options = {"estimator": no_estimator, **options}
     if not isinstance(options, Mapping) or not {"boundaries", "estimator"} <= set(options) <= set(known):
         got = sorted(map(str, options)) if isinstance(options, Mapping) else type(options).__name__
         raise MisconfigurationException(
             f"Expected {type(module).__name__}.configure_dni() to return a dict with 'boundaries' and "
             f"'estimator' and otherwise only keys of {known}, but got {got}."
         )
+    if exact:
+        return DNIOptions(options["boundaries"], no_estimator, output=options.get("output"))
     return DNIOptions(**options)

@@ -11,7 +11,9 @@ from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
+from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies._compat import Precision
+from lightning_dni.strategies.exact import DEFAULT_STALENESS, ExactSchedule
 from lightning_dni.strategies.staged import StagedTraining
 
 
@@ -20,7 +22,14 @@ class DNIPipelineStrategy(StagedTraining):
 
     A stage sends its output on, takes its synthetic gradient, updates, and starts on the next batch at once.
     Target gradients come back later and train the estimators: always `staleness` updates later, so a run is
-    the same to the bit however fast the processes are.
+    the same to the bit however fast the processes are. An exact schedule trains the same stages with
+    backprop.
+
+    Values that are logged and decisions are those of the last stage, on every rank. `trainer.should_stop`,
+    set on any rank, `max_time` and a SIGTERM end the fit on all ranks after the same batch, at most
+    `staleness + 2` batches per stage later; no stage waits for another one to find out. `gradient_clip_val`
+    clips every stage by itself: by norm to `gradient_clip_val / sqrt(stages)`, so that the norm over all
+    stages is within it, and by value as in one process.
 
     Args:
         boundaries: As in `DNIStrategy`; their number plus one is that of the processes.
@@ -36,6 +45,12 @@ class DNIPipelineStrategy(StagedTraining):
         on_nonfinite: As in `DNIStrategy`.
         staleness: Number of updates after which an estimator learns from a target gradient; 0 waits for
             the target gradient of the same batch.
+        schedule: "dni" trains on synthetic gradients; "1f1b" and "gpipe" with exact backprop, equal to a
+            Trainer with `accumulate_grad_batches=microbatches` and batches of that fraction of the rows.
+            They take `boundaries` and `output`, and nothing else about gradients.
+        microbatches: Parts into which an exact schedule splits every batch, by rows. The user's step runs
+            on each, also where it logs: a row has the last one's value, an epoch's mean counts rows. What it
+            returns beside the loss comes in lists. Hooks around backward run once per batch.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -63,7 +78,9 @@ class DNIPipelineStrategy(StagedTraining):
         bp_lambda: float | Mapping[str, float] = 0.0,
         loss_denominator: Denominator = "batch",
         on_nonfinite: OnNonfinite = "raise",
-        staleness: int = 2,
+        staleness: int = DEFAULT_STALENESS,
+        schedule: Literal["dni", "1f1b", "gpipe"] = "dni",
+        microbatches: int = 1,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -84,9 +101,13 @@ class DNIPipelineStrategy(StagedTraining):
             "rng": "global",
             "on_nonfinite": on_nonfinite,
         }
+        exact = ExactSchedule.of(schedule, microbatches, staleness, given)
+        if exact is not None and boundaries is not None:
+            given["estimator"] = no_estimator
         super().__init__(
             given,
             staleness,
+            exact,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

@@ -23,10 +23,12 @@ class Place:
 
     Attributes:
         stage: Number of the stage of this process.
+        copy: Number of the copy of the pipeline to which it belongs.
         ranks: Global rank of each stage of each copy of the pipeline, as `ranks[stage][copy]`.
     """
 
     stage: int
+    copy: int
     ranks: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -34,20 +36,32 @@ class Place:
         """The place of process `rank`.
 
         Raises:
-            MisconfigurationException: There is not one process per stage.
+            MisconfigurationException: There are not as many processes for every stage.
         """
         stages = len(boundaries) + 1
-        if world_size != stages:
+        if world_size % stages:
             raise MisconfigurationException(
-                f"Expected one process per stage, which is {stages} for boundaries {list(boundaries)}, but "
-                f"got {world_size}. Pass that many in `Trainer(devices=..., num_nodes=...)`."
+                f"Expected {stages} processes or a multiple of it, one per stage of boundaries "
+                f"{list(boundaries)}, but got {world_size}. Set `devices` and `num_nodes` of the Trainer."
             )
-        return cls(stages - 1 - rank, tuple((stages - 1 - k,) for k in range(stages)))
+        copies = world_size // stages
+        ranks = [tuple(range(k * copies, (k + 1) * copies)) for k in reversed(range(stages))]
+        return cls(stages - 1 - rank // copies, rank % copies, tuple(ranks))
 
     @property
     def is_last(self) -> bool:
         """Whether the loss is computed here."""
         return self.stage == len(self.ranks) - 1
+
+    @property
+    def copies(self) -> int:
+        """Number of copies of the whole pipeline, which share every batch among them."""
+        return len(self.ranks[0])
+
+    @property
+    def firsts(self) -> list[int]:
+        """Global rank of each stage in the first copy."""
+        return [ranks[0] for ranks in self.ranks]
 
 
 class Trial:
@@ -95,8 +109,8 @@ class Trial:
         return plan
 
 
-def compare_plans(plan: StagePlan, batch: Any) -> None:
-    """See that every process has found the same stages, from the same batch.
+def compare_plans(plan: StagePlan, batch: Any, place: Place) -> None:
+    """See that every process has found the same stages, and those of one copy from the same batch.
 
     Raises:
         MisconfigurationException: On every process, where one differs.
@@ -104,18 +118,23 @@ def compare_plans(plan: StagePlan, batch: Any) -> None:
     here = (plan.boundaries, sorted(plan.tensors.items()), fingerprint(batch))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, here)
-    if any(other[2] != found[0][2] for other in found):
+    strange = [rank for k in range(place.copies) for rank in _strange(found, [r[k] for r in place.ranks])]
+    if strange:
         raise MisconfigurationException(
-            "Expected every process to read the same first batch, but got different ones on ranks "
-            f"{[r for r, other in enumerate(found) if other[2] != found[0][2]]}. Use one seed "
-            "(`seed_everything`) on all processes, and leave the sampler to the Trainer "
-            "(use_distributed_sampler=True)."
+            f"Expected all stages to read the same first batch, but got other ones on ranks {strange} than "
+            "on their last stage. Use one seed (`seed_everything`) on all processes, and leave the sampler "
+            "to the Trainer (use_distributed_sampler=True)."
         )
     if any(other[:2] != found[0][:2] for other in found):
         raise MisconfigurationException(
             f"Expected every process to find the same stages, but got {[list(other[0]) for other in found]}. "
             "Build the same module and boundaries on every rank."
         )
+
+
+def _strange(found: Sequence[Any], ranks: Sequence[int]) -> list[int]:
+    """Those of `ranks` whose batch is not that of their last stage."""
+    return [rank for rank in ranks if found[rank][2] != found[ranks[-1]][2]]
 
 
 def own_tensors(module: nn.Module, plan: StagePlan, stage: int) -> list[torch.Tensor]:

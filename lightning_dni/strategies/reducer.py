@@ -29,22 +29,35 @@ WRONG, UNPLANNED, ANOTHER_PLAN = range(3)
 
 
 class GradientReducer:
-    """The `Exchange` of processes in torch.distributed's default group.
+    """The `Exchange` of the processes in a group.
 
     Args:
         bucket_cap_mb: Megabytes at which a bucket is full.
-        timeout: Of the group for small messages between CPUs, which is made where the default one is
-            not gloo, so that no message waits for an accelerator.
+        timeout: Of the groups that are made where none is given.
+        group: The processes; None: all of them, in a group of its own.
+        control: For small messages between CPUs, where `group` is not gloo, so that none waits for an
+            accelerator.
 
     Attributes:
         launched_early: Buckets of the last exchanged step that were sent before its end.
     """
 
-    def __init__(self, bucket_cap_mb: float = 25.0, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        bucket_cap_mb: float = 25.0,
+        timeout: timedelta | None = None,
+        group: dist.ProcessGroup | None = None,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
         self._cap = int(bucket_cap_mb * 2**20)
-        self._control = (
-            None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        )
+        if group is None:
+            # when a bucket is complete may differ between processes: in the default group it could then go
+            # out before a collective of the user's in one and after it in another
+            group = dist.new_group(timeout=timeout)
+            control = (
+                None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            )
+        self._processes, self._control = group, control or group
         self._plan = Plan([], [])
         self._slots: dict[Tensor, Slot] = {}
         self._buckets: list[Bucket] = []
@@ -215,13 +228,14 @@ class GradientReducer:
     ) -> list[bool]:
         """Make a plan of what this step has shown, and send everything by it."""
         mine = {name: self._sighting(p, completed_by.get(p)) for name, p in parameters.items()}
-        sightings: list[Any] = [None] * dist.get_world_size()
+        sightings: list[Any] = [None] * dist.get_world_size(self._control)
         dist.all_gather_object(sightings, mine, group=self._control)
         planned = self._plan.names
         self._plan = agree(sightings, planned, self._cap)
         self._adopt(parameters, completed_by)
         # estimators are built by now, with whatever the user's factory has drawn
-        broadcast([parameters[name] for name in self._plan.names if name not in set(planned)])
+        fresh = [parameters[name] for name in self._plan.names if name not in set(planned)]
+        broadcast(fresh, dist.get_global_rank(self._processes, 0), self._processes)
         for bucket in self._buckets:
             bucket.fill()
             bucket.launch()
@@ -243,7 +257,7 @@ class GradientReducer:
         """Lay the parameters out as the plan says."""
         before, self._slots, self._buckets = self._slots, {}, []
         for names in self._plan.buckets:
-            bucket = Bucket([parameters[name] for name in names])
+            bucket = Bucket([parameters[name] for name in names], self._processes)
             for variable, view in zip(bucket.variables, bucket.views, strict=True):
                 old = before.get(variable)
                 self._slots[variable] = Slot(
@@ -268,7 +282,7 @@ class GradientReducer:
             start = end
         for variable, there in zip(self._sparse, present[start:], strict=True):
             if there:
-                average_sparse(variable)
+                average_sparse(variable, self._processes)
 
     # ---- apart from steps
 
@@ -279,7 +293,7 @@ class GradientReducer:
             kinds: dict[torch.dtype, list[Tensor]] = {}
             for parameter in parameters:
                 kinds.setdefault(parameter.dtype, []).append(parameter)
-            self._averaged = [Bucket(alike) for alike in kinds.values()]
+            self._averaged = [Bucket(alike, self._processes) for alike in kinds.values()]
             held = [v for bucket in self._averaged for v in bucket.variables]
         present = self._tell([], held)
         for bucket in self._averaged:

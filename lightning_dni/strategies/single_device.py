@@ -34,10 +34,11 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: 0 (synthetic gradients only) to 1 (backprop); or {pattern: value}.
         loss_denominator: What the training loss is divided by: "batch", "sum", "elements", or a
-            callable of batch and h.
+            callable of batch and h. Where manual optimization accumulates `loss / n`, estimators that do not
+            see the network's gradient (LocalLossEstimator) need n times the rows: a callable says so.
         rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
-            it; "skip" leaves out that estimator's update and counts it in `dni_skipped/<boundary>`.
+            it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
@@ -18,65 +17,87 @@ from lightning_dni.core.estimator import Signal
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
+from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
-from lightning_dni.pipeline.watch import Watch, open_watch
-from lightning_dni.strategies._compat import AVERAGING, MisconfigurationException, TrainerFn
-from lightning_dni.strategies.agreement import agree
-from lightning_dni.strategies.bucket import broadcast
-from lightning_dni.strategies.decoupled import DecoupledTraining
-from lightning_dni.strategies.gathering import (
-    gather,
-    join_engine_states,
-    join_optimizer_states,
-    own_optimizer_state,
-    share_module,
+from lightning_dni.pipeline.watch import open_watch
+from lightning_dni.strategies._compat import (
+    SIGTERMException,
+    TrainerFn,
+    clip_by_stage,
+    worker_seeding,
 )
-from lightning_dni.strategies.options import DNIOptions
-from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
+from lightning_dni.strategies.agreement import Agreement, share_for_schedules
+from lightning_dni.strategies.bucket import broadcast
+from lightning_dni.strategies.common import StagesInCommon
+from lightning_dni.strategies.copies import Copies
+from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
+from lightning_dni.strategies.gathering import gather
+from lightning_dni.strategies.options import DNIOptions, options_from
+from lightning_dni.strategies.placement import Place, Trial, compare_plans
+from lightning_dni.strategies.refusals import (
+    refuse_nodes_apart,
+    refuse_unsupported,
+    refuse_waiting,
+    warn_of_waits,
+)
+from lightning_dni.strategies.stopping import CommonStop
 
 T = TypeVar("T")
 
 
-class StagedTraining(DecoupledTraining, DDPStrategy):
+class StagedTraining(StagesInCommon):
     """Trains one stage of the module in each process; the last stage is global rank 0.
 
     Args:
         options: As in `DecoupledTraining`.
         staleness: As in `DNIPipelineStrategy`.
+        exact: The exact schedule; None for synthetic gradients.
         base: What DDPStrategy takes.
     """
 
-    def __init__(self, options: Mapping[str, Any], staleness: int, **base: Any) -> None:
-        super().__init__(options, **base)
-        self._staleness = staleness
-        self._place: Place | None = None
-        self._links: Links | None = None
-        self._watch: Watch | None = None
+    def __init__(
+        self, options: Mapping[str, Any], staleness: int, exact: ExactSchedule | None = None, **base: Any
+    ) -> None:
+        super().__init__(options, exact, **base)
+        self._staleness = 0 if exact else staleness
+        self._signals = Signals(0, 1, 0)
+        self._stop: CommonStop | None = None
+        self._agreement: Agreement | None = None
+        self._undo: list[Callable[[], None]] = []
         self._failed = self._introduced = False
 
     # ---- which process is which stage
 
     @property
     @override
-    def engine(self) -> StageEngine:
-        """The engine of this process's stage."""
-        engine = super().engine
-        assert isinstance(engine, StageEngine)
-        return engine
-
-    @property
-    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every stage reads the same batches."""
-        return {"num_replicas": 1, "rank": 0}
+        """Every stage reads the same batches; copies of the pipeline share them."""
+        place = self._placed()
+        return {"num_replicas": place.copies, "rank": place.copy}
 
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:
         # every stage draws from streams of its own: the global one stays the same in all processes
-        return replace(super()._options_for(module), rng="stage")
+        options = self._options or options_from(module, exact=self._exact is not None)
+        return replace(options, rng="stage")
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Have workers draw the same random numbers in every stage; Lightning would have them differ."""
+        seeding = worker_seeding(replica=self._placed().copy)
+        if isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None and seeding is not None:
+            dataloader.worker_init_fn = seeding
+        return dataloader
 
     # ---- life of a fit
+
+    @override
+    def setup_environment(self) -> None:
+        """Find the other processes, unless nobody says where they are."""
+        refuse_nodes_apart(self.num_nodes, self.cluster_environment)
+        super().setup_environment()
 
     @override
     def configure_ddp(self) -> None:
@@ -89,30 +110,73 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         """Set up as under any strategy, and connect this process with those of the stages beside it."""
         module = self.lightning_module
         assert module is not None
-        _refuse_unsupported(trainer, module)
+        refuse_unsupported(trainer, module, self._layer_sync)
+        if self._exact is not None:
+            refuse_own_backward(module)
         options = self._options_for(module)
         boundaries = tuple(resolve_boundaries(module, options.boundaries))
         place = self._place = Place.of(self.global_rank, self.world_size, boundaries)
+        refuse_waiting(options, boundaries, self._staleness)
+        warn_of_waits(trainer, module)
         self._watch = open_watch(f"Stage {place.stage}")
+        self._copies = Copies(place, self._timeout) if place.copies > 1 else None
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
-        self._links = connect(
-            place.ranks,
-            window=self._staleness + 2,
+        self._links = self._connect(options, boundaries)
+        copies = self._copies
+        self._signals = Signals(
+            place.stage,
+            len(place.ranks),
+            self._staleness,
+            self._watch,
+            unite=None if copies is None else copies.unite,
+        )
+        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
+        self._introduced = False
+        stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
+        self._agreement = Agreement(
+            trainer, module, place.is_last, stop.after_evaluation, None if copies is None else copies.group
+        )
+        self._stop = stop
+        stop.install()
+        self._undo.append(clip_by_stage(self.precision_plugin, len(place.ranks)))
+
+    def _connect(self, options: DNIOptions, boundaries: Iterable[str]) -> Links:
+        return connect(
+            self._placed().ranks,
+            window=self._exact.window(len(self._placed().ranks)) if self._exact else self._staleness + 2,
             device=self.root_device,
             timeout=self._timeout,
-            with_output=_hears_output(options, boundaries),
+            with_output=self._exact is None and _hears_output(options, boundaries),
             guard=self._watch,
         )
-        self.engine.join(place.stage, self._links, self._staleness)
-        self._introduced = False
-        agree(trainer, module, place.is_last)
+
+    def _largest(self, said: torch.Tensor) -> torch.Tensor:
+        """The largest of what the processes say, for each element."""
+        told = said.to(self.root_device)
+        self._together(partial(dist.all_reduce, told, op=dist.ReduceOp.MAX), "agreeing to go on")
+        return told
 
     @override
-    def _build_engine(self, module: pl.LightningModule) -> StageEngine:
+    def on_train_start(self) -> None:
+        """Stop all stages where hooks on one of them say so before the first batch."""
+        super().on_train_start()
+        assert self._stop is not None
+        self._stop.settle()
+
+    @override
+    def _build_engine(self, module: pl.LightningModule) -> StageEngine | ExactEngine:
         seed = self.broadcast(torch.initial_seed())
-        return self._options_for(module).build(StageEngine, module, seed=seed)
+        exchange = None if self._copies is None else self._copies.reducer
+        options, copy = self._options_for(module), self._placed().copy
+        if self._exact is not None:
+            return self._exact.build(module, options, seed, exchange, copy)
+        return options.build(StageEngine, module, seed=seed, exchange=exchange, rank=copy)
+
+    @override
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+        super()._warn_of_loss(state, self._staleness)
 
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""
@@ -122,7 +186,8 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         trial = Trial(self.lightning_module, step, args, self.precision_plugin)
         options = self._options_for(self.lightning_module)
         plan = trial.plan(options.boundaries, options.output)
-        self._together(partial(compare_plans, plan, args[0] if args else None))
+        compare = partial(compare_plans, plan, args[0] if args else None, self._placed())
+        self._together(compare, f"the first {step}")
         self.engine.place(plan, step)
         if step == TRAINING:
             self._drop_foreign_state()
@@ -132,20 +197,28 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run this stage's part of the user's training step."""
+        assert self.lightning_module is not None
+        self._signals.begin(self.lightning_module.trainer.accumulate_grad_batches)
         self._note("training", args)
-        self._find_part(TRAINING, args)
+        self._find_part(TRAINING, self._exact.first_part(args) if self._exact else args)
+        if self._copies is not None and self.lightning_module is not None:
+            self._copies.share_buffers(self.lightning_module, self.engine, self._closes_window)
         return super().training_step(*args, **kwargs)
 
     @override
-    def _run_step(self, step: Callable[[], STEP_OUTPUT]) -> STEP_OUTPUT:
-        result = self.engine.run(step)
+    def _run_step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        engine, module = self.engine, self.lightning_module
+        assert module is not None
+        if isinstance(engine, ExactEngine):
+            return run_schedule(engine, module, partial(step, **kwargs), args)
+        result = engine.run(partial(step, *args, **kwargs))
         # only the last stage has a loss; elsewhere Lightning differentiates this
-        return result if self.engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
+        return result if engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Differentiate the loss on the last stage; elsewhere merge what the stage has found out."""
-        with self.engine.profile("pipeline.backward"):
+        with self.engine.clock.doing(Activity.BACKWARD):
             return super().backward(*args, **kwargs)
 
     @override
@@ -154,8 +227,9 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         output = super().optimizer_step(*args, **kwargs)
         if not self._introduced:
             self._introduced = True
-            found = self._together(partial(gather, self.engine.describe()))
-            self.engine.introduce([] if found is None else list(reversed(found)))
+            describe = partial(gather, self.engine.describe(), self.root_device)
+            found = self._together(describe, "getting to know all stages")
+            self.engine.introduce([] if found is None else list(reversed(self._of_stages(found))))
         return output
 
     @override
@@ -190,104 +264,33 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     def _evaluate(self, step: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._note(step.removesuffix("_step"), args)
         self._find_part(step, args)
-        return self.engine.evaluate(partial(run, *args, **kwargs), args[0] if args else None, step)
-
-    # ---- what must not cross stages, and what must
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Leave logged values alone: only the last stage has them."""
-        return tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """What all stages say, or any of them."""
-        said = torch.tensor(int(decision), device=self.root_device)
-        self._together(partial(dist.all_reduce, said, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX))
-        return bool(said)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all stages, unless one has stopped."""
-        self._together(partial(super().barrier, *args, **kwargs))
-
-    @override
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        """Tell all stages, unless one has stopped."""
-        return self._together(partial(super().broadcast, obj, src))
-
-    def _together(self, collective: Callable[[], T]) -> T:
-        """What `collective` returns, to which every process has to come; it is left where one has stopped."""
-        return collective() if self._watch is None else self._watch.call(collective)
-
-    # ---- the whole module, and what is saved
-
-    def _share_module(self) -> None:
-        """Give this process's module what the other stages have learnt."""
-        plan = self.engine.plan
-        if plan is not None:
-            assert self.lightning_module is not None
-            ranks = [copies[0] for copies in self._placed().ranks]
-            self._together(partial(share_module, self.lightning_module, plan, ranks))
-
-    @override
-    def on_train_end(self) -> None:
-        """End with the whole trained module in every process."""
-        super().on_train_end()
-        self._share_module()
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's state; every process calls it."""
-        self._share_module()
-        return super().lightning_module_state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
-        state = super().optimizer_state(optimizer)
-        found = self._together(partial(gather, state))
-        return state if found is None else join_optimizer_states(found)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the state over the whole module, and keep this stage's part."""
-        super().load_optimizer_state_dict(checkpoint)
-        self._drop_foreign_state()
-
-    def _drop_foreign_state(self) -> None:
-        plan = self.engine.plan
-        if plan is None:
-            return
-        assert self.lightning_module is not None
-        own = own_tensors(self.lightning_module, plan, self._placed().stage)
-        for optimizer in self.optimizers:
-            own_optimizer_state(optimizer, own)
-
-    @override
-    def _engine_state(self) -> dict[str, Any]:
-        self.engine.drain()
-        state = self.engine.state_dict()
-        found = self._together(partial(gather, state))
-        return state if found is None else join_engine_states(found)
-
-    def _placed(self) -> Place:
-        assert self._place is not None
-        return self._place
+        self._signals.begin()
+        result = self.engine.evaluate(partial(run, *args, **kwargs), args[0] if args else None, step)
+        if self._stop is not None:
+            self._stop.after_evaluation_batch()
+        return result
 
     # ---- the end
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other stages why this one stops."""
-        self._failed = True
-        if self._watch is not None:
+        """Tell the other stages why this one stops, unless all have agreed to."""
+        agreed = isinstance(exception, SIGTERMException) and self._stop is not None and self._stop.leaves
+        self._failed = not agreed
+        if self._watch is not None and not agreed:
             self._watch.report(exception)
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
         """Take leave of the other stages."""
+        if self._stop is not None:
+            self._stop.remove()
+        if self._agreement is not None:
+            self._agreement.remove()
+        self._stop = self._agreement = None
+        while self._undo:
+            self._undo.pop()()
         if self._links is not None:
             close(self._links, self._failed)
         if self._watch is not None:
@@ -305,23 +308,3 @@ def _hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
         if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
             return True
     return False
-
-
-def _refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"Expected automatic optimization under strategy='dni_pipeline', but {type(module).__name__} has "
-            "automatic_optimization=False. Train it under strategy='dni' or 'dni_ddp'."
-        )
-    if str(trainer.precision) == "16-mixed":
-        raise MisconfigurationException(
-            "Expected a precision without a gradient scaler under strategy='dni_pipeline', but got "
-            "'16-mixed', whose scale would differ between stages. Pass precision='bf16-mixed'."
-        )
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (set by a connector, untyped)
-    averaging = [type(c).__name__ for c in callbacks if isinstance(c, AVERAGING)]
-    if averaging and trainer.state.fn == TrainerFn.FITTING:
-        raise MisconfigurationException(
-            f"Expected no weight averaging under strategy='dni_pipeline', but got {averaging}: they would "
-            "average stages that this process does not train. Train under strategy='dni' or 'dni_ddp'."
-        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies.options import DNIOptions
 
 LAST_STAGE = "(last stage)"
@@ -21,7 +22,8 @@ def describe(module: pl.LightningModule, options: DNIOptions) -> None:
     A stage is counted as the parameters registered after the boundary below and up to its own, which
     is the forward order of most modules; training itself follows autograd's graph.
     """
-    table = Table(title=f"{type(module).__name__} under synthetic gradients")
+    kind = "exact" if options.estimator is no_estimator else "synthetic"
+    table = Table(title=f"{type(module).__name__} under {kind} gradients")
     for heading in ("stage below", "parameters", "estimator", "learns from the network above", "waits for"):
         table.add_column(heading)
     for row in stages(module, options):
@@ -51,6 +53,8 @@ def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, .
 
 def _facts(factory: Any, bp_lambda: float) -> tuple[str, str, str]:
     made = factory.func if isinstance(factory, partial) else factory
+    if made is no_estimator:
+        return "none (exact)", "", "the loss"
     if not (isinstance(made, type) and issubclass(made, GradientEstimator)):
         return (getattr(made, "__name__", type(made).__name__), "known on the first batch", "")
     locks = sorted(lock.value for lock in made.locks)

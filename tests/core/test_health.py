@@ -164,6 +164,43 @@ def test_an_exploding_target_costs_the_estimator_its_update_and_the_stage_nothin
     assert all(p.grad.isfinite().all() for p in model[0].parameters())
 
 
+def seeded_step(**options):
+    torch.manual_seed(1)
+    model = mlp()
+    return model, stepped(model, names=["0"], **options)
+
+
+@pytest.mark.parametrize("bad", [(0,), (0, 2), (0, 1, 2)])
+def test_an_update_counts_once_however_many_of_its_batches_were_left_out(bad):
+    """What is finite of them is learnt as if the others had not been there."""
+    (model, engine), (twin, alone) = (seeded_step(on_nonfinite=choice) for choice in ("skip", "raise"))
+    batches = [blobs() for _ in range(3)]
+
+    def spike(out, y):
+        out.register_hook(lambda g: g * INF)
+        return F.cross_entropy(out, y)
+
+    for _ in range(2):
+        for k, batch in enumerate(batches):
+            run_step(engine, model, batch, spike if k in bad else F.cross_entropy, accumulate=3)
+            if k not in bad:
+                run_step(alone, twin, batch, accumulate=3)
+        for each in (engine, alone):
+            each.update_estimators()
+    assert same_bits(*(each.estimators["0"].state_dict() for each in (engine, alone)))
+    assert engine.skipped == {"0": 2}
+
+
+def test_what_a_dropped_step_has_skipped_does_not_hide_what_the_next_skips():
+    model = mlp()
+    engine = stepped(model, names=["0"], on_nonfinite="skip")
+    poison(engine.estimators["0"])
+    for _ in range(3):
+        run_step(engine, model, blobs())
+        engine.drop_estimator_gradients()
+    assert engine.skipped == {"0": 3}
+
+
 def test_a_loss_that_is_not_finite_stops_training_all_the_same():
     model = mlp()
     engine = stepped(model, on_nonfinite="skip")

@@ -5,67 +5,35 @@ import copy
 import pytest
 import torch
 from tables import (
+    BATCH_NORM,
     CLASSES,
+    CONDITIONED,
     ESTIMATORS,
+    HEADS,
+    LEARNED,
+    POSITIONWISE,
+    REGRESSORS,
+    ROWWISE,
     Row,
-    batch_for,
     each,
+    exact,
     gradients_of,
+    lesson,
     linear,
-    loss_of,
-    network,
     record_of,
+    synthesize,
 )
 from torch import nn
 from torch.testing import assert_close
 
 from lightning_dni import estimators
-from lightning_dni.core import DNIEngine, GradientEstimator, Signal
+from lightning_dni.core import GradientEstimator, Signal
 from lightning_dni.errors import EstimatorError
-
-LEARNED = [row for row in ESTIMATORS if row.learned]
-ROWWISE = [row for row in ESTIMATORS if row.rowwise]
-REGRESSORS = [row for row in LEARNED if row.is_regressor()]
-HEADS = [row for row in LEARNED if not row.is_regressor()]
-BATCH_NORM = [row for row in LEARNED if not row.rowwise]
-CONDITIONED = [row for row in ESTIMATORS if row.context != "none"]
-POSITIONWISE = [row for row in ESTIMATORS if row.kind == "sequence" and row.positionwise]
-
-
-def exact(a, b):
-    assert_close(a, b, rtol=0, atol=0)
-
-
-def synthesize(estimator, h, context):
-    gradient, _ = estimator.synthesize(h, context, None)
-    return None if gradient is None else tuple(g.detach() for g in gradient)
-
-
-def lesson(estimator, h, context, feedback, graph=None):
-    """Loss and its parameter gradients, as the engine would take them."""
-    loss = estimator.loss(record_of(estimator, h, context, graph), feedback)
-    return loss.detach(), gradients_of(estimator, loss)
 
 
 def feedback_like(feedback, pick):
     """The same feedback for other rows."""
     return type(feedback)(target=tuple(pick(t) for t in feedback.target), output=pick(feedback.output))
-
-
-def engine_for(row, dtype=torch.float32, stirred=False, **options):
-    """A network of the row's kind, an engine with the row's estimator twice, and a batch."""
-    model, inputs = network(row, dtype)
-    factory = (lambda spec: row.stirred()) if stirred else row.make
-    engine = DNIEngine(model, ["0", "1"], factory, labels=1, **options)
-    return model, engine, batch_for(row, inputs, dtype=dtype)
-
-
-def step(model, engine, batch, accumulate=1):
-    """Forward and backward, as a user's loop does; nobody steps."""
-    with engine.training_step(batch[:2], accumulate=accumulate):
-        loss = loss_of(model(batch[0]), batch[2]) / accumulate
-    engine.backward(loss)
-    return loss.detach()
 
 
 # ---- the table
@@ -404,137 +372,17 @@ def test_refuses_a_context_that_would_be_broadcast(row):
             row.stirred().synthesize(h, wrong, None)
 
 
-# ---- in the engine, at two boundaries
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@each(ESTIMATORS)
-def test_trains_in_an_engine(row, dtype):
-    model, engine, batch = engine_for(row, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with engine:
-        for _ in range(3):
-            optimizer.zero_grad()
-            assert step(model, engine, batch).isfinite()
-            for estimator in engine.estimators.values():
-                for name, parameter in estimator.named_parameters():
-                    assert parameter.dtype == dtype
-                    assert parameter.grad is not None, name
-            optimizer.step()
-            engine.update_estimators()
-    assert list(engine.estimators) == ["0", "1"]
-
-
-@each(LEARNED)
-def test_takes_several_steps_on_one_lesson(row):
-    """The network stands still here, so a lesson learnt twice is two steps with one lesson each."""
-    found = []
-    for steps in (1, 2):
-        model, engine, batch = engine_for(row, torch.float64, stirred=True, estimator_steps=steps)
-        with engine:
-            for _ in range(2 // steps):
-                step(model, engine, batch)
-                engine.update_estimators()
-        found.append([p.detach() for p in engine.estimators["1"].parameters()])
-    assert_close(found[1], found[0])
-
-
-@each(ESTIMATORS)
-def test_nothing_but_the_synthetic_gradient_reaches_the_stage(row):
-    model, engine, batch = engine_for(row, torch.float64, stirred=True)
-    with engine:
-        step(model, engine, batch)
-        model.zero_grad()
-        twins = copy.deepcopy(engine.estimators)
-        step(model, engine, batch)
-    engine_gradients = {n: p.grad for n, p in model.named_parameters()}
-    below = batch[0]
-    for name, twin in twins.items():
-        stage = model.get_submodule(name)
-        outputs = stage(below)
-        leaves = outputs if isinstance(outputs, tuple) else (outputs,)
-        h = tuple(leaf.detach() for leaf in leaves)
-        synthetic = synthesize(twin, h, batch[1] if row.context != "none" else None)
-        for parameter_name, parameter in stage.named_parameters():
-            given = engine_gradients[f"{name}.{parameter_name}"]
-            if synthetic is None:
-                assert given is None
-                continue
-            expected = torch.autograd.grad(
-                leaves, parameter, [g / len(h[0]) for g in synthetic], retain_graph=True, allow_unused=True
-            )
-            assert_close(given, expected[0])
-        below = h if isinstance(outputs, tuple) else h[0]
-
-
-@each(ROWWISE)
-def test_accumulated_batches_are_one_batch(row):
-    """As far as boundary batch statistics allow; every gradient, of stages and of estimators."""
-    found = []
-    for parts in (1, 2):
-        model, engine, batch = engine_for(row, torch.float64, stirred=True)
-        size = len(batch[0]) // parts
-        with engine:
-            for k in range(parts):
-                some = slice(k * size, (k + 1) * size)
-                step(model, engine, [None if t is None else t[some] for t in batch], accumulate=parts)
-        modules = [model, *engine.estimators.values()]
-        found.append([p.grad for m in modules for p in m.parameters() if p.grad is not None])
-    assert_close(found[1], found[0])
-
-
-@each(LEARNED)
-def test_only_what_learns_from_the_network_sees_it(row):
-    """Another network above the last boundary: no bit of a local loss may differ."""
-    found = []
-    for seed in (0, 1):
-        model, engine, batch = engine_for(row, estimator_optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
-        top = model[2].scores
-        with torch.no_grad():
-            top.weight.copy_(torch.randn(top.weight.shape, generator=torch.Generator().manual_seed(seed)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with engine:
-            for _ in range(2):
-                optimizer.zero_grad()
-                step(model, engine, batch)
-                optimizer.step()
-                engine.update_estimators()
-        found.append([t for e in engine.estimators.values() for t in e.state_dict().values()])
-    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert same != row.learns_from_network
-
-
-@each(ESTIMATORS)
-def test_building_and_running_leaves_the_global_generator_alone(row):
-    model, engine, batch = engine_for(row)
-    before = torch.get_rng_state()
-    with engine:
-        step(model, engine, batch)
-        engine.update_estimators()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@each(ESTIMATORS)
-def test_a_resumed_engine_goes_on_bit_for_bit(row):
-    def go(engine, model, batch, steps):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with engine:
-            for _ in range(steps):
-                optimizer.zero_grad()
-                step(model, engine, batch)
-                optimizer.step()
-                engine.update_estimators()
-
-    model, engine, batch = engine_for(row)
-    go(engine, model, batch, 2)
-    resumed_model, resumed, _ = engine_for(row)
-    resumed_model.load_state_dict(model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(engine.state_dict()))
-    go(engine, model, batch, 2)
-    go(resumed, resumed_model, batch, 2)
-    for name, estimator in engine.estimators.items():
-        exact(dict(resumed.estimators[name].state_dict()), dict(estimator.state_dict()))
-    exact(dict(resumed_model.state_dict()), dict(model.state_dict()))
+@each([row for row in REGRESSORS if type(row.build()).differentiates])
+def test_gradients_without_autograd_are_those_of_the_loss(row):
+    h, context, feedback = row.sample(dtype=torch.float64)
+    estimator = row.stirred(dtype=torch.float64)
+    record = record_of(estimator, h, context, graph=False)
+    derivative = tuple(g - t for g, t in zip(record.gradient, feedback.target, strict=True))
+    found = estimator.parameter_gradients(record, derivative, 2.0 / len(h[0]))
+    names = {p: n for n, p in estimator.named_parameters()}
+    _, expected = lesson(estimator, h, context, feedback)
+    assert_close({names[p]: g for p, g in found}, expected, rtol=1e-12, atol=1e-12)
+    assert len(found) == len(expected)
 
 
 def test_a_law_can_fail():
@@ -550,16 +398,3 @@ def _one(spec):
     estimator = linear(spec)
     nn.init.ones_(estimator.map.bias)
     return estimator
-
-
-@each([row for row in REGRESSORS if type(row.build()).differentiates])
-def test_gradients_without_autograd_are_those_of_the_loss(row):
-    h, context, feedback = row.sample(dtype=torch.float64)
-    estimator = row.stirred(dtype=torch.float64)
-    record = record_of(estimator, h, context, graph=False)
-    derivative = tuple(g - t for g, t in zip(record.gradient, feedback.target, strict=True))
-    found = estimator.parameter_gradients(record, derivative, 2.0 / len(h[0]))
-    names = {p: n for n, p in estimator.named_parameters()}
-    _, expected = lesson(estimator, h, context, feedback)
-    assert_close({names[p]: g for p, g in found}, expected, rtol=1e-12, atol=1e-12)
-    assert len(found) == len(expected)

@@ -73,6 +73,20 @@ def test_a_single_row_is_normalized_by_the_averages_and_leaves_them(shape, featu
     assert_close([ours.running_mean, ours.running_var], averages, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize(("shape", "feature_dim", "twin"), FORMS)
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_averages(shape, feature_dim, twin, value):
+    ours, theirs = pair(feature_dim, twin)
+    for spoilt in (False, True, False):
+        x = torch.randn(shape).double()
+        if not spoilt:
+            theirs(flat(x, feature_dim))
+        else:
+            x.view(-1)[0] = value  # the square of 1e300 overflows
+        assert ours(x, track=True).isfinite().all().item() is not (spoilt and value != 1e300)
+    assert_close((ours.running_mean, ours.running_var), (theirs.running_mean, theirs.running_var))
+
+
 def test_memory_format_does_not_matter():
     ours, _ = pair(1, nn.BatchNorm2d)
     x = torch.randn(6, 5, 4, 3).double()

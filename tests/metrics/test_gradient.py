@@ -1,15 +1,12 @@
 """The gradient metrics, over batches and over two processes, against the functions."""
 
-import datetime
 import math
-import time
 import warnings
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_ranks
 from torch.testing import assert_close
 
 from lightning_dni.metrics import (
@@ -224,17 +221,9 @@ def test_reduction_has_to_be_known():
 SHARES = {0: (0, 2, 4), 1: (1, 3)}  # the zero batch and the zero row are rank 0's
 
 
-def measure(rank, folder, dtype):
+def measure(rank, dtype):
     """On one of two processes: each metric over this rank's batches, and over those of rank 0."""
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The ``compute`` method")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store_{dtype}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     batches = make_batches(dtype)
     found = {}
     for name, (make, _) in TABLE.items():
@@ -243,24 +232,13 @@ def measure(rank, folder, dtype):
             zeros = zero_count(metric).clone()
         idle = updated(make(), batches if rank == 0 else [])
         found[name] = (metric.compute(), zeros, zero_count(metric), idle.compute())
-    torch.save(found, f"{folder}/{dtype}_{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
-def measured(request, tmp_path_factory):
+def measured(request):
     """The results of two real processes, by rank, and their dtype."""
-    folder = tmp_path_factory.mktemp("gloo")
-    processes = mp.spawn(measure, args=(str(folder), request.param), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "two processes did not end within 120 s"
-    finally:
-        for process in processes.processes:
-            process.kill()
-            process.join()
-    return [torch.load(folder / f"{request.param}_{rank}.pt") for rank in range(2)], request.param
+    return on_ranks(measure, request.param), request.param
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from processes import free_port
 
 from lightning_dni.pipeline.connect import close, connect
-from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.watch import Limits, open_watch
 
 STAGES = 4
 RANKS = [[stage] for stage in reversed(range(STAGES))]
 FAILS_IN = 15
-STEP = 0.02
+STEP = 0.04
 QUICK = Limits(silence=1.5, patience=2.0, grace=1.0)
 TOO_LATE = 20.0
 
@@ -121,10 +121,12 @@ def _stage(stage, port, fault, victim, limits, steps, body):
         "gloo", f"tcp://localhost:{port}", timedelta(seconds=60), rank=rank, world_size=STAGES
     )
     watch = open_watch(f"Stage {stage}", limits)
-    links = connect(RANKS, guard=watch)
-    trouble = body or _train
+    links = Links()
     try:
-        trouble(links, watch, stage == victim and fault, steps)
+        if body is fail_early and stage == victim:
+            _fail_late(links, watch, fault)
+        links = connect(RANKS, guard=watch)
+        (body or _train)(links, watch, stage == victim and fault, steps)
         said = "done"
     except BaseException as error:
         watch.report(error)
@@ -165,8 +167,14 @@ def stick_in_call(links, watch, fault, steps):
     watch.wait(dist.barrier(async_op=True))
 
 
+def fail_early(links, watch, fault, steps):
+    """The victim fails before it is connected; who has no way to it gets further than that."""
+    _train(links, watch, None, steps)
+
+
 def _fail_late(links, watch, fault):
-    watch.where = f"step {FAILS_IN}"
+    if links.activation_in or links.activation_out:
+        watch.where = f"step {FAILS_IN}"
     if fault:
         time.sleep(0.5)
         Path("fault").write_text(str(time.time()))

@@ -1,6 +1,7 @@
 """One stage fails: every other one stops soon, names it, and no process is left."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pipeline import failing
@@ -63,8 +64,8 @@ def test_nobody_stays_in_a_collective():
     for stage in {0, 1, 3}:
         assert stage not in outcome.said  # the training thread never came back
         assert re.search(
-            r"^Stage 2 .* failed in step 15: ValueError.*stuck in step 15, so this process ends here\.",
-            open(f"stderr-{stage}").read(),  # noqa: SIM115
+            r"Stage 2 .* failed in step 15: ValueError.*stuck in step 15, so this process ends here\.",
+            Path(f"stderr-{stage}").read_text(),
             re.S,
         )
 
@@ -72,3 +73,9 @@ def test_nobody_stays_in_a_collective():
 def test_a_collective_through_the_watch_can_be_left():
     outcome = run(failing.die, 2, body=failing.stick_in_call)
     assert_all_stopped(outcome, 2, "Stage 2 .* failed in step 15: ValueError: nan in layer 7", 5)
+
+
+@pytest.mark.parametrize(("fault", "says"), [(failing.die, "failed"), (failing.kill, "is gone")])
+def test_a_stage_fails_before_it_is_connected(fault, says):
+    outcome = run(fault, 2, body=failing.fail_early)
+    assert_all_stopped(outcome, 2, f"Stage 2 .* {says}.* in start-up", 5)

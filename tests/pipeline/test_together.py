@@ -90,6 +90,36 @@ def test_without_lag_stages_are_one_process(stages, bp_lambda, name):
         assert {n.partition(".")[0] for n in moved} == {str(k) for k in range(stages)}
 
 
+def test_what_is_drawn_before_the_stages_is_the_same_on_all_of_them():
+    """As in diffusion: the noise that stage 0 gets is what the last stage compares with."""
+
+    def noisy_loss(model, batch):
+        noise = torch.randn(len(batch[0]), CLASSES)
+        x = torch.cat([batch[0][:, CLASSES:], batch[0][:, :CLASSES] + noise], 1)
+        return F.mse_loss(model(x), noise)
+
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dropout=0.2, dtype=torch.float32), batches(20)
+    options = {"loss_denominator": "elements", "seed": 3}
+    estimator = partial(LinearEstimator)
+    sgd = OPTIMIZERS["sgd"]
+    staged = StagesTogether(model, ["0", "1"], estimator, noisy_loss, sgd, data[0], **options)
+    losses = [staged.step([batch]) for batch in data]
+    engine, user, expected = DNIEngine(model, ["0", "1"], estimator, rng="stage", **options), None, []
+    user = sgd(model.parameters())
+    with engine:
+        for batch in data:
+            user.zero_grad()
+            with engine.training_step(batch):
+                loss = noisy_loss(model, batch)
+            engine.backward(loss)
+            user.step()
+            engine.update_estimators()
+            expected.append(loss.detach())
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert_same_bits(staged, engine, model)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,15 +1,20 @@
 """Fits of one module in several processes, one per stage, and what they leave behind."""
 
 import os
+import traceback
 import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import jaxtyping
 import torch
-from fits import LINEAR, Losses, loader, net, quiet_trainer, weights
+from fits import LINEAR, Losses, fit, loader, net, quiet_trainer, weights
 from processes import on_ranks
 
-from lightning_dni import DNIPipelineStrategy
+from lightning_dni import DNIPipelineStrategy, DNIStrategy
 
-STAGES = {2: ["net.0"], 3: ["net.0", "net.1"]}
+STAGES = {2: ["net.0"], 3: ["net.0", "net.1"], 4: ["net.0", "net.1", "net.2"]}
 
 
 def pipeline(stages=3, **options):
@@ -46,3 +51,88 @@ def fit_pipeline(stages=3, make=net, options=None, seconds=90, **fit):
     return on_ranks(
         fit_stage, stages, make, options or {}, fit, world_size=stages, grouped=False, seconds=seconds
     )
+
+
+# ---- the same fit in a pipeline and in one process
+
+
+USUAL = partial(net, dropout=0.3, batch_norm=True)
+TEN_BATCHES = partial(loader, rows=76)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fit: of what, on what, how.
+
+    Attributes:
+        make: Makes the module.
+        options: Of the strategy, beside boundaries and estimator.
+        trainer: Of the Trainer.
+        data: Makes the loader: 10 batches, the last of which is a partial one.
+        epochs: Of 10 batches.
+    """
+
+    make: Any = USUAL
+    options: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    data: Any = TEN_BATCHES
+    epochs: int = 5
+
+    def in_one_process(self, stages):
+        """The losses, and the module and the strategy as they are afterwards."""
+        module, losses = self.make(), Losses()
+        options = {key: value for key, value in self.options.items() if key != "staleness"}
+        strategy = DNIStrategy(
+            **{"boundaries": STAGES[stages], "estimator": LINEAR, "rng": "stage"} | options
+        )
+        fit(module, strategy, self.data(), max_epochs=self.epochs, callbacks=[losses], **self.trainer)
+        return losses.train, module, strategy
+
+    def as_stage(self, rank, stages):
+        """One process of the pipeline; what it ends with."""
+        module, losses = self.make(), Losses()
+        strategy = pipeline(stages, **self.options)
+        fit(
+            module,
+            strategy,
+            self.data(),
+            max_epochs=self.epochs,
+            devices=stages,
+            use_distributed_sampler=False,
+            callbacks=[losses] if rank == 0 else [],
+            **self.trainer,
+        )
+        return {
+            "losses": losses.train,
+            "weights": weights(module),
+            "estimators": {n: weights(e) for n, e in strategy.engine.estimators.items()},
+            "skipped": strategy.engine.skipped,
+        }
+
+
+def fit_cases(stages, cases, seconds=240):
+    """What every rank has to say of every case, all fitted in one set of processes: `{name: [by rank]}`."""
+    return in_turn(
+        stages, {name: partial(case.as_stage, stages=stages) for name, case in cases.items()}, seconds
+    )
+
+
+def in_turn(stages, scenes, seconds=240):
+    """What every rank says of every `function(rank)` in `scenes`, all in one set of processes."""
+    said = on_ranks(_play_in_turn, scenes, world_size=stages, grouped=False, seconds=seconds)
+    errors = [f"rank {rank}, {found['error']}" for rank, found in enumerate(said) if "error" in found]
+    assert not errors, "\n".join(errors)
+    return {name: [found[name] for found in said] for name in scenes}
+
+
+def _play_in_turn(rank, scenes):
+    jaxtyping.config.update("jaxtyping_disable", True)  # half of the time; other fits check all types
+    warnings.simplefilter("ignore")
+    os.environ["PL_GLOBAL_SEED"] = "0"
+    found = {}
+    try:
+        for name, scene in scenes.items():
+            found[name] = scene(rank)
+    except Exception:  # the others are told, and end as well
+        found["error"] = f"{list(scenes)[len(found)]}: {traceback.format_exc()}"
+    return found

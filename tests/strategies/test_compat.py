@@ -87,6 +87,18 @@ def test_trainer_fn_tells_a_fit_from_an_evaluation_when_a_strategy_is_set_up():
     assert seen == [_compat.TrainerFn.VALIDATING, _compat.TrainerFn.FITTING]
 
 
+def test_log_as_batch_has_what_is_logged_count_with_the_rows_of_that_batch():
+    class Logs(type(net())):
+        def training_step(self, batch, batch_idx):
+            for value, part in ((1.0, batch[0][:6]), (4.0, batch[0][:3])):
+                _compat.log_as_batch(self.trainer, part)
+                self.log("twice", torch.tensor(value), on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    metrics = fit(Logs(), train=loader(16)).callback_metrics
+    assert (metrics["twice_step"], metrics["twice_epoch"]) == (4.0, 2.0)
+
+
 # ---- behaviour that we lean on and that no name stands for
 
 

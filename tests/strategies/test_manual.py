@@ -1,17 +1,18 @@
 """Manual optimization: any number of optimizers, one backward pass through each forward pass."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from fits import BOUNDARIES, AtBatchEnd, Net, different, dni, fit, hooks_on, net, weights
+from fits import BOUNDARIES, CLASSES, AtBatchEnd, Net, different, dni, fit, hooks_on, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_dni.errors import BoundaryError
-from lightning_dni.estimators import LinearEstimator, ZeroEstimator
+from lightning_dni.estimators import LinearEstimator, LocalLossEstimator, ZeroEstimator
 
 TWO_EPOCHS = {"max_epochs": 2}
 
@@ -68,6 +69,23 @@ def test_accumulation_by_hand_steps_the_estimators_once_per_step():
     fit(by_hand(every=2), dni(), callbacks=[AtBatchEnd(look)])
     moved = [different(a, b) != [] for a, b in pairwise(updates)]
     assert moved == [True, False] * 4 + [True]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_local_loss_has_to_be_told_that_the_loss_is_divided_by_hand(told):
+    ends = []
+    for module, options, rate in (
+        (net(), {"accumulate_grad_batches": 2}, 0.1),
+        (by_hand(every=2), {}, 0.1 / 2),  # lessons of accumulated batches are summed, not averaged
+    ):
+        strategy = dni(
+            estimator=partial(LocalLossEstimator, num_classes=CLASSES),
+            estimator_optimizer=partial(torch.optim.SGD, lr=rate),
+            loss_denominator="batch" if options or not told else lambda batch, h: 2.0 * len(h),
+        )
+        fit(module, strategy, **options)
+        ends.append(weights(module))
+    assert (different(*ends) == []) is told
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -2,19 +2,20 @@
 
 import os
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
-from callbacks.runs import csv_rows, read_run, rows_with
+from callbacks.runs import SPEED, csv_rows, read_run, rows_with
 from fits import BOUNDARIES, LINEAR, different, dni, fit, loader, net, quiet_trainer, weights
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from processes import on_ranks
 from strategies.pipelined import pipeline
 
-from lightning_dni import GradientMonitor
+from lightning_dni import DNIPipelineStrategy, GradientMonitor
 from lightning_dni.callbacks import PipelineTimeline
 from lightning_dni.callbacks.timeline import _on_one_clock
 from lightning_dni.estimators import CriticEstimator
@@ -55,6 +56,10 @@ def critic_below(spec):
     return CriticEstimator(spec, num_classes=CLASSES) if spec.name == "net.0" else LINEAR(spec)
 
 
+def exact():
+    return DNIPipelineStrategy(boundaries=BOUNDARIES, schedule="1f1b", microbatches=2)
+
+
 CASES = {
     "every step": {"every_n": 1},
     "accumulated": {"every_n": 1, "accumulate_grad_batches": 2},
@@ -62,6 +67,7 @@ CASES = {
     "rows": {"every_n": 4, "staleness": 2, "batches": 13, "wandb": True},
     "probed rows": {"every_n": 4, "staleness": 2, "batches": 13, "probe": True},
     "not watched": {"every_n": None, "staleness": 2, "batches": 13},
+    "exact": {"every_n": 4, "batches": 13, "strategy": exact, "wandb": True},
     "heard late": {"every_n": 5, "staleness": 1, "batches": 20, "estimator": critic_below},
 }
 
@@ -73,7 +79,8 @@ def monitored_stage(rank, name, every_n, probe=None, wandb_too=False, batches=10
     csv = CSVLogger(".", name=name)
     loggers = [csv, WandbLogger(project="t", save_dir=Path.cwd(), offline=True)] if wandb_too else [csv]
     module = net(dropout=0.2)
-    strategy = pipeline(3, staleness=staleness, estimator=options.pop("estimator", LINEAR))
+    usual = partial(pipeline, 3, staleness=staleness, estimator=options.pop("estimator", LINEAR))
+    strategy = options.pop("strategy", usual)()
     trainer = quiet_trainer(
         strategy,
         devices=3,
@@ -163,8 +170,9 @@ def test_rows_are_where_the_trainer_writes_them_and_say_how_old_targets_were(fit
         assert (other["logged"], other["history"]) == (set(), [])
 
 
-def test_shares_of_time_are_shares(fits):
-    rows = fits["rows"][0]["rows"]
+@pytest.mark.parametrize("case", ["rows", "exact"])
+def test_shares_of_time_are_shares(fits, case):
+    rows = fits[case][0]["rows"]
     for step in (3, 7, 11):
         for stage in range(3):
             busy, wait_in, wait_out = (rows[step][f"{what}/stage_{stage}"] for what in SHARES)
@@ -188,6 +196,18 @@ def test_a_wandb_run_knows_all_stages(fits):
     assert image["trainer/global_step"] == 12
     files = Path(fits["rows"][0]["file"]).parent / "files"
     assert (files / image["dni_timeline.path"]).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_under_an_exact_schedule_only_time_is_logged(fits):
+    first = fits["exact"][0]
+    found = {key for row in first["rows"].values() for key in row if key.startswith("dni_")}
+    assert found == {*shares(), *SPEED}
+    stages = _on_one_clock(first["timeline"])
+    for spans in stages.values():
+        forward = {span.step for span in spans if span.activity is Activity.FORWARD}
+        assert forward == set(range(10, 18))  # two microbatches in each of the batches 5 to 8
+    found = read_run(first["file"]).config["dni"]
+    assert (found["schedule"], found["microbatches"], found["stages"]) == ("1f1b", 2, 3)
 
 
 def test_a_timeline_shows_every_batch_on_every_stage_in_its_turn(fits):

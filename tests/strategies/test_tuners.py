@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from strategies.loops import MLP
 from strategies.resuming import NoisyEstimator, assert_same_state, state_of
-from versions import safe_loading
 
 
 class WithRate(Net):
@@ -62,57 +61,67 @@ def test_lambda_one_tunes_and_trains_as_the_plain_trainer(tune):
     assert different(plain_end[0], ours_end[0]) == []
 
 
-def run(callbacks=(), batch_size=4, **options):
+def run(callbacks=(), batch_size=8, strategy=None, **options):
     module = made(dropout=0.3)
     module.batch_size = batch_size
-    strategy = dni(rng="stage", estimator=NoisyEstimator)
+    strategy = strategy or dni(rng="stage", estimator=NoisyEstimator)
     trainer = quiet_trainer(strategy, callbacks=list(callbacks), max_epochs=2, **options)
     torch.manual_seed(0)
     trainer.fit(module)
-    return module.batch_size, state_of(trainer)
+    return module.batch_size, trainer
 
 
-@safe_loading
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("finder", [LearningRateFinder, FindsLater], ids=["at first", "in mid-fit"])
 def test_looking_for_a_rate_leaves_estimators_their_optimizer_and_every_stream_where_they_were(
     finder, accumulate
 ):
-    look = finder(num_training_steps=12, update_attr=False)
-    _, without = run(accumulate_grad_batches=accumulate)
-    _, with_it = run([look], accumulate_grad_batches=accumulate)
-    # Lightning 2.6 restores in mid-fit but trains nothing there, with us or without
-    assert bool(look.optimal_lr.results["loss"]) == (finder is LearningRateFinder)
-    assert_same_state(without, with_it)
+    looks, options = [], {"accumulate_grad_batches": accumulate}
+    for strategy in ("auto", None):
+        looks.append(finder(num_training_steps=12, update_attr=False))
+        _, with_it = run(looks[-1:], strategy=strategy, **options)
+        _, without = run(strategy=strategy, **options)
+        if with_it.global_step != without.global_step and strategy == "auto":
+            pytest.skip("this Lightning's finder costs a fit two of its steps, without us too")
+    # in mid-fit Lightning 2.6 restores, but trains nothing there
+    plain, ours = (bool(look.optimal_lr.results["loss"]) for look in looks)
+    assert plain == ours
+    assert ours or finder is FindsLater
+    assert_same_state(state_of(without), state_of(with_it))
 
 
-@safe_loading
 def test_looking_for_a_batch_size_leaves_them_where_they_were_too():
     found, with_it = run([BatchSizeFinder(steps_per_trial=3, max_trials=1, init_val=2)])
     _, without = run(batch_size=found)
-    assert found != 4
-    assert_same_state(without, with_it)
+    assert found < 8
+    assert_same_state(state_of(without), state_of(with_it))
 
 
-@safe_loading
-def test_a_finder_that_fails_leaves_module_and_trainer_usable():
-    class Fails(WithRate):
-        broken = True
+class Fails(WithRate):
+    broken = True
 
-        def training_step(self, batch, batch_idx):
-            if self.broken and self.global_step == 5:
-                raise ZeroDivisionError
-            return super().training_step(batch, batch_idx)
+    def training_step(self, batch, batch_idx):
+        if self.broken and self.global_step == 5:
+            raise ZeroDivisionError
+        return super().training_step(batch, batch_idx)
 
+
+def failed_finder(strategy):
+    """The module, and whether the finder has left it where it was (Lightning 2.5 does not)."""
     torch.manual_seed(0)
-    module, trainer = Fails(), quiet_trainer(dni())
+    module = Fails()
     before = weights(module)
     with pytest.raises(ZeroDivisionError):
-        Tuner(trainer).lr_find(module, num_training=15)
-    assert different(before, weights(module)) == []
+        Tuner(quiet_trainer(strategy)).lr_find(module, num_training=15)
+    return module, different(before, weights(module)) == []
+
+
+def test_a_finder_that_fails_leaves_module_and_trainer_usable():
+    module, restored = failed_finder(dni())
+    assert restored == failed_finder("auto")[1]
     module.broken = False
     twin = made()
-    trainer = quiet_trainer(dni())
+    twin.load_state_dict(module.state_dict())
     for one in (module, twin):
         torch.manual_seed(0)
         quiet_trainer(dni()).fit(one)

@@ -1,0 +1,78 @@
+"""What of a saved state a pipeline can go on with: its boundaries may be others now, and so may its lag."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+BY_BOUNDARY = ("kinds", "estimators", "streams", "skipped")
+
+
+def restrict(state: Mapping[str, Any], boundaries: Sequence[str]) -> dict[str, Any]:
+    """The part of an engine's whole state that belongs to `boundaries`; it passes for a state of those.
+
+    An optimizer that one process had over estimators of which some are gone is left out, with all others.
+
+    Args:
+        state: As it was saved, by a pipeline or in one process.
+        boundaries: Those that there are now; estimators at new ones have no part in it.
+    """
+    part = {**state, "boundaries": list(boundaries)}
+    part["specs"] = [spec for spec in state["specs"] if spec["name"] in boundaries]
+    for key in BY_BOUNDARY:
+        part[key] = {name: value for name, value in state[key].items() if name in boundaries}
+    if "optimizers" not in state:
+        return part
+    kept = _optimizers(state, boundaries)
+    for key in ("optimizers", "schedules"):
+        if kept is None:
+            del part[key]
+        else:  # one schedule per optimizer, or none at all
+            part[key] = [value for k, value in enumerate(state[key]) if k in kept]
+    return part
+
+
+def _optimizers(state: Mapping[str, Any], boundaries: Collection[str]) -> list[int] | None:
+    """Which optimizers belong to `boundaries` alone; None where one belongs to others as well."""
+    kept: list[int] = []
+    for k, optimizer in enumerate(state["optimizers"]):
+        names = {name for group in optimizer["param_groups"] for name in group["boundaries"]}
+        if names <= set(boundaries):
+            kept.append(k)
+        elif names & set(boundaries):
+            return None
+    return kept
+
+
+def goes_on(state: Mapping[str, Any], boundaries: Collection[str], staleness: int | None) -> bool:
+    """Whether what was under way when `state` was saved can be learnt from under these settings."""
+    moved = state.get("pipeline")
+    same = sorted(state["boundaries"]) == sorted(boundaries)
+    return moved is not None and same and moved["staleness"] == staleness
+
+
+def left_out(state: Mapping[str, Any], boundaries: Sequence[str], staleness: int | None) -> list[str]:
+    """What of `state` is not gone on with, one clause each.
+
+    Args:
+        state: As it was saved, by a pipeline or in one process.
+        boundaries: Those that there are now.
+        staleness: The lag that there is now; None in one process.
+    """
+    gone = [name for name in state["estimators"] if name not in boundaries]
+    new = [name for name in boundaries if name not in state["boundaries"]]
+    clauses = []
+    if gone:
+        clauses.append(f"the gradient estimators at {gone} are dropped: these are no boundaries any more")
+    if new:
+        clauses.append(f"the gradient estimators at {new} start afresh: they were no boundaries")
+    if "optimizers" in state and _optimizers(state, boundaries) is None:
+        clauses.append("the estimators' optimizers start afresh: they were one for all boundaries")
+    moved = state.get("pipeline", {"pending": {}})
+    waiting = {name: len(saved) for name, saved in moved["pending"].items() if saved}
+    if waiting and not goes_on(state, boundaries, staleness):
+        where = ", ".join(f"{number} at {name!r}" for name, number in waiting.items())
+        now = "one process" if staleness is None else f"staleness={staleness}"
+        clauses.append(
+            f"target gradients under way ({where}) are dropped: they were for boundaries "
+            f"{list(state['boundaries'])} with staleness={moved['staleness']}, here it is {now}"
+        )
+    return clauses

@@ -1,0 +1,159 @@
+"""What the processes of a pipeline do together: decide, bring the whole module together, save it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dni.pipeline.engine import StageEngine
+from lightning_dni.pipeline.exact import ExactEngine
+from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.watch import Watch
+from lightning_dni.strategies.copies import Copies
+from lightning_dni.strategies.decoupled import DecoupledTraining
+from lightning_dni.strategies.exact import ExactSchedule
+from lightning_dni.strategies.gathering import (
+    gather,
+    join_engine_states,
+    join_optimizer_states,
+    own_optimizer_state,
+    share_module,
+)
+from lightning_dni.strategies.placement import Place, own_tensors
+
+T = TypeVar("T")
+
+
+class StagesInCommon(DecoupledTraining, DDPStrategy):
+    """A strategy whose processes are stages, as far as they act in common.
+
+    Args:
+        options: As in `DecoupledTraining`.
+        exact: The exact schedule; None for synthetic gradients.
+        base: What DDPStrategy takes.
+    """
+
+    def __init__(self, options: Mapping[str, Any], exact: ExactSchedule | None, **base: Any) -> None:
+        super().__init__(options, **base)
+        self._exact = exact
+        self._place: Place | None = None
+        self._links: Links | None = None
+        self._copies: Copies | None = None
+        self._watch: Watch | None = None
+
+    @property
+    @override
+    def engine(self) -> StageEngine | ExactEngine:
+        """The engine of this process's stage."""
+        engine = super().engine
+        assert isinstance(engine, StageEngine | ExactEngine)
+        return engine
+
+    # ---- what must not cross stages, and what must
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce logged values over the copies of the last stage: no other has any."""
+        if self._copies is None or not self._placed().is_last:
+            return tensor
+        return super().reduce(tensor, self._copies.group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """What all stages say, or any of them."""
+        said = torch.tensor(int(not decision if all else decision), device=self.root_device)
+        self._together(partial(dist.all_reduce, said, op=dist.ReduceOp.MAX), "a decision")
+        return bool(said) is not all
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all stages, unless one has stopped."""
+        self._together(partial(super().barrier, *args, **kwargs), "a barrier")
+
+    @override
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Tell all stages, unless one has stopped."""
+        return self._together(partial(super().broadcast, obj, src), "a broadcast")
+
+    def _together(self, collective: Callable[[], T], what: str) -> T:
+        """What `collective` returns, to which every process has to come; it is left where one has stopped."""
+        if self._links is not None:
+            self.engine.meet(what)
+        return collective() if self._watch is None else self._watch.call(collective)
+
+    # ---- the whole module, and what is saved
+
+    def _share_module(self) -> None:
+        """Give this process's module what the other stages have learnt."""
+        plan = self.engine.plan
+        if plan is not None:
+            assert self.lightning_module is not None
+            share = partial(share_module, self.lightning_module, plan, self._placed().firsts)
+            self._together(share, "sharing weights")
+
+    @override
+    def on_train_end(self) -> None:
+        """End with the whole trained module in every process."""
+        super().on_train_end()
+        self.engine.drain()  # the links close, and another fit may follow
+        self._share_module()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole module's state; every process calls it."""
+        self._share_module()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
+        state = super().optimizer_state(optimizer)
+        found = self._together(partial(gather, state, self.root_device), "saving an optimizer")
+        return state if found is None else join_optimizer_states(self._of_stages(found))
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the state over the whole module, and keep this stage's part."""
+        super().load_optimizer_state_dict(checkpoint)
+        self._drop_foreign_state()
+
+    def _drop_foreign_state(self) -> None:
+        plan = self.engine.plan
+        if plan is None:
+            return
+        assert self.lightning_module is not None
+        own = own_tensors(self.lightning_module, plan, self._placed().stage)
+        for optimizer in self.optimizers:
+            own_optimizer_state(optimizer, own)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module; an exact schedule has no use for estimators."""
+        super().load_model_state_dict(checkpoint, strict)
+        if self._exact is not None:
+            self._restored, self._resumes = None, False
+
+    @override
+    def _engine_state(self) -> dict[str, Any] | None:
+        engine = self.engine
+        if isinstance(engine, ExactEngine):
+            return None
+        engine.drain()
+        state = engine.state_dict()
+        if engine.waits_for_part:
+            return state
+        found = self._together(partial(gather, state, self.root_device), "saving estimators")
+        return state if found is None else join_engine_states(self._of_stages(found))
+
+    def _of_stages(self, found: Sequence[T]) -> list[T]:
+        """What the stages of the first copy have said, the last stage first."""
+        return [found[rank] for rank in reversed(self._placed().firsts)]
+
+    def _placed(self) -> Place:
+        assert self._place is not None
+        return self._place

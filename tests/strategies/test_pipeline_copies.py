@@ -1,0 +1,71 @@
+"""Copies of a whole pipeline, data-parallel: together they do what one process does on the joint batch."""
+
+import warnings
+
+import pytest
+import torch
+from fits import CLASSES, LINEAR, dataset, fit, net, quiet_trainer, weights
+from processes import on_ranks
+from strategies.pipelined import STAGES, pipeline
+from torch.utils.data import DataLoader, Subset
+
+from lightning_dni import DNIStrategy
+from lightning_dni.estimators import CriticEstimator
+
+
+def part(copy, rows=80):
+    """Every second row of each batch of eight."""
+    return DataLoader(Subset(dataset(rows), range(copy, rows, 2)), 4)
+
+
+def fit_copy(rank, stages, options, accumulate):
+    warnings.simplefilter("ignore")
+    module = net().double()
+    trainer = quiet_trainer(
+        pipeline(stages, **options),
+        devices=2 * stages,
+        max_epochs=2,
+        use_distributed_sampler=False,
+        precision="64-true",
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(module, part(rank % 2))
+    estimators = trainer.strategy.engine.estimators
+    return weights(module), {n: weights(e) for n, e in estimators.items()}
+
+
+def critic(spec):
+    return CriticEstimator(spec, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("stages", "options", "accumulate"),
+    [
+        (2, {}, 1),
+        (2, {"bp_lambda": 0.5}, 2),
+        (2, {"estimator": critic}, 1),
+        (3, {}, 1),
+    ],
+    ids=["two", "mixed-accumulated", "critic", "three"],
+)
+def test_copies_do_what_one_process_does_on_the_joint_batch(stages, options, accumulate):
+    found = on_ranks(fit_copy, stages, options, accumulate, world_size=2 * stages, grouped=False, seconds=120)
+    module = net().double()
+    strategy = DNIStrategy(**{"boundaries": STAGES[stages], "estimator": LINEAR, "rng": "stage", **options})
+    trainer = fit(
+        module,
+        strategy,
+        DataLoader(dataset(), 8),
+        max_epochs=2,
+        precision="64-true",
+        accumulate_grad_batches=accumulate,
+    )
+    expected = weights(module)
+    for own, estimators in found:
+        for name, value in own.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
+            assert torch.equal(value, found[0][0][name]), name
+        for boundary, estimator in estimators.items():
+            for name, value in weights(trainer.strategy.engine.estimators[boundary]).items():
+                torch.testing.assert_close(estimator[name], value, atol=1e-10, rtol=0)
+    assert {name for _, estimators in found for name in estimators} == set(STAGES[stages])
