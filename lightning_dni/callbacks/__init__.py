@@ -10,12 +10,14 @@ Example:
 from lightning_dni.callbacks.heatmap import Probe, draw_heatmap, write_heatmap
 from lightning_dni.callbacks.monitor import GradientMonitor
 from lightning_dni.callbacks.schedulers import Alternation, BPLambdaScheduler, LinearWarmup, StepLambda
+from lightning_dni.callbacks.timeline import PipelineTimeline
 
 __all__ = [
     "Alternation",
     "BPLambdaScheduler",
     "GradientMonitor",
     "LinearWarmup",
+    "PipelineTimeline",
     "Probe",
     "StepLambda",
     "draw_heatmap",

@@ -6,8 +6,13 @@ from lightning_dni.callbacks._compat import MisconfigurationException
 from lightning_dni.core.report import HasEngine, Observable
 
 
-def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
+def engine_of(trainer: pl.Trainer, callback: pl.Callback, exact: bool = False) -> Observable:
     """The engine that `callback` is to work with.
+
+    Args:
+        trainer: Whose strategy is asked.
+        callback: Who asks.
+        exact: Whether one without synthetic gradients will do.
 
     Raises:
         MisconfigurationException: The strategy has none, or one without synthetic gradients, or the Trainer
@@ -21,7 +26,7 @@ def engine_of(trainer: pl.Trainer, callback: pl.Callback) -> Observable:
         )
     strategy, who = trainer.strategy, type(callback).__name__
     if isinstance(strategy, HasEngine) and isinstance(strategy.engine, Observable):
-        if strategy.engine.bp_lambda:
+        if exact or strategy.engine.bp_lambda:
             return strategy.engine
         raise MisconfigurationException(
             f"Expected synthetic gradients for {who}, but got {type(strategy).__name__} with an exact "

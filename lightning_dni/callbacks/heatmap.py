@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from lightning_dni.callbacks.pictures import pixels_of, write_figure
 
 FILE_NAME = "dni_gradients.png"
 WORST_FACTOR = 1e3
@@ -45,10 +46,7 @@ def write_heatmap(probes: Sequence[Probe], path: str | Path) -> Path:
     Raises:
         ValueError: There is no probe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_heatmap(probes).savefig(path, format="png")
-    return path
+    return write_figure(draw_heatmap(probes), path)
 
 
 def heatmap_pixels(probes: Sequence[Probe]) -> npt.NDArray[np.uint8]:
@@ -57,9 +55,7 @@ def heatmap_pixels(probes: Sequence[Probe]) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: There is no probe.
     """
-    canvas: Any = FigureCanvasAgg(draw_heatmap(probes))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba(), dtype=np.uint8).copy()
+    return pixels_of(draw_heatmap(probes))
 
 
 def draw_heatmap(probes: Sequence[Probe]) -> Figure:

@@ -2,12 +2,10 @@
 
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
@@ -17,10 +15,12 @@ from lightning_dni.callbacks.configuration import describe_run
 from lightning_dni.callbacks.engine import engine_of, key_of
 from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
 from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
+from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.wandb_report import WandbReport
-from lightning_dni.callbacks.window import BoundaryWindow
-from lightning_dni.core.report import Observable
+from lightning_dni.callbacks.window import BoundaryWindow, add_up, metrics_of
+from lightning_dni.core.figures import Figures
+from lightning_dni.core.report import Observable, Utilization
 
 SUMMARIZED = 10
 """Summaries are the mean of this many last probes."""
@@ -47,10 +47,17 @@ class GradientMonitor(pl.Callback):
     In several processes gradients, losses and weights are those of the joint batch, and skipped updates are
     added up, the same number in every process; time, samples and memory are each process's own.
 
+    Under `DNIPipelineStrategy` figures come up with the activations, so a row tells of an earlier step:
+    the newest that has come to rank 0, `staleness` + 1 steps before it as a rule. `dni_staleness/<boundary>`
+    is the age of the target gradients in it; `dni_busy/stage_<k>`, `dni_wait_in/stage_<k>` and
+    `dni_wait_out/stage_<k>` are the shares of a stage's time since the last row in which it computed, waited
+    for something to come, and waited to send. The rest is data loading, logging and other callbacks.
+
     Args:
         every_n_train_steps: Optimizer steps from one measured step to the next.
         probe: Measure true gradients, too, which costs another backward pass on those steps; else only
-            what is compared with target gradients is logged, and there is no picture.
+            what is compared with target gradients is logged, and there is no picture. None: wherever no
+            process has to wait for others; in a pipeline a probe makes all stages meet once.
         recipe: Name of the recipe, for the run's configuration.
 
     Attributes:
@@ -61,7 +68,9 @@ class GradientMonitor(pl.Callback):
         MisconfigurationException: When training starts under a strategy without an engine.
     """
 
-    def __init__(self, every_n_train_steps: int = 50, probe: bool = True, recipe: str | None = None) -> None:
+    def __init__(
+        self, every_n_train_steps: int = 50, probe: bool | None = None, recipe: str | None = None
+    ) -> None:
         every_n = every_n_train_steps
         if isinstance(every_n, bool) or not isinstance(every_n, int) or every_n < 1:
             raise ValueError(
@@ -80,20 +89,26 @@ class GradientMonitor(pl.Callback):
 
     def _clear(self) -> None:
         self._windows: dict[str, BoundaryWindow] = {}
+        self._arrived: dict[str, Figures] = {}
+        self._utilization: dict[int, Utilization] = {}
+        self._spent: dict[int, Utilization] = {}
         self._memory: dict[str, float] = {}
         self._logged: tuple[str, ...] = ()
         self._described = False
         self._measured = False
-        self._step = 0
-        self._due = False
+        self._step, self._measured_step = 0, -1
+        self._due = self._writes = False
+        self._probes, self._delay = True, 0
 
     # ---- around the fit
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the engine and describe the run to every logger."""
-        self._engine = engine_of(trainer, self)
+        self._engine = engine_of(trainer, self, exact=True)
         self._clear()
+        self._delay = self._engine.report_delay
+        self._probes = self._chooses_probes(self._engine)
         self._clock.reset()
         self._wandb = WandbReport(trainer)
         self._warn_of_dropped_rows(trainer)
@@ -116,6 +131,15 @@ class GradientMonitor(pl.Callback):
         """Let go of the engine."""
         self._engine = self._wandb = None
 
+    def _chooses_probes(self, engine: Observable) -> bool:
+        if self._probe is not None or not engine.probes_synchronously:
+            return self._probe is not False
+        rank_zero_info(
+            "GradientMonitor compares with target gradients only, since a probe of the true ones would make "
+            "all stages of the pipeline wait for each other. Pass `probe=True` to have that."
+        )
+        return False
+
     def _describe(self, trainer: pl.Trainer) -> None:
         assert self._engine is not None
         configuration = describe_run(trainer, self._engine, self._recipe)
@@ -125,10 +149,8 @@ class GradientMonitor(pl.Callback):
     def _show(self, trainer: pl.Trainer) -> None:
         assert self._wandb is not None
         self._wandb.show(self.history, self.history[-1].step)
-        others = [each for each in trainer.loggers if not isinstance(each, WandbLogger)]
-        if trainer.is_global_zero and (others or not trainer.loggers):
-            directories = [each.log_dir or each.save_dir for each in others]
-            path = Path(next(filter(None, directories), trainer.default_root_dir)) / FILE_NAME
+        path = picture_path(trainer, FILE_NAME)
+        if path is not None:
             write_heatmap(self.history, path)
             rank_zero_info(f"GradientMonitor has drawn cosine and error of the gradients: {path}")
 
@@ -151,15 +173,16 @@ class GradientMonitor(pl.Callback):
         """Request a probe for every batch of a step that is to be measured."""
         self._settle_row(trainer)
         self._step = trainer.global_step
-        self._due = (self._step + 1) % self._every_n == 0
+        self._writes = (self._step + 1) % self._every_n == 0
+        self._due = (self._step + 1 + self._delay) % self._every_n == 0
         if not self._due:
             self._clock.run()
             return
-        if not self._windows:
-            self._clock.stop(pl_module.device)
-            self._memory = peak_memory(pl_module.device)
+        if self._measured_step != self._step:
+            self._measured_step = self._step
+            self._stop_clock(pl_module)
         assert self._engine is not None
-        if self._probe:
+        if self._probes:
             self._engine.request_probe()
         else:
             self._engine.request_report()
@@ -175,16 +198,18 @@ class GradientMonitor(pl.Callback):
     ) -> None:
         """Take the report of a measured batch; log at the end of its step."""
         stepped = trainer.global_step > self._step
-        if self._due:
+        if self._writes if self._delay else self._due:
             self._observe()
-        else:
+        if not self._due:
             self._clock.count(samples_in(batch), stepped)
         if stepped and not self._described:
             # the first step builds the estimators: only now are they known, and it is timed for no row
             self._described = True
             self._describe(trainer)
             self._clock.reset()
-        if stepped and self._windows:
+        if stepped and self._writes and (self._windows or self._arrived or self._utilization):
+            if not self._due:
+                self._stop_clock(pl_module)
             self._log(trainer, pl_module)
 
     @override
@@ -197,6 +222,10 @@ class GradientMonitor(pl.Callback):
         """Stop the clock between epochs."""
         self._clock.stop(pl_module.device)
 
+    def _stop_clock(self, pl_module: pl.LightningModule) -> None:
+        self._clock.stop(pl_module.device)
+        self._memory = peak_memory(pl_module.device)
+
     def _observe(self) -> None:
         assert self._engine is not None
         report = self._engine.last_report
@@ -204,18 +233,26 @@ class GradientMonitor(pl.Callback):
             return
         for name, facts in report.boundaries.items():
             self._windows.setdefault(name, BoundaryWindow()).update(facts)
+        self._arrived, self._utilization = dict(report.figures), dict(report.utilization)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         replicas = Replicas(trainer.strategy, pl_module) if trainer.world_size > 1 else None
-        measured = {name: window.compute(replicas) for name, window in self._windows.items()}
+        figures = {name: window.figures(replicas) for name, window in self._windows.items()}
+        figures |= {name: add_up(arrived, replicas) for name, arrived in self._arrived.items()}
+        measured = {name: metrics_of(found) for name, found in figures.items()}
         values = {key_of(metric, n): v for n, found in measured.items() for metric, v in found.items()}
         values |= _over_boundaries(measured)
         timing = self._clock.read()
         self._remember(measured, values, timing)
-        row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **self._skipped(replicas)}
+        skipped = self._skipped(replicas)
+        lags = {n: f.staleness for n, f in figures.items() if f.staleness is not None}
+        ages = {key_of("dni_staleness", name): float(lag) for name, lag in lags.items()}
+        shares = _shares(self._utilization, self._spent)
+        row: dict[str, Tensor | float] = {**values, **timing, **self._memory, **skipped, **ages, **shares}
         pl_module.log_dict(row, on_step=True, on_epoch=False)  # what Lightning makes our own log_dict
         self._logged = tuple(row)
-        self._measured, self._windows = True, {}
+        self._measured, self._windows, self._arrived = True, {}, {}
+        self._spent, self._utilization = self._utilization, {}
         self._clock.reset()
         reset_peak_memory(pl_module.device)
 
@@ -237,7 +274,8 @@ class GradientMonitor(pl.Callback):
         values: Mapping[str, Tensor],
         timing: Mapping[str, float],
     ) -> None:
-        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        floats = torch.stack([v.float() for v in values.values()]).tolist() if values else []
+        numbers = dict(zip(values, floats, strict=True))
         for key, number in (numbers | dict(timing)).items():
             self._recent.setdefault(key, deque(maxlen=SUMMARIZED)).append(number)
         probed = [name for name, found in measured.items() if COSINE in found]
@@ -270,6 +308,17 @@ class GradientMonitor(pl.Callback):
         """Go on from saved probes."""
         self.history = [Probe(**probe) for probe in state_dict["history"]]
         self._recent = {key: deque(last, maxlen=SUMMARIZED) for key, last in state_dict["recent"].items()}
+
+
+def _shares(now: Mapping[int, Utilization], before: Mapping[int, Utilization]) -> dict[str, float]:
+    """What each stage has spent its time on, as shares of the time between two rows, by key."""
+    shares: dict[str, float] = {}
+    for stage, spent in sorted(now.items()):
+        *parts, whole = (a - b for a, b in zip(spent, before.get(stage, (0.0,) * 4), strict=True))
+        if whole > 0:
+            keys = (f"dni_{what}/stage_{stage}" for what in ("busy", "wait_in", "wait_out"))
+            shares |= {key: part / whole for key, part in zip(keys, parts, strict=True)}
+    return shares
 
 
 def _over_boundaries(measured: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,14 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_dni.callbacks.gantt import draw_timeline
 from lightning_dni.callbacks.heatmap import Probe, heatmap_pixels
+from lightning_dni.callbacks.pictures import pixels_of
+from lightning_dni.pipeline.clock import Span
 
 AXIS = "trainer/global_step"
 """The key under which Lightning's logger writes its steps."""
 
-PICTURE = "dni_gradients"
+PICTURE, TIMELINE = "dni_gradients", "dni_timeline"
 
 
 class WandbReport:
@@ -38,11 +43,18 @@ class WandbReport:
 
     def show(self, probes: Sequence[Probe], step: int) -> None:
         """Log the picture of `probes` at `step`."""
-        if not self._runs or not probes:
-            return
+        if self._runs and probes:
+            self._log(
+                PICTURE, heatmap_pixels(probes), "cosine and relative error of synthetic gradients", step
+            )
+
+    def show_timeline(self, stages: Mapping[int, Sequence[Span]], step: int) -> None:
+        """Log the picture of what the `stages` did, at `step`."""
+        if self._runs:
+            self._log(TIMELINE, pixels_of(draw_timeline(stages)), "who computed what when", step)
+
+    def _log(self, name: str, pixels: npt.NDArray[np.uint8], caption: str, step: int) -> None:
         import wandb  # takes a second, and only here is it needed
 
-        pixels = heatmap_pixels(probes)
         for run in self._runs:
-            image = wandb.Image(pixels, caption="cosine and relative error of the synthetic gradients")
-            run.log({PICTURE: image, AXIS: step})
+            run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})

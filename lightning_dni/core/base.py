@@ -130,6 +130,16 @@ class Engine(ABC):
         """The report of the last step if one was requested for it, else None."""
         return self._report
 
+    @property
+    def report_delay(self) -> int:
+        """Number of optimizer steps after which `last_report` tells of a step for which it was requested."""
+        return 0
+
+    @property
+    def probes_synchronously(self) -> bool:
+        """Whether processes that else run ahead of each other have to meet for a probe."""
+        return False
+
     def describe(self) -> dict[str, object]:
         """The configuration in primitives."""
         return {
@@ -141,6 +151,10 @@ class Engine(ABC):
             "on_nonfinite": "skip" if self._health.skips else "raise",
             "seed": self._pool.seed,
         }
+
+    def time_with(self, profile: Profile) -> None:
+        """Have `profile` time the phases of a step."""
+        self.profile = profile
 
     # ---- one step, as each engine runs it
 

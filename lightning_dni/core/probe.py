@@ -39,7 +39,7 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
             continue
         below = [leaf for parent in cut.stage.parents for leaf in parent.leaves]
         variables = cut.stage.variables
-        found = iter(_differentiate(cut, gradient, [*variables, *below]))
+        found = iter(differentiate_again(cut, gradient, [*variables, *below]))
         weights[cut] = [(v, g) for v, g in zip(variables, found, strict=False) if g is not None]
         for parent in cut.stage.parents:
             true[parent] = [
@@ -49,7 +49,14 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
     return {cut: Truth(true[cut], weights[cut]) for cut in cuts}
 
 
-def _differentiate(cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def differentiate_again(
+    cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Gradients of `inputs` through the kept graph of the stage below `cut`, given that of its output.
+
+    Raises:
+        StageError: The stage cannot be differentiated twice.
+    """
     if not inputs:
         return []
     try:

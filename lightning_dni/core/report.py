@@ -1,14 +1,15 @@
 """Facts of one training step, and the face that the engine shows to callbacks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
+from lightning_dni.core.figures import Figures
 from lightning_dni.core.probe import Truth, true_gradients
 from lightning_dni.core.step import Profile, Step, no_profile
 
@@ -40,6 +41,22 @@ class BoundaryReport:
     true_weights: Mapping[str, Tensor]
 
 
+class Utilization(NamedTuple):
+    """What a stage has spent its time on since its first training step, in seconds.
+
+    Attributes:
+        busy: In forward and backward passes and in the steps of optimizers.
+        wait_in: Waiting for activations, targets or outputs.
+        wait_out: Waiting until what it sends can leave.
+        whole: All in all, without evaluation.
+    """
+
+    busy: float
+    wait_in: float
+    wait_out: float
+    whole: float
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What happened in one training step.
@@ -48,11 +65,15 @@ class StepReport:
         step: Number of the engine's training steps before this one.
         probed: Whether true gradients were measured.
         boundaries: Facts by boundary name, in forward order.
+        figures: What other processes have measured, by boundary name; it is of earlier steps.
+        utilization: What processes have spent their time on, by stage.
     """
 
     step: int
     probed: bool
     boundaries: Mapping[str, BoundaryReport]
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    utilization: Mapping[int, Utilization] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -68,6 +89,14 @@ class Observable(Protocol):
     @property
     def last_report(self) -> StepReport | None:
         """The report of the last step if one was requested for it, else None."""
+
+    @property
+    def report_delay(self) -> int:
+        """Number of optimizer steps after which `last_report` tells of a step for which it was requested."""
+
+    @property
+    def probes_synchronously(self) -> bool:
+        """Whether processes that else run ahead of each other have to meet for a probe."""
 
     @property
     def bp_lambda(self) -> dict[str, float]:
@@ -119,12 +148,21 @@ def report_step(
     crossings: dict[str, list[Cut]] = {}
     for cut in reversed(cuts):
         crossings.setdefault(cut.boundary, []).append(cut)
-    boundaries = {name: _report(found, truths, names) for name, found in crossings.items()}
+    boundaries = {name: report_boundary(found, truths, names) for name, found in crossings.items()}
     earlier = {} if before is None else before.boundaries
     return StepReport(step=number, probed=step.settings.probe, boundaries={**earlier, **boundaries})
 
 
-def _report(cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]) -> BoundaryReport:
+def report_boundary(
+    cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]
+) -> BoundaryReport:
+    """Gather what the crossings of one boundary have kept.
+
+    Args:
+        cuts: The crossings.
+        truths: True gradients of each of them; empty where none were measured.
+        names: The names of parameters.
+    """
     losses = [cut.loss for cut in cuts if cut.loss is not None]
     applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
     true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]

@@ -8,18 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_dni.metrics.functional import (
-    _gradient_cosine_compute,
-    _gradient_cosine_update,
-    _gradient_norm_ratio_update,
-    _gradient_relative_error_update,
-    _gradient_row_cosine_compute,
-    _gradient_row_cosine_update,
-    _gradient_sign_agreement_compute,
-    _gradient_sign_agreement_update,
-    _norm_quotient_compute,
-    _value_dtype,
+from lightning_dni.core.distance import (
+    cosine_of,
+    cosine_sums,
+    difference_sums,
+    norm_quotient,
+    norm_sums,
+    row_cosine_of,
+    row_cosine_sums,
+    value_dtype,
 )
+from lightning_dni.metrics.functional import _gradient_sign_agreement_compute, _gradient_sign_agreement_update
 
 _REDUCTIONS = ("flatten", "rows")
 
@@ -44,7 +43,7 @@ class _GradientMetric(Metric):
         self._last_dtype = torch.float32
 
     def _add(self, synthetic: Tensor, true: Tensor, **statistics: Tensor) -> None:
-        self._last_dtype = _value_dtype(synthetic, true)
+        self._last_dtype = value_dtype(synthetic, true)
         for name, statistic in statistics.items():
             state = getattr(self, name)
             # not in place: a state reset under inference mode could not be changed outside of it
@@ -114,10 +113,10 @@ class GradientCosineSimilarity(_GradientMetric):
     def update(self, synthetic: Float[Tensor, " *shape"], true: Float[Tensor, "..."]) -> None:
         """Add a batch of gradients."""
         if self.reduction == "rows":
-            cosine_sum, rows, zero_rows = _gradient_row_cosine_update(synthetic, true)
+            cosine_sum, rows, zero_rows = row_cosine_sums(synthetic, true)
             self._add(synthetic, true, cosine_sum=cosine_sum, rows=rows, zero_rows=zero_rows)
             return
-        dot, synthetic_square, true_square = _gradient_cosine_update(synthetic, true)
+        dot, synthetic_square, true_square = cosine_sums(synthetic, true)
         zero = true_square == 0
         self._add(
             synthetic,
@@ -132,9 +131,9 @@ class GradientCosineSimilarity(_GradientMetric):
     def compute(self) -> Float[Tensor, ""]:
         """Return the cosine of everything seen since the last reset."""
         if self.reduction == "rows":
-            cosine, _ = _gradient_row_cosine_compute(self.cosine_sum, self.rows, self.zero_rows)
+            cosine, _ = row_cosine_of(self.cosine_sum, self.rows, self.zero_rows)
         else:
-            cosine = _gradient_cosine_compute(self.dot, self.synthetic_square, self.true_square)
+            cosine = cosine_of(self.dot, self.synthetic_square, self.true_square)
         return cosine.to(self._last_dtype)
 
 
@@ -172,7 +171,7 @@ class GradientRelativeError(_GradientMetric):
 
     def update(self, synthetic: Float[Tensor, " *shape"], true: Float[Tensor, "..."]) -> None:
         """Add a batch of gradients."""
-        difference, reference = _gradient_relative_error_update(synthetic, true)
+        difference, reference = difference_sums(synthetic, true)
         self._add(
             synthetic,
             true,
@@ -183,7 +182,7 @@ class GradientRelativeError(_GradientMetric):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the error of everything seen since the last reset."""
-        error = _norm_quotient_compute(self.difference_square, self.true_square)
+        error = norm_quotient(self.difference_square, self.true_square)
         return error.to(self._last_dtype)
 
 
@@ -222,7 +221,7 @@ class GradientNormRatio(_GradientMetric):
 
     def update(self, synthetic: Float[Tensor, " *shape"], true: Float[Tensor, "..."]) -> None:
         """Add a batch of gradients."""
-        numerator, reference = _gradient_norm_ratio_update(synthetic, true)
+        numerator, reference = norm_sums(synthetic, true)
         self._add(
             synthetic,
             true,
@@ -233,7 +232,7 @@ class GradientNormRatio(_GradientMetric):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the ratio of everything seen since the last reset."""
-        ratio = _norm_quotient_compute(self.synthetic_square, self.true_square)
+        ratio = norm_quotient(self.synthetic_square, self.true_square)
         return ratio.to(self._last_dtype)
 
 

@@ -148,7 +148,8 @@ def _cheapest(
     add: Callable[[Cost, Candidate, Candidate], Cost | None],
 ) -> tuple[Cost, tuple[int, ...]] | None:
     """The cheapest way from the first end to the last in `stages` steps, of which `add` may refuse some."""
-    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, ())}
+    way: tuple[Cost, tuple[int, ...]] = (start, ())
+    ways = {0: way}
     for _ in range(stages):
         further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
         for at, way in ways.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Feedback, Installed, Signal
+from lightning_dni.core.probe import Truth, differentiate_again, donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, local_gradients, trace_stage
 from lightning_dni.core.synthesis import check_shapes, differentiate_loss, estimating, observed, synthesize
@@ -116,22 +117,54 @@ def _feedback(pending: Pending, age: int) -> Feedback:
     return Feedback(target=cut.target, output=output, age=age)
 
 
-def differentiate(cut: Cut, received: Received) -> None:
-    """Differentiate the stage below `cut` against what is applied there; leaves keep what comes back."""
+def differentiate(cut: Cut, received: Received, keep_graph: bool = False) -> None:
+    """Differentiate the stage below `cut` against what is applied there; leaves keep what comes back.
+
+    Args:
+        cut: The crossing.
+        received: The leaves from the stage below.
+        keep_graph: Whether it is differentiated once more, as `differentiate_truly` does.
+    """
     cut.closed = True
     gradients = cut.applied_gradient()
     device = cut.outputs[0].device.type
     autocast = torch.is_autocast_enabled(device)
     if gradients is not None:
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            found = local_gradients(cut.outputs, gradients, [*cut.stage.variables, *received])
+        with (
+            torch.autocast(device, enabled=False) if autocast else nullcontext(),
+            donated_buffer_errors(cut.boundary) if keep_graph else nullcontext(),
+        ):
+            found = local_gradients(cut.outputs, gradients, [*cut.stage.variables, *received], keep_graph)
         below = {id(leaf): leaf for leaf in received}
         for variable, gradient in found:
             if id(variable) in below:
                 variable.grad = gradient
             else:
                 cut.param_grads.append((variable, gradient))
-    cut.outputs = []
+    if not keep_graph:
+        cut.outputs = []
+
+
+def differentiate_truly(
+    cut: Cut, true: Sequence[Tensor | None], received: Received
+) -> tuple[Truth, tuple[Tensor | None, ...]]:
+    """Differentiate the kept graph below `cut` against the true gradient there.
+
+    Args:
+        cut: The crossing.
+        true: The true gradient of each of its tensors; None for exactly zero.
+        received: The leaves from the stage below.
+
+    Returns:
+        The true gradients here, and those of `received`.
+    """
+    variables = cut.stage.variables
+    if all(g is None for g in true):
+        return Truth(None, []), (None,) * len(received)
+    gradient = [h.new_zeros(h.shape) if g is None else g for g, h in zip(true, cut.outputs, strict=True)]
+    found = differentiate_again(cut, gradient, [*variables, *received])
+    weights = [(v, g) for v, g in zip(variables, found, strict=False) if g is not None]
+    return Truth(gradient, weights), tuple(found[len(variables) :])
 
 
 def correct(pending: Pending) -> None:

@@ -14,6 +14,7 @@ what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,14 +25,17 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
 from lightning_dni.errors import EstimatorError
+from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
     ask,
     correct,
     differentiate,
+    differentiate_truly,
     gradients_at,
     learn,
     open_cut,
@@ -39,7 +43,7 @@ from lightning_dni.pipeline.crossing import (
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.message import Kind, Message
 from lightning_dni.pipeline.passage import Passage
-from lightning_dni.pipeline.pending import Pending, load, save
+from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.restoring import goes_on, restrict
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
@@ -102,8 +106,10 @@ class StageEngine(StagedEngine):
         passage = self._use(TRAINING)
         self._updates += first
         self._step = self._settings(batch, accumulate, scale, several_losses, last)
-        self._report, self._requested, self._seen = None, "nothing", None
-        self._number = self._steps
+        self._requested, self._seen = "nothing", None
+        self._number = self.clock.step = self._steps
+        if self._step.report and not self.is_last:
+            self._reporting.begin(self._updates)
         if self._step.exchange is not None:
             self._step.exchange.begin(fresh=first)
         passage.receive(Kind.TRAIN, self._number, batch)
@@ -115,7 +121,8 @@ class StageEngine(StagedEngine):
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
         own = partial(self._draw_own, self._number)
-        return self._placed().run(step, Kind.TRAIN, self._number, self._on_output, own)
+        with self.profile("pipeline.forward"):
+            return self._placed().run(step, Kind.TRAIN, self._number, self._on_output, own)
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
@@ -159,18 +166,18 @@ class StageEngine(StagedEngine):
     def _differentiate(self, cut: Cut) -> None:
         received = self._placed().received
         with self.profile("dni.local_backward"):
-            differentiate(cut, received)
-        self._send_back(received)
-        if self._step is not None and self._step.exchange is not None:
+            assert self._step is not None
+            differentiate(cut, received, keep_graph=self._step.probe)
+        self._send_back(gradients_at(received))
+        if self._step.exchange is not None:
             self._step.exchange.offer(cut.param_grads)
 
-    def _send_back(self, received: list[Tensor]) -> None:
+    def _send_back(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Tell the stage below what its output was worth."""
-        if received:
+        if gradients:
             assert self._links.gradient_out is not None
             facts = (float(self._elements_per_row or 0),)
-            message = Message(self._number, Kind.TRAIN, gradients_at(received), facts=facts)
-            self._links.gradient_out.send(message)
+            self._links.gradient_out.send(Message(self._number, Kind.TRAIN, gradients, facts=facts))
 
     # ---- backward, as a strategy calls it around its own
 
@@ -189,7 +196,7 @@ class StageEngine(StagedEngine):
         """Last third of `backward`: send back what the loss has left below, merge what was set aside."""
         crossing, self._crossing = self._crossing, None
         if self.is_last:
-            self._send_back(self._placed().received)
+            self._send_back(gradients_at(self._placed().received))
             self._send_output()
             self._health.observe(self._number, self._loss, [])
             self._look()
@@ -202,6 +209,8 @@ class StageEngine(StagedEngine):
                 self._inbox.take_gradient(crossing)
                 correct(crossing)
                 self._differentiate(crossing.cut)
+            if self._step is not None and self._step.probe:
+                self._probe(crossing)
             self._examine(crossing.cut)
             made, crossing.cut.param_grads = crossing.cut.param_grads, []
         self._merge(made)
@@ -216,6 +225,25 @@ class StageEngine(StagedEngine):
         if self.is_last:
             exchange.offer_accumulated(named.values())
         exchange.merge(made, lambda: named)
+
+    def _probe(self, crossing: Pending) -> None:
+        """Wait for the true gradient of this batch, hand it down, and keep what it shows.
+
+        The loss's own gradient is what the last stage sends down in any case. All others have to wait.
+        """
+        assert self.plan is not None
+        self._inbox.drain()
+        cut, received = crossing.cut, self._placed().received
+        with self.profile("dni.probe"):
+            next_to_loss = self.stage == self.plan.stages - 2
+            true = gradient_of(crossing) if next_to_loss else self._inbox.take_true(crossing)
+            truth, below = differentiate_truly(cut, true, received)
+            self._send_back(below)
+            names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
+            if cut.target is None:
+                cut.target = cut.target_gradient()
+            self._reporting.keep(crossing, report_boundary([cut], {cut: truth}, names))
+        cut.outputs = []
 
     def _send_output(self) -> None:
         if self._links.output_out is None:
@@ -249,22 +277,27 @@ class StageEngine(StagedEngine):
         """Let the estimator learn from what is due; call it after the user's optimizer has stepped."""
         if self.is_last or self._step is None:
             return
-        due = self._inbox.collect(self._updates)
-        if not due:
-            return
-        for crossing in due:
-            self._learn(crossing)
-        if self._exchange is not None:
-            self._exchange.average(list(self._pool.named_parameters().values()))
-        self._pool.remember([c.cut.lesson for c in due if c.cut.lesson is not None])
-        super().update_estimators()
+        with self.clock.doing(Activity.ESTIMATOR):
+            due = self._inbox.collect(self._updates)
+            if not due:
+                return
+            for crossing in due:
+                self._learn(crossing)
+            if self._exchange is not None:
+                self._exchange.average(list(self._pool.named_parameters().values()))
+            self._pool.remember([c.cut.lesson for c in due if c.cut.lesson is not None])
+            self._reporting.close(due, self._updates, self.skipped)
+            super().update_estimators()
 
     def _learn(self, crossing: Pending) -> None:
         assert self._step is not None
         cut = crossing.cut
         if crossing.gradient is not None and crossing.gradient.facts:
             self._elements_per_row = int(crossing.gradient.facts[0]) or None
-        learn(crossing, self._step, self._staleness)
+        reports = self._reporting.is_open(crossing)
+        learn(crossing, replace(self._step, report=reports), self._staleness)
+        if reports:
+            self._reporting.observe(crossing)
         if self._health.skips:
             self._health.sift([cut], keep_stage=True)
         else:
@@ -272,6 +305,11 @@ class StageEngine(StagedEngine):
             self._look()
         accumulate(cut.estimator_grads)
         cut.estimator_grads, cut.record = [], None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of estimator updates left out so far; on the last stage of all that have told."""
+        return super().skipped | self._reporting.skipped
 
     # ---- state
 

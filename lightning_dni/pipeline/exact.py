@@ -213,6 +213,7 @@ class ExactEngine(StagedEngine):
 
     def _forward(self, i: int, step: Step) -> None:
         passage, number = self._placed(), self._steps + i
+        self.clock.step = number
         passage.receive(Kind.TRAIN, number, self._parts[i])
         flight = self._flights[i] = Flight([], passage.received)
 
@@ -228,6 +229,7 @@ class ExactEngine(StagedEngine):
 
     def _backward(self, i: int) -> None:
         flight, number = self._flights.pop(i), self._steps + i
+        self.clock.step = number
         outputs = (
             [(output, None) for output in flight.outputs]
             if self.is_last
@@ -283,21 +285,13 @@ class ExactEngine(StagedEngine):
         """
         self._refuse("bp_lambda")
 
-    def request_report(self) -> None:
-        """There is nothing to report.
-
-        Raises:
-            EstimatorError: Always.
-        """
-        self._refuse("a report of synthetic gradients")
-
     def request_probe(self) -> None:
         """There is nothing to compare with.
 
         Raises:
             EstimatorError: Always.
         """
-        self._refuse("a report of synthetic gradients")
+        self._refuse("a probe of them")
 
     def _refuse(self, what: str) -> NoReturn:
         raise EstimatorError(
@@ -309,6 +303,7 @@ class ExactEngine(StagedEngine):
         """The configuration in primitives."""
         return {
             "boundaries": list(self._modules),
+            "stages": len(self._modules) + 1,
             "schedule": self.schedule,
             "microbatches": self.microbatches,
             "rng": self._rng,

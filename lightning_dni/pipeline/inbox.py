@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from torch import Tensor
+
 from lightning_dni.core.estimator import Signal
 from lightning_dni.errors import StageError
 from lightning_dni.pipeline.message import Inlet, Links, Message
@@ -75,6 +77,10 @@ class Inbox:
         if crossing.gradient is None:
             crossing.gradient = next_message(self._links.gradient_in, crossing.step, "target gradient")
             take_gradient(crossing.cut, crossing.gradient)
+
+    def take_true(self, crossing: Pending) -> tuple[Tensor | None, ...]:
+        """Wait for the true gradient of `crossing`, the newest one; on a drained stage it comes next."""
+        return next_message(self._links.gradient_in, crossing.step, "true gradient").tensors
 
     def _take_output(self) -> None:
         """Wait for the next output of the network, and hand it on."""

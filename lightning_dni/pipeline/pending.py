@@ -51,6 +51,12 @@ def take_gradient(cut: Cut, message: Message) -> None:
         ]
 
 
+def gradient_of(crossing: Pending) -> tuple[Tensor | None, ...]:
+    """What came back for `crossing`, which has come."""
+    assert crossing.gradient is not None
+    return crossing.gradient.tensors
+
+
 def save(crossings: Iterable[Pending]) -> list[dict[str, Any]]:
     """Crossings of a drained stage, in tensors and primitives."""
     return [_save(crossing) for crossing in crossings]

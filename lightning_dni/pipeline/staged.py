@@ -1,7 +1,7 @@
 """What every engine of one stage has: its place in the pipeline, and the way of a batch through it."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -9,10 +9,14 @@ import torch
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.report import StepReport
+from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.pipeline.clock import StageClock
 from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.reporting import Reporting
 from lightning_dni.pipeline.splitting import StageRunner
 
 T = TypeVar("T")
@@ -34,9 +38,17 @@ class StagedEngine(Engine):
     Attributes:
         stage: Number of the stage; 0 is given the batch alone.
         plan: What of the model belongs to which stage in a training step; None before one was seen.
+        clock: What this stage spends its time on.
+        schedule: When a stage works on what.
     """
 
+    schedule = "dni"
+
     def _reset(self) -> None:
+        self.clock = StageClock()
+        self.time_with(no_profile)
+        self._reporting = Reporting(0, (), self.clock)
+        self._others: list[dict[str, object]] = []
         self.stage, self._staleness, self._links = 0, 0, Links()
         self.plan: StagePlan | None = None
         self._boundary: str | None = None
@@ -65,7 +77,10 @@ class StagedEngine(Engine):
                 "for the target gradient of the same batch."
             )
         self.detach()  # a part that an earlier `place` has given: it leads to closed links
-        self.stage, self._links, self._staleness = stage, links, staleness
+        self.stage, self._staleness = stage, staleness
+        self._reporting = Reporting(stage, (), self.clock)
+        self._links = self._reporting.carry(self.clock.watch(links))
+        self._others = []
         self._passages.clear()
         self._meetings = 0
 
@@ -81,6 +96,8 @@ class StagedEngine(Engine):
         self._passages[step] = Passage(runner, plan, self.stage, self._links)
         if step == TRAINING:
             self.plan, order, k = plan, plan.boundaries, self.stage
+            self._reporting.boundaries = order
+            self.clock.restart()
             self._boundary = order[k] if k < len(order) else None
             self._below = order[k - 1] if k else None
             self._own = {id(p) for n, p in self._model.named_parameters() if plan.owner(n) == k}
@@ -155,10 +172,58 @@ class StagedEngine(Engine):
     def evaluate(self, step: Callable[[], T], batch: Any = None, name: str = TRAINING) -> T | None:
         """Run the user's evaluation step `name` as this stage; None where it is not the last one."""
         passage = self._use(name)
-        passage.receive(Kind.EVALUATE, self._evaluated, batch)
-        result = passage.run(step, Kind.EVALUATE, self._evaluated)
+        with self.clock.stopped():
+            passage.receive(Kind.EVALUATE, self._evaluated, batch)
+            result = passage.run(step, Kind.EVALUATE, self._evaluated)
         self._evaluated += 1
         return result
+
+    # ---- what others may see
+
+    def time_with(self, profile: Profile) -> None:
+        """Have `profile`, too, time the phases of a step."""
+        self.profile = self.clock.around(profile)
+
+    def request_report(self) -> None:
+        """Have the next training step measured, and the last stage told of it and of this stage's time."""
+        super().request_report()
+        self._reporting.tell_utilization(self._steps)
+
+    def request_probe(self) -> None:
+        """The same with true gradients, for which all stages wait for each other."""
+        super().request_probe()
+        self._reporting.tell_utilization(self._steps)
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """On the last stage the newest figures of every stage that have come, else None."""
+        return self._reporting.newest
+
+    @property
+    def report_delay(self) -> int:
+        """Number of optimizer steps after which `last_report` tells of a step for which it was requested."""
+        return self._staleness + 1
+
+    @property
+    def probes_synchronously(self) -> bool:
+        """Whether processes that else run ahead of each other have to meet for a probe."""
+        return True
+
+    def introduce(self, others: Sequence[Mapping[str, object]]) -> None:
+        """Have `describe` tell of all stages.
+
+        Args:
+            others: What it has told on each of them, upwards.
+        """
+        self._others = [dict(each) for each in others]
+
+    def describe(self) -> dict[str, object]:
+        """The configuration in primitives; of all stages, once they were introduced."""
+        here = super().describe()
+        for each in self._others:
+            here = _joined(here, each)
+        stages = {} if self.plan is None else {"stages": self.plan.stages}
+        return {**here, "schedule": self.schedule, "staleness": self._staleness, **stages}
 
     # ---- where all stages come together
 
@@ -178,6 +243,18 @@ class StagedEngine(Engine):
             check_meeting(found, self.stage, self._meetings, mark, what)
         if self._links.activation_out is not None:
             self._links.activation_out.send(Message(self._meetings, Kind.MEET, fingerprint=mark))
+
+
+def _joined(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
+    """Two descriptions as one: facts by boundary side by side, in the order of `other` after `one`."""
+    joined = dict(one)
+    for key, value in other.items():
+        known = joined.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            joined[key] = {**known, **value}
+        elif key == "estimator_optimizers" and isinstance(known, list) and isinstance(value, list):
+            joined[key] = known + [each for each in value if each not in known]
+    return joined
 
 
 def check_meeting(found: Message, stage: int, number: int, mark: int, what: str) -> None:

@@ -105,7 +105,7 @@ class DecoupledTraining(Strategy):
         self._restored, self._resumes = None, False
         profiler: Profiler = getattr(trainer, "profiler")  # noqa: B009  (set by a connector, untyped)
         if not isinstance(profiler, PassThroughProfiler):
-            self._engine.profile = profiler.profile
+            self._engine.time_with(profiler.profile)
         self._engine.attach()
         self._attached = True
         self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
@@ -125,7 +125,7 @@ class DecoupledTraining(Strategy):
         """Take the hooks off, also when setup or the fit has failed."""
         if self._engine is not None:
             self._engine.detach()
-            self._engine.profile = no_profile
+            self._engine.time_with(no_profile)
         self._leave_optimizers()
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dni.core.boundary import resolve_boundaries
+from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
@@ -28,6 +29,7 @@ from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
+from lightning_dni.strategies.gathering import gather
 from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
 from lightning_dni.strategies.placement import Trial, compare_plans
 from lightning_dni.strategies.refusals import (
@@ -69,6 +71,7 @@ class StagedTraining(StagesInCommon):
         self._stop: CommonStop | None = None
         self._agreement: Agreement | None = None
         self._undo: list[Callable[[], None]] = []
+        self._introduced = False
 
     # ---- which process is which stage
 
@@ -140,6 +143,7 @@ class StagedTraining(StagesInCommon):
         unite = None if copies is None else copies.unite
         self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
         self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
+        self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
             trainer, module, place.is_last, stop.after_evaluation, None if copies is None else copies.group
@@ -228,6 +232,28 @@ class StagedTraining(StagesInCommon):
         result = engine.run(partial(step, *args, **kwargs))
         # only the last stage has a loss; elsewhere Lightning differentiates this
         return result if engine.is_last else torch.zeros((), device=self.root_device, requires_grad=True)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Differentiate the loss on the last stage; elsewhere merge what the stage has found out."""
+        with self.engine.clock.doing(Activity.BACKWARD):
+            return super().backward(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the user's optimizer step; after the first time tell rank 0 what every stage is."""
+        output = super().optimizer_step(*args, **kwargs)
+        if not self._introduced:
+            self._introduced = True
+            describe = partial(gather, self.engine.describe(), self.root_device)
+            found = self._together(describe, "getting to know all stages")
+            self.engine.introduce([] if found is None else list(reversed(self._placed().downwards(found))))
+        return output
+
+    @override
+    def _after_step(self, *args: Any) -> None:
+        self.engine.clock.was(Activity.OPTIMIZER)
+        super()._after_step(*args)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dni.callbacks import GradientMonitor
-from lightning_dni.core import HasEngine, Observable
+from lightning_dni.core import DNIEngine, HasEngine, Observable, StepReport
+from lightning_dni.core.report import Utilization
 from lightning_dni.demos import DigitsDataModule, MLPClassifier
 from lightning_dni.estimators import LocalLossEstimator, ZeroEstimator
 
@@ -331,3 +332,29 @@ def test_digits_with_validation(tmp_path):
     assert rows_with(rows, "dni_sg_error/net_hidden_0") == [9, 19, 29, 39]
     assert len(rows_with(rows, "val_error")) == 2
     assert rows[39]["dni_mean_cosine"] > 0.05
+
+
+# ---- stages in other processes
+
+
+class TellsTime(DNIEngine):
+    """As if it were the last of two stages of which none has synthetic gradients."""
+
+    report_delay = 1
+
+    @property
+    def last_report(self):
+        spent = [Utilization(busy=3.0, wait_in=2.0, wait_out=1.0, whole=10.0 * self._steps) for _ in range(2)]
+        return StepReport(self._steps, False, {}, {}, dict(enumerate(spent)))
+
+
+def test_shares_of_time_are_of_the_time_between_two_rows(monkeypatch):
+    monkeypatch.setattr("lightning_dni.strategies.decoupled.DNIEngine", TellsTime)
+    rows, monitor, _ = monitored(5)
+    assert rows_with(rows, "dni_busy/stage_1") == [4, 9]
+    found = {key: value for key, value in rows[4].items() if "/stage_" in key}
+    shares = {"dni_busy": 3 / 50, "dni_wait_in": 2 / 50, "dni_wait_out": 1 / 50}
+    assert found == pytest.approx({f"{what}/stage_{k}": v for what, v in shares.items() for k in range(2)})
+    assert rows[9]["dni_busy/stage_0"] == 0.0  # no work was added since, but 50 seconds
+    assert monitor.history == []
+    assert rows[9]["dni_step_time"] > 0

@@ -8,8 +8,9 @@ from callbacks.twin import measure, measure_weights
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_dni.callbacks.window import BoundaryWindow, Spread
+from lightning_dni.callbacks.window import BoundaryWindow
 from lightning_dni.core import BoundaryReport, DNIEngine
+from lightning_dni.core.sums import Spread
 from lightning_dni.estimators import LinearEstimator
 
 

@@ -284,7 +284,6 @@ def test_several_losses_and_a_gradient_scaler_are_refused(options):
     "ask",
     [
         lambda engine: engine.set_bp_lambda(1.0),
-        lambda engine: engine.request_report(),
         lambda engine: engine.request_probe(),
     ],
 )
@@ -295,6 +294,7 @@ def test_what_is_about_synthetic_gradients_is_refused(ask):
     assert (engine.bp_lambda, engine.skipped, engine.estimators, engine.last_report) == ({}, {}, {}, None)
     assert engine.describe() | {"seed": 0} == {
         "boundaries": ["0"],
+        "stages": 2,
         "schedule": "gpipe",
         "microbatches": 2,
         "rng": "global",
