@@ -22,13 +22,16 @@ def sentences_of(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS and node.args:
             said = node.args[0]
             if isinstance(said, ast.Call):
-                parts = [n for n in ast.walk(functions[said.func.id]) if isinstance(n, ast.JoinedStr)]
+                maker = functions.get(getattr(said.func, "id", None))
+                if maker is None:  # str(error): that of another error
+                    continue
+                parts = [n for n in ast.walk(maker) if isinstance(n, ast.JoinedStr)]
                 yield max(map(text_of, parts), key=len)
             else:
                 yield text_of(said)
 
 
 def errors_in(folder):
-    """Sentences of all errors made in the Python files below `folder`."""
+    """Sentences of all errors made in the Python files below `folder`; not those handed on from elsewhere."""
     trees = [ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))]
-    return [sentence for tree in trees for sentence in sentences_of(tree)]
+    return [sentence for tree in trees for sentence in sentences_of(tree) if sentence != UNKNOWN]

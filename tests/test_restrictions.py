@@ -45,6 +45,7 @@ RESTRICTIONS = {
         "to give one gradient per activation",
         "Expected labels or a context for",
         "Expected the network's output for …, but the output module",
+        "Expected the network's output for the estimators of the stages below",
         "Expected the network's output to be seen before",
         "to need only …, but it needs",
     ],
@@ -82,6 +83,77 @@ RESTRICTIONS = {
         "but torch.compile has made a graph that reuses its memory",
     ],
     "processes of `DNIDDPStrategy` that do not have the same parameters": ["to be the same in every process"],
+    "a number of processes that is no multiple of the stages": [
+        "processes or a multiple of it",
+        "Expected a number of processes that `stages` divides",
+        "Expected at least 2 stages with boundaries='auto'",
+        "Expected a cluster for num_nodes",
+    ],
+    "manual optimization, `16-mixed`, weight averaging and `sync_batchnorm`": [
+        "Expected automatic optimization under strategy='dni_pipeline'",
+        "Expected a precision without a gradient scaler",
+        "Expected no weight averaging under strategy='dni_pipeline'",
+        "Expected sync_batchnorm=False",
+    ],
+    "a parameter, or a buffer that changes, that is used in two stages": [
+        "Expected every parameter and buffer to be used in one stage",
+        "to use its own parameters only",
+        "to differentiate its own parameters",
+    ],
+    "a skip connection past a boundary, or a boundary inside a residual block": [
+        "to need nothing from below boundary",
+        "Keep boundaries out of what an activation checkpoint runs again",
+    ],
+    "a boundary that does not run once in every step": [
+        "Expected a differentiable tensor to cross boundary",
+        "Expected tensors to cross boundary",
+        "to be built as when it was traced",
+        "Expected the step to run boundary … on stage",
+        "Expected the step to run boundary …, but it ended without",
+    ],
+    "a module that runs in another stage than on the first batch": [
+        "it did otherwise, or not at all, when the model was traced",
+        "but the step caught what ends it",
+        "Expected the chained stages to compute what the whole model does",
+        "Expected the last stage to return what the whole model's step does",
+        "Expected no submodule to be compiled while the model is split",
+    ],
+    "`bp_lambda` above 0, or an estimator that is told first, with a `staleness` other than 0": [
+        "Expected a stage that does not wait",
+        "Expected boundaries that wait for nothing",
+    ],
+    "stages with other data or another module": [
+        "Expected all stages to read the same first batch",
+        "to read the same batch, but … batch …",
+        "to be at the batch at which … is",
+        "from the stage above, but got that of batch",
+        "Expected every process to find the same stages",
+        "Expected stage … to wait for the same as stage",
+        "Expected stage … to wait for all stages as stage",
+        "but that stage has sent its last message",
+    ],
+    "a stage that has failed": ["Lost the connection while", "that stage has failed"],
+    'with `boundaries="auto"`': [
+        "but boundaries='auto' are only chosen when `fit` begins",
+        "Expected boundaries='auto' to find … places",
+        "where boundaries='auto' are chosen",
+        "of which one batch can be taken beforehand with boundaries='auto'",
+    ],
+    "under an exact schedule, a module with its own `backward`": [
+        "Expected Lightning's own `backward`",
+        "Expected one loss per microbatch",
+    ],
+    "under an exact schedule, batches that cannot be split by rows": [
+        "rows in every batch, one per microbatch",
+        "Expected tensors to split into microbatches",
+        "to have the same number of rows",
+        "Expected a batch of tensors and plain values",
+    ],
+    "callbacks and options of synthetic gradients with an exact schedule": [
+        "Expected synthetic gradients for",
+        "Expected no arguments about synthetic gradients",
+    ],
+    "activations that are sparse, or of more dimensions": ["A message takes"],
 }
 """What each line of the README begins with, and what the errors say that it stands for."""
 
@@ -98,6 +170,16 @@ MISUSE = [
     "Expected a training step before backward",
     "Expected a module to describe",
     "Expected boundaries for …, but got none",
+    "Expected a model that is not split",
+    "stages in one process take turns",
+    "Expected an open way for",
+    "Expected one run of stage",
+    "to be attached, but got a run before",
+    "Expected the engine to know its part in",
+    "Pass on what `pack` gave",
+    "ranks: expected rank",
+    "Use the same version of lightning_dni in every process",
+    "Expected no estimator at … under an exact schedule",
 ]
 """Something was called at the wrong time, or on the wrong thing."""
 
