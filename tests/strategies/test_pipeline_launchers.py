@@ -59,6 +59,7 @@ def expected():
     return first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["popen", "torchrun"])
 def test_a_script_trains_the_whole_module_on_every_rank(launcher, tmp_path):
     tests = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def test_a_script_trains_the_whole_module_on_every_rank(launcher, tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
-        timeout=150,
+        timeout=300,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]

@@ -34,8 +34,6 @@ def said_by(body, ranks=2):
 
 
 class Manual(Net):
-    automatic_optimization = False
-
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
@@ -175,7 +173,7 @@ class ReadsItself(Net):
 def warned(module, *callbacks):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_waits(staged_trainer(devices=1, callbacks=list(callbacks)), module)
+        warn_of_waits(staged_trainer(devices=1, enable_checkpointing=True, callbacks=list(callbacks)), module)
     return [str(warning.message) for warning in caught]
 
 
