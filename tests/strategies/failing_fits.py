@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import time
 import warnings
@@ -10,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from fits import BOUNDARIES, LINEAR, Net, loader, quiet_trainer
+from fits import BOUNDARIES, LINEAR, BrokenError, Net, loader, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import free_port
 
@@ -22,7 +24,35 @@ SAVES_EVERY = 2
 SECONDS = 10.0
 """What an issue allows from the fault to the end of the last process."""
 
-GIVEN_UP = 60.0
+GIVEN_UP = 90.0
+
+
+def die():
+    raise BrokenError("nan in layer 7")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+
+def unplug():
+    """Every connection of this process ends, and it does not."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            if end.family in (socket.AF_INET, socket.AF_INET6):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+ACTIONS = {"die": die, "kill": kill}
 
 
 class Faulty(Net):
@@ -100,13 +130,24 @@ def run(fit, world_size=STAGES):
 
 
 def living(sessions):
-    """Command lines of processes of these sessions that still run."""
+    """Processes of these sessions that still run: number, state and command line."""
+    return [found for found in processes() if found[2] in sessions]
+
+
+def children():
+    """Processes that this one has started and that still run."""
+    return [found for found in processes() if found[1] == os.getpid()]
+
+
+def processes():
+    """Number, parent, session and command line of every process that runs."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            state, _, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(session) in sessions and state not in "ZX":
-                found.append((folder.name, state, (folder / "cmdline").read_text()))
+            state, parent, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                line = (folder / "cmdline").read_text().replace("\0", " ")
+                found.append((int(folder.name), int(parent), int(session), line))
     return found
 
 
@@ -146,14 +187,12 @@ def staged(**options):
     return DNIPipelineStrategy(**{"boundaries": BOUNDARIES, "estimator": LINEAR, **options})
 
 
-def faulty_fit(action, victim, where, strategy=None, callbacks=None, **options):
+def faulty_fit(action, victim, where, strategy=None, callbacks=(), ckpt_path=None, **options):
     """What a rank does whose module is `Faulty`."""
 
     def fit(rank):
         torch.manual_seed(0)
-        trainer = trainer_of(
-            staged(**(strategy or {})), callbacks=callbacks(rank) if callbacks else (), **options
-        )
-        trainer.fit(Faulty(action, victim, where), loader(), loader(16))
+        trainer = trainer_of(staged(**(strategy or {})), callbacks=callbacks, **options)
+        trainer.fit(Faulty(action, victim, where), loader(), loader(16), ckpt_path=ckpt_path)
 
     return fit
