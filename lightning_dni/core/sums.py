@@ -1,7 +1,7 @@
 """Sums over the gradients at one boundary, micro-batch by micro-batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import BoundaryReport
 
 
+@runtime_checkable
 class Together(Protocol):
     """Processes whose rows count together; all of them have to ask for the same sums."""
 
