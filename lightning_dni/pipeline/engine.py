@@ -213,6 +213,8 @@ class StageEngine(StagedEngine):
                 self._probe(crossing)
             self._examine(crossing.cut)
             made, crossing.cut.param_grads = crossing.cut.param_grads, []
+        else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
+            self._send_back(gradients_at(self._placed().received))
         self._merge(made)
 
     def _merge(self, made: list[tuple[Tensor, Tensor]]) -> None:
@@ -295,7 +297,7 @@ class StageEngine(StagedEngine):
         if crossing.gradient is not None and crossing.gradient.facts:
             self._elements_per_row = int(crossing.gradient.facts[0]) or None
         reports = self._reporting.is_open(crossing)
-        learn(crossing, replace(self._step, report=reports), self._staleness)
+        learn(crossing, replace(self._step, report=reports), self._updates - crossing.update)
         if reports:
             self._reporting.observe(crossing)
         if self._health.skips:
