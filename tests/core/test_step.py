@@ -270,4 +270,4 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
                 alive[k] = sum(type(o).__module__ in OURS for o in gc.get_objects())
     finally:
         gc.enable()
-    assert alive[7] == alive[1]
+    assert alive[7] <= alive[1]  # what other tests have left may go meanwhile

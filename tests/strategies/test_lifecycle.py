@@ -191,7 +191,7 @@ def tensors_alive():
 
 
 def test_steps_hold_on_to_nothing():
-    """As many tensors are alive after the tenth step as after the fifth."""
+    """No more tensors are alive after the tenth step than after the fifth (what others have left may go)."""
     counts = []
 
     def count(trainer, module, batch_idx):
@@ -199,7 +199,7 @@ def test_steps_hold_on_to_nothing():
             counts.append(tensors_alive())
 
     fit(net(), dni(estimator=MLP), callbacks=[AtBatchEnd(count)])
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]
 
 
 def test_fits_hold_on_to_nothing():
@@ -208,7 +208,7 @@ def test_fits_hold_on_to_nothing():
     once = tensors_alive()
     fit(module, dni())
     fit(module, dni())
-    assert tensors_alive() == once
+    assert tensors_alive() <= once
 
 
 def test_a_copy_made_in_mid_fit_is_a_plain_module():
