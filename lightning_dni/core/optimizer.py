@@ -108,7 +108,8 @@ class EstimatorOptimizers:
             fresh.make()
             for old, new in zip(optimizer.param_groups, fresh._optimizers[-1].param_groups, strict=True):
                 new |= {key: value for key, value in old.items() if key not in ("params", "boundaries")}
-                fresh._optimizers[-1].state.update({p: optimizer.state[p] for p in new["params"]})
+                kept = {p: optimizer.state[p] for p in new["params"] if p in optimizer.state}
+                fresh._optimizers[-1].state.update(kept)
             if self._schedulers:
                 fresh._schedulers[-1].load_state_dict(self._schedulers[k].state_dict())
         return fresh

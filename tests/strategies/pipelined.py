@@ -4,7 +4,7 @@ import os
 import traceback
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import jaxtyping
@@ -123,6 +123,26 @@ def in_turn(stages, scenes, seconds=240):
     errors = [f"rank {rank}, {found['error']}" for rank, found in enumerate(said) if "error" in found]
     assert not errors, "\n".join(errors)
     return {name: [found[name] for found in said] for name in scenes}
+
+
+def once(function):
+    """Cache what `function` returns or raises: what fails is not tried again by every test that asks."""
+
+    @cache
+    def outcome(*args):
+        try:
+            return function(*args), None
+        except Exception as error:
+            return None, error
+
+    @wraps(function)
+    def call(*args):
+        found, error = outcome(*args)
+        if error is not None:
+            raise error
+        return found
+
+    return call
 
 
 def _play_in_turn(rank, scenes):

@@ -1,12 +1,12 @@
 """Stages in processes under the Trainer: one process bit for bit without a lag, the lagged loop with one."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 from core.nets import VECTOR_ESTIMATORS
 from fits import CLASSES, LINEAR, OPTIMIZERS, Net, dataset, fit, net, weights
-from strategies.pipelined import STAGES, Case, fit_cases
+from strategies.pipelined import STAGES, Case, fit_cases, once
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -150,7 +150,7 @@ WITH_LAG = {
 }
 
 
-@cache
+@once
 def pipelined(stages):
     """Every fit with that many stages, in one set of processes."""
     cases = {("no lag", name): case for name, case in WITHOUT_LAG[stages].items()}

@@ -12,7 +12,7 @@ from core.nets import VECTOR_ESTIMATORS
 from fits import LINEAR, different, dni, fit, loader, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from strategies.pipelined import in_turn, pipeline
+from strategies.pipelined import in_turn, once, pipeline
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, leaves, state_of
 
 STAGES = 3
@@ -190,7 +190,7 @@ def folder():
     return Path(mkdtemp())
 
 
-@cache
+@once
 def three():
     """All that three processes do, and what one process does before that."""
     warnings.simplefilter("ignore")
@@ -219,7 +219,7 @@ def three():
     return in_turn(STAGES, scenes)
 
 
-@cache
+@once
 def two():
     """What two processes make of what three, or one, have saved."""
     three()
