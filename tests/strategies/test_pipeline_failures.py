@@ -28,6 +28,7 @@ from strategies.failing_fits import (
     staged,
     trainer_of,
 )
+from strategies.staged_fits import staged_trainer
 
 from lightning_dni import DNIPipelineStrategy, DNIStrategy
 
@@ -40,9 +41,8 @@ DIED = "BrokenError: nan in layer 7"
 
 def said_of(victim, what, stages=STAGES):
     """The beginning of the error that names the stage."""
-    return (
-        rf"^lightning_dni\.errors\.StageError: Stage {stages - 1 - victim} \(rank {victim}, host \S+\) {what}"
-    )
+    who = rf"Stage {stages - 1 - victim} \(rank {victim}, host \S+\)"
+    return rf"^(\[rank\d\]: )?lightning_dni\.errors\.StageError: {who} {what}"
 
 
 def assert_all_stopped(outcome, victim, what, code=1):
@@ -89,11 +89,10 @@ def test_an_exception_is_told_everywhere(victim, where, told, kept):
     assert_kept(*kept)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_an_exception_ends_an_exact_schedule(victim):
+def test_an_exception_ends_an_exact_schedule():
     exact = {"schedule": "1f1b", "microbatches": 2, "estimator": None}
-    outcome = run(faulty_fit(failing_fits.die, victim, STEP, exact))
-    assert_all_stopped(outcome, victim, f"failed in training batch 5, step 5: {DIED}")
+    outcome = run(faulty_fit(failing_fits.die, 1, STEP, exact))
+    assert_all_stopped(outcome, 1, f"failed in training batch 5, step 5: {DIED}")
 
 
 def test_an_interrupted_stage_is_told_everywhere():
@@ -191,18 +190,32 @@ def test_nobody_waits_for_stages_that_have_stopped(first):
     assert not list(Path("left").glob("*.ckpt"))
 
 
-def test_stages_that_live_on_can_fit_again():
-    def body(rank):
-        with pytest.raises((BrokenError, RuntimeError), match="nan in layer 7"):
-            faulty_fit(failing_fits.die, 1, STEP)(rank)
-        module, trainer = Net(), trainer_of()
-        before = weights(module)
-        trainer.fit(module, loader())
-        assert trainer.global_step == 10
-        assert not torch.equal(before["net.0.0.weight"], weights(module)["net.0.0.weight"])
+def die_late():
+    """The stage below goes on meanwhile, and waits for all stages to save a checkpoint."""
+    time.sleep(1.0)
+    failing_fits.die()
 
-    outcome = run(body)
+
+def fit_twice(rank, first, action):
+    with pytest.raises((BrokenError, RuntimeError), match="nan in layer 7"):
+        first.fit(faulty(action, 1, STEP), loader())
+    module, trainer = Net(), staged_trainer(STAGES)
+    before = weights(module)
+    trainer.fit(module, loader())
+    assert trainer.global_step == 10
+    assert not torch.equal(before["net.0.0.weight"], weights(module)["net.0.0.weight"])
+
+
+def test_stages_that_live_on_can_fit_again():
+    outcome = run(lambda rank: fit_twice(rank, staged_trainer(STAGES), failing_fits.die))
     assert outcome.codes == [0, 0, 0], outcome.said
+
+
+def test_a_stage_that_still_waits_cannot_fit_again():
+    outcome = run(lambda rank: fit_twice(rank, trainer_of(), die_late))
+    assert outcome.codes == [1, 1, 1]
+    assert re.search(r"StageError: Expected a process that waits for nobody.* Start all", outcome.said[2])
+    assert max(outcome.seconds) < SECONDS
 
 
 def test_a_process_that_has_started_the_stages_can_fit_again():
