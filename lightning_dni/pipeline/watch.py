@@ -17,6 +17,7 @@ from functools import reduce
 from operator import or_
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,8 +32,11 @@ T = TypeVar("T")
 FEW = 32
 """So many processes all watch each other; more watch their neighbours only."""
 
-LONGEST = 4000
-"""Characters of a traceback that are told."""
+LONGEST = 40
+"""Lines of a traceback that are told."""
+
+CALL = "dni call"
+"""Name of a thread that waits for other processes."""
 
 TICK = 0.1
 REMEDY = "Every stage stops; see the log of that one, and start again from the last checkpoint."
@@ -62,7 +66,15 @@ def open_watch(name: str, limits: Limits = Limits()) -> "Watch":  # noqa: B008
     Args:
         name: What this process does, as "Stage 2".
         limits: Seconds after which something is done.
+
+    Raises:
+        StageError: This process still waits for what an error has ended.
     """
+    if any(thread.name == CALL for thread in enumerate_threads()):
+        raise StageError(
+            "Expected a process that waits for nobody, but after an error in another stage this one still "
+            "waits for it, so it cannot train again. Start all processes anew, from the last checkpoint."
+        )
     rank, size = dist.get_rank(), dist.get_world_size()
     timeout = timedelta(seconds=max(30.0, limits.far_silence))
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
@@ -184,7 +196,7 @@ class Watch:
         """
         outcome: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        Thread(target=_call, args=(function, device, outcome), name="dni call", daemon=True).start()
+        Thread(target=_call, args=(function, device, outcome), name=CALL, daemon=True).start()
         while True:
             with suppress(Empty):
                 done, value = outcome.get(timeout=TICK)
@@ -373,15 +385,15 @@ def _call(function: Callable[[], Any], device: int | None, outcome: SimpleQueue[
 
 
 def _trace(exception: BaseException) -> str:
-    """The end of a traceback, in whole lines."""
+    """The end of a traceback."""
     lines = "".join(traceback.format_exception(exception)).splitlines()
-    while sum(map(len, lines)) > LONGEST and len(lines) > 1:
-        del lines[0]
-    return "\n".join(lines)
+    return "\n".join(lines[-LONGEST:])
 
 
 def _is_connection_error(error: BaseException) -> bool:
     """Whether torch.distributed has lost somebody, which is never the first thing that went wrong."""
+    if isinstance(error, StageError):  # it says what went wrong
+        return False
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     signs = ("gloo", "closed by peer", "reset by peer", "Broken pipe", "NCCL")

@@ -48,8 +48,8 @@ def unplug():
     """Every connection of this process ends, and it does not."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
-            if end.family in (socket.AF_INET, socket.AF_INET6):
-                end.shutdown(socket.SHUT_RDWR)
+            end.getpeername()  # one that only listens has none
+            end.shutdown(socket.SHUT_RDWR)
 
 
 ACTIONS = {"die": die, "kill": kill}
@@ -58,9 +58,7 @@ ACTIONS = {"die": die, "kill": kill}
 class Faulty(Net):
     """A module in which rank `victim` calls `action` in the hook `where`."""
 
-    def __init__(self, action=None, victim=None, where=None):
-        super().__init__()
-        self.action, self.victim, self.where = action, victim, where
+    action = victim = where = None  # no arguments: those are saved with every checkpoint
 
     def at(self, where):
         if where == self.where and self.trainer.global_rank == self.victim:
@@ -87,6 +85,12 @@ class Faulty(Net):
     def on_save_checkpoint(self, checkpoint):
         if self.trainer.global_step > SAVES_EVERY:
             self.at("on_save_checkpoint")
+
+
+def faulty(action=None, victim=None, where=None, kind=Faulty):
+    module = kind()
+    module.action, module.victim, module.where = action, victim, where
+    return module
 
 
 def happen(action):
@@ -193,6 +197,6 @@ def faulty_fit(action, victim, where, strategy=None, callbacks=(), ckpt_path=Non
     def fit(rank):
         torch.manual_seed(0)
         trainer = trainer_of(staged(**(strategy or {})), callbacks=callbacks, **options)
-        trainer.fit(Faulty(action, victim, where), loader(), loader(16), ckpt_path=ckpt_path)
+        trainer.fit(faulty(action, victim, where), loader(), loader(16), ckpt_path=ckpt_path)
 
     return fit

@@ -2,7 +2,7 @@
 
 import sys
 
-from strategies.failing_fits import ACTIONS, Faulty, staged, trainer_of
+from strategies.failing_fits import ACTIONS, Faulty, faulty, staged, trainer_of
 
 from fits import BOUNDARIES, loader  # isort: skip
 
@@ -11,14 +11,13 @@ class FailsEarly(Faulty):
     """Fails before the processes know each other."""
 
     def configure_callbacks(self):
-        if self.where == "configure_callbacks":
-            self.at("configure_callbacks")
+        self.at("configure_callbacks")
         return []
 
 
 def main(rank, action, where):
     trainer = trainer_of(staged(boundaries=BOUNDARIES[:1]), stages=2)
-    trainer.fit(FailsEarly(ACTIONS[action], int(rank), where), loader(), loader(16))
+    trainer.fit(faulty(ACTIONS[action], int(rank), where, FailsEarly), loader(), loader(16))
 
 
 if __name__ == "__main__":

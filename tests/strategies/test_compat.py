@@ -279,6 +279,21 @@ def test_the_loss_is_divided_by_the_number_of_accumulated_batches_also_in_a_shor
     assert arrived == pytest.approx([1 / 3] * 4)
 
 
+def test_mute_saving_keeps_callbacks_from_saving_upon_an_exception(tmp_path):
+    savers = [
+        pl.callbacks.OnExceptionCheckpoint(tmp_path),
+        pl.callbacks.ModelCheckpoint(tmp_path, save_on_exception=True, save_on_train_epoch_end=True),
+    ]
+    others = [pl.callbacks.ModelCheckpoint(tmp_path)]
+    muted, undo = _compat.mute_saving([*savers, *others])
+    assert muted == ["OnExceptionCheckpoint", "ModelCheckpoint"]
+    for callback in savers:  # without a Trainer it could not save
+        callback.on_exception(None, None, ValueError())
+    for take_back in undo:
+        take_back()
+    assert not any("on_exception" in vars(callback) for callback in [*savers, *others])
+
+
 # ---- nothing else of Lightning is used
 
 
