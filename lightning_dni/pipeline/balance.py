@@ -148,17 +148,16 @@ def _cheapest(
     add: Callable[[Cost, Candidate, Candidate], Cost | None],
 ) -> tuple[Cost, tuple[int, ...]] | None:
     """The cheapest way from the first end to the last in `stages` steps, of which `add` may refuse some."""
-    none: tuple[int, ...] = ()
-    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, none)}
+    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, ())}
     for _ in range(stages):
         further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
-        for at, (cost, path) in ways.items():
+        for at, way in ways.items():
             for end in range(at + 1, len(ends)):
                 if ends[end].parameters <= ends[at].parameters:
                     continue
-                grown = add(cost, ends[at], ends[end])
+                grown = add(way[0], ends[at], ends[end])
                 if grown is not None and (end not in further or grown < further[end][0]):
-                    further[end] = grown, (*path, end)
+                    further[end] = grown, (*way[1], end)
         ways = further
     return ways.get(len(ends) - 1)
 

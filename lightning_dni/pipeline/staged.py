@@ -38,6 +38,7 @@ class StagedEngine(Engine):
 
     def _reset(self) -> None:
         self.stage, self._staleness, self._links = 0, 0, Links()
+        self._home: torch.device | None = None
         self.plan: StagePlan | None = None
         self._boundary: str | None = None
         self._below: str | None = None
@@ -48,13 +49,14 @@ class StagedEngine(Engine):
 
     # ---- which stage this is
 
-    def join(self, stage: int, links: Links, staleness: int) -> None:
+    def join(self, stage: int, links: Links, staleness: int, device: torch.device | None = None) -> None:
         """Become stage `stage` of a pipeline.
 
         Args:
             stage: Number of this stage; 0 is given the batch alone.
             links: The ways to its neighbours.
             staleness: Number of updates after which a target gradient is learnt from.
+            device: Where the stage computes; None: where the model is.
 
         Raises:
             EstimatorError: `staleness` is not an integer of at least 0.
@@ -65,6 +67,8 @@ class StagedEngine(Engine):
                 "for the target gradient of the same batch."
             )
         self.stage, self._links, self._staleness = stage, links, staleness
+        self._home = device
+        self._device = self._find_device()
         self._passages.clear()
         self._meetings = 0
 
@@ -76,7 +80,7 @@ class StagedEngine(Engine):
             step: Name of the step; other names than the training step's are evaluated only.
         """
         self.detach()
-        runner = StageRunner(self._model, plan, self.stage)
+        runner = StageRunner(self._model, plan, self.stage, self._device)
         self._passages[step] = Passage(runner, plan, self.stage, self._links)
         if step == TRAINING:
             self.plan, order, k = plan, plan.boundaries, self.stage
@@ -85,6 +89,9 @@ class StagedEngine(Engine):
             self._own = {id(p) for n, p in self._model.named_parameters() if plan.owner(n) == k}
             self._take_part(plan)
         self._use(step)
+
+    def _find_device(self) -> torch.device:
+        return self._home or super()._find_device()
 
     def _take_part(self, plan: StagePlan) -> None:
         """Prepare for training steps of this plan."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.strategies._compat import move_data_to_device
 from lightning_dni.strategies.bucket import broadcast
 
 
@@ -23,11 +24,13 @@ def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> No
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for stage, rank in enumerate(ranks):
         own = [tensor for name, tensor in tensors.items() if plan.owner(name) == stage]
-        broadcast(own, rank)
+        broadcast(own, rank, through=torch.device("cpu"))  # a stage has those of others there
 
 
 def gather(value: Any) -> list[Any] | None:
     """What every process has, on rank 0; None elsewhere."""
+    # unpickled, a tensor of an accelerator would be on that one again
+    value = move_data_to_device(value, torch.device("cpu"))
     rank, found = dist.get_rank(), [None] * dist.get_world_size()
     dist.gather_object(value, found if rank == 0 else None)
     return found if rank == 0 else None

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -19,6 +18,7 @@ from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.residence import bring_state
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.pipeline.watch import Watch, open_watch
@@ -30,7 +30,6 @@ from lightning_dni.strategies._compat import (
 )
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.automatic import AutomaticBoundaries
-from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
@@ -42,9 +41,9 @@ from lightning_dni.strategies.gathering import (
     share_module,
 )
 from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
+from lightning_dni.strategies.part import PartOnDevice
 from lightning_dni.strategies.placement import Place, Trial, compare_plans, own_tensors
 from lightning_dni.strategies.refusals import (
-    refuse_nodes_apart,
     refuse_unsupported,
     refuse_waiting,
     warn_of_waits,
@@ -54,7 +53,7 @@ from lightning_dni.strategies.stopping import CommonStop
 T = TypeVar("T")
 
 
-class StagedTraining(DecoupledTraining, DDPStrategy):
+class StagedTraining(DecoupledTraining, PartOnDevice):
     """Trains one stage of the module in each process; the last stage is global rank 0.
 
     Args:
@@ -122,18 +121,6 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
     # ---- life of a fit
 
     @override
-    def setup_environment(self) -> None:
-        """Find the other processes, unless nobody says where they are."""
-        refuse_nodes_apart(self.num_nodes, self.cluster_environment)
-        super().setup_environment()
-
-    @override
-    def configure_ddp(self) -> None:
-        """Give the module rank 0's parameters and buffers; no wrapper."""
-        assert self.lightning_module is not None
-        broadcast([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
-
-    @override
     def setup(self, trainer: pl.Trainer) -> None:
         """Set up as under any strategy, and connect this process with those of the stages beside it."""
         module = self.lightning_module
@@ -160,7 +147,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
             self._watch,
             unite=None if copies is None else copies.unite,
         )
-        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
+        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness, self.root_device)
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
             trainer, module, place.is_last, stop.after_evaluation, None if copies is None else copies.group
@@ -219,6 +206,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         plan = trial.plan(options.boundaries, options.output)
         compare = partial(compare_plans, plan, args[0] if args else None, self._placed())
         self._together(compare, f"the first {step}")
+        self._bring(plan, self._placed().stage)
         self.engine.place(plan, step)
         if step == TRAINING:
             self._drop_foreign_state()
@@ -354,6 +342,7 @@ class StagedTraining(DecoupledTraining, DDPStrategy):
         own = own_tensors(self.lightning_module, plan, self._placed().stage)
         for optimizer in self.optimizers:
             own_optimizer_state(optimizer, own)
+            bring_state(optimizer)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -12,7 +12,6 @@ import torch
 from fits import BrokenError, Net, fit, loader, net, quiet_trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
-
 from lightning_utilities.core import rank_zero
 
 import lightning_dni.strategies
