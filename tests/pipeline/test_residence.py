@@ -15,7 +15,7 @@ class Shared(Net):
     def __init__(self):
         super().__init__(a=nn.Sequential(block(5, 6), nn.BatchNorm1d(6)))
         self.register_buffer("mask", torch.ones(6))
-        self.again = self.mask
+        self.register_buffer("again", self.mask)
         self.idle = nn.Parameter(torch.zeros(2))
 
     def forward(self, x):
