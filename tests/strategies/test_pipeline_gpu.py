@@ -144,14 +144,13 @@ def test_stages_that_share_a_gpu_learn(options):
 
 
 class Wide(Net):
-    """Four times 16 MiB below `net.0`'s output, twice 16 MiB above it, and a buffer that both read."""
+    """Four times 16 MiB in `net.0`, twice 16 MiB above it."""
 
     def __init__(self):
         super().__init__(optimizer="adam")
         below = [nn.Linear(6, WIDE), *(nn.Linear(WIDE, WIDE) for _ in range(4))]
         above = [nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 3)]
         self.net = nn.Sequential(nn.Sequential(*below), nn.Sequential(*above))
-        self.register_buffer("mask", torch.ones(6))
 
 
 class Looks(pl.Callback):
