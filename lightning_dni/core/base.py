@@ -85,6 +85,10 @@ class Engine(ABC):
     def _reset(self) -> None:
         """Forget the run in progress, or have none yet."""
 
+    def _find_device(self) -> torch.device:
+        """Where training steps compute."""
+        return device_of(self._model)
+
     # ---- what others may see
 
     @property
@@ -248,7 +252,7 @@ class Engine(ABC):
             BoundaryError: The state is of other boundaries.
             EstimatorError: An estimator's parameters or optimizer do not fit.
         """
-        self._device = device_of(self._model)
+        self._device = self._find_device()
         steps, elements, skipped = state["steps"], state["elements_per_row"], state["skipped"]
         self._pool.load_state_dict(state, self._device)
         self._steps, self._elements_per_row = steps, elements

@@ -1,9 +1,8 @@
 """Choose boundaries such that the slowest stage of a pipeline is as fast as can be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 from torch import nn
 
@@ -13,7 +12,8 @@ from lightning_dni.pipeline.plan import StagePlan
 SLACK = 0.05
 """Share of the slowest stage's time that plainer names may cost: two measurements differ by more."""
 
-Cost = TypeVar("Cost", float, tuple[float, float])
+Cost = tuple[float, ...]
+"""What a choice costs, most important first."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,13 @@ def choose(candidates: Sequence[Candidate], whole: Candidate, stages: int) -> li
     ['b', 'd']
     """
     ends = [Candidate("", 0.0, 0), *candidates, whole]
-    fastest = _cheapest(ends, stages, 0.0, lambda before, below, end: max(before, end.time - below.time))
+    slowest = lambda before, below, end: (max(before[0], end.time - below.time),)
+    fastest = _cheapest(ends, stages, (0.0,), slowest)
     if fastest is None:
         return None
-    limit = fastest[0] * (1 + SLACK)
+    limit = fastest[0][0] * (1 + SLACK)
 
-    def evenly(before: tuple[float, float], below: Candidate, end: Candidate) -> tuple[float, float] | None:
+    def evenly(before: Cost, below: Candidate, end: Candidate) -> Cost | None:
         time = end.time - below.time
         return None if time > limit else (before[0] + end.name.count("."), before[1] + time * time)
 
@@ -148,19 +149,27 @@ def _cheapest(
     add: Callable[[Cost, Candidate, Candidate], Cost | None],
 ) -> tuple[Cost, tuple[int, ...]] | None:
     """The cheapest way from the first end to the last in `stages` steps, of which `add` may refuse some."""
-    way: tuple[Cost, tuple[int, ...]] = (start, ())
-    ways = {0: way}
+    ways: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (start, ())}
     for _ in range(stages):
-        further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
-        for at, way in ways.items():
-            for end in range(at + 1, len(ends)):
-                if ends[end].parameters <= ends[at].parameters:
-                    continue
-                grown = add(way[0], ends[at], ends[end])
-                if grown is not None and (end not in further or grown < further[end][0]):
-                    further[end] = grown, (*way[1], end)
-        ways = further
+        ways = _one_step(ends, ways, add)
     return ways.get(len(ends) - 1)
+
+
+def _one_step(
+    ends: Sequence[Candidate],
+    ways: Mapping[int, tuple[Cost, tuple[int, ...]]],
+    add: Callable[[Cost, Candidate, Candidate], Cost | None],
+) -> dict[int, tuple[Cost, tuple[int, ...]]]:
+    """The cheapest way to each end that is one step further than those of `ways`."""
+    further: dict[int, tuple[Cost, tuple[int, ...]]] = {}
+    for at, (cost, path) in ways.items():
+        for end in range(at + 1, len(ends)):
+            if ends[end].parameters <= ends[at].parameters:
+                continue
+            grown = add(cost, ends[at], ends[end])
+            if grown is not None and (end not in further or grown < further[end][0]):
+                further[end] = grown, (*path, end)
+    return further
 
 
 class _Chooser:

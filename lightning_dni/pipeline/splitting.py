@@ -33,17 +33,21 @@ class StageRunner:
         model: The model that was traced, or a copy.
         plan: What was seen.
         stage: Its number, from the input up.
+        device: Where it computes; None: the CPU.
 
     Raises:
         StageError: There is no such stage.
     """
 
-    def __init__(self, model: nn.Module, plan: StagePlan, stage: int) -> None:
+    def __init__(
+        self, model: nn.Module, plan: StagePlan, stage: int, device: torch.device | None = None
+    ) -> None:
         plan.check(stage)
         self._model, self._plan, self._stage = model, plan, stage
         self._lower = plan.boundaries[stage - 1] if stage else None
         self._upper = plan.boundaries[stage] if stage < plan.stages - 1 else None
         self._below = Below(stage, self._lower or "")
+        self._below.device = device or self._below.device
         self._calls = Calls()
         self._run: _Run | None = None
         self._kept: list[tuple[nn.Module, str]] = []

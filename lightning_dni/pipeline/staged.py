@@ -50,6 +50,7 @@ class StagedEngine(Engine):
         self._reporting = Reporting(0, (), self.clock)
         self._others: list[dict[str, object]] = []
         self.stage, self._staleness, self._links = 0, 0, Links()
+        self._home: torch.device | None = None
         self.plan: StagePlan | None = None
         self._boundary: str | None = None
         self._below: str | None = None
@@ -60,13 +61,14 @@ class StagedEngine(Engine):
 
     # ---- which stage this is
 
-    def join(self, stage: int, links: Links, staleness: int) -> None:
+    def join(self, stage: int, links: Links, staleness: int, device: torch.device | None = None) -> None:
         """Become stage `stage` of a pipeline.
 
         Args:
             stage: Number of this stage; 0 is given the batch alone.
             links: The ways to its neighbours.
             staleness: Number of updates after which a target gradient is learnt from.
+            device: Where the stage computes; None: where the model is.
 
         Raises:
             EstimatorError: `staleness` is not an integer of at least 0.
@@ -81,6 +83,8 @@ class StagedEngine(Engine):
         self._reporting = Reporting(stage, (), self.clock)
         self._links = self._reporting.carry(self.clock.watch(links))
         self._others = []
+        self._home = device
+        self._device = self._find_device()
         self._passages.clear()
         self._meetings = 0
 
@@ -92,7 +96,7 @@ class StagedEngine(Engine):
             step: Name of the step; other names than the training step's are evaluated only.
         """
         self.detach()
-        runner = StageRunner(self._model, plan, self.stage)
+        runner = StageRunner(self._model, plan, self.stage, self._device)
         self._passages[step] = Passage(runner, plan, self.stage, self._links)
         if step == TRAINING:
             self.plan, order, k = plan, plan.boundaries, self.stage
@@ -103,6 +107,9 @@ class StagedEngine(Engine):
             self._own = {id(p) for n, p in self._model.named_parameters() if plan.owner(n) == k}
             self._take_part(plan)
         self._use(step)
+
+    def _find_device(self) -> torch.device:
+        return self._home or super()._find_device()
 
     def _take_part(self, plan: StagePlan) -> None:
         """Prepare for training steps of this plan."""

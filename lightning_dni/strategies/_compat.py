@@ -50,6 +50,7 @@ __all__ = [
     "log_as_batch",
     "mark_sigterm",
     "metric_state",
+    "move_data_to_device",
     "mute_saving",
     "note_sigterm",
     "prepared",
@@ -58,6 +59,7 @@ __all__ = [
     "rank_zero_warn",
     "replace_on",
     "saves_at_step",
+    "say_device",
     "set_metric_state",
     "training_data",
     "validates_by_time",
@@ -87,6 +89,15 @@ def prepared(module: pl.LightningModule, batch: Any, precision: Precision) -> An
     """What a loop makes of a batch before it is given to a step, for a module on the CPU."""
     batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
     return module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)
+
+
+def say_device(module: pl.LightningModule, device: torch.device) -> None:
+    """Have the user's code believe that all of `module` is on `device`; metrics really are."""
+    for part in module.modules():
+        if isinstance(part, pl.LightningModule):
+            part._device = device
+        elif isinstance(part, Metric):
+            part.to(device)
 
 
 class _NoResults(_ResultCollection):

@@ -92,19 +92,31 @@ def average_sparse(variable: Tensor, group: dist.ProcessGroup | None = None) -> 
     variable.grad = grad
 
 
-def broadcast(tensors: Sequence[Tensor], source: int = 0, group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite `tensors` with those of global rank `source`, many at once, in a group or everywhere."""
+def broadcast(
+    tensors: Sequence[Tensor],
+    source: int = 0,
+    group: dist.ProcessGroup | None = None,
+    through: torch.device | None = None,
+) -> None:
+    """Overwrite `tensors` with those of global rank `source`, many at once, in a group or everywhere.
+
+    Args:
+        tensors: As many on every rank, in the same order.
+        source: Global rank.
+        group: The processes; None: all.
+        through: Where they are brought to be sent; None: they are on like devices on all ranks.
+    """
     kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
     held = 0
     for tensor in tensors:
-        chunks = kinds.setdefault((tensor.dtype, tensor.device), [[]])
+        chunks = kinds.setdefault((tensor.dtype, through or tensor.device), [[]])
         if held > BROADCAST_BYTES:
             chunks.append([])
             held = 0
         chunks[-1].append(tensor.detach())
         held += tensor.numel() * tensor.element_size()
-    for chunk in (chunk for chunks in kinds.values() for chunk in chunks):
-        flat = torch.cat([t.reshape(-1) for t in chunk])
+    for device, chunk in ((device, chunk) for (_, device), chunks in kinds.items() for chunk in chunks):
+        flat = torch.cat([t.reshape(-1).to(device) for t in chunk])
         dist.broadcast(
             flat.view(torch.uint8), src=source, group=group
         )  # bytes: every backend takes them, whatever the dtype

@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.residence import bring_state
 from lightning_dni.strategies.alarm import Alarm
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
@@ -24,12 +24,13 @@ from lightning_dni.strategies.gathering import (
     own_optimizer_state,
     share_module,
 )
+from lightning_dni.strategies.part import PartOnDevice
 from lightning_dni.strategies.placement import Place, own_tensors
 
 T = TypeVar("T")
 
 
-class StagesInCommon(DecoupledTraining, DDPStrategy):
+class StagesInCommon(DecoupledTraining, PartOnDevice):
     """A strategy whose processes are stages, as far as they act in common.
 
     Args:
@@ -136,6 +137,7 @@ class StagesInCommon(DecoupledTraining, DDPStrategy):
         own = own_tensors(self.lightning_module, plan, self._placed().stage)
         for optimizer in self.optimizers:
             own_optimizer_state(optimizer, own)
+            bring_state(optimizer)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

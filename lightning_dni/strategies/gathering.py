@@ -27,7 +27,7 @@ def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> No
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for stage, rank in enumerate(ranks):
         own = [tensor for name, tensor in tensors.items() if plan.owner(name) == stage]
-        broadcast(own, rank)
+        broadcast(own, rank, through=torch.device("cpu"))  # a stage has those of others there
 
 
 def gather(value: Any, device: torch.device) -> list[Any] | None:

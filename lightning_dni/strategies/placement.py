@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
@@ -19,7 +18,13 @@ from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.selfcheck import check_split
 from lightning_dni.pipeline.timing import measure
 from lightning_dni.pipeline.tracing import trace_stages
-from lightning_dni.strategies._compat import MisconfigurationException, Precision, prepared, quiet_copy
+from lightning_dni.strategies._compat import (
+    MisconfigurationException,
+    Precision,
+    move_data_to_device,
+    prepared,
+    quiet_copy,
+)
 
 T = TypeVar("T")
 

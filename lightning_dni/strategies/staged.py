@@ -25,7 +25,6 @@ from lightning_dni.strategies._compat import TrainerFn, clip_by_stage, worker_se
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.alarm import Alarm, first_name, limits_of
 from lightning_dni.strategies.automatic import AutomaticBoundaries
-from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
@@ -33,7 +32,6 @@ from lightning_dni.strategies.gathering import gather
 from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
 from lightning_dni.strategies.placement import Trial, compare_plans
 from lightning_dni.strategies.refusals import (
-    refuse_nodes_apart,
     refuse_unsupported,
     refuse_waiting,
     warn_of_waits,
@@ -102,8 +100,7 @@ class StagedTraining(StagesInCommon):
 
     @override
     def setup_environment(self) -> None:
-        """Find the other processes, unless nobody says where they are."""
-        refuse_nodes_apart(self.num_nodes, self.cluster_environment)
+        """Find the other processes, and begin to watch them."""
         super().setup_environment()
         module = self.lightning_module
         assert module is not None
@@ -111,12 +108,6 @@ class StagedTraining(StagesInCommon):
             self._alarm.remove()
         name = first_name(self.global_rank, self.world_size, partial(self._boundaries_of, module))
         self._alarm = Alarm(module.trainer, name, self._limits, self._agreed, self._leave)
-
-    @override
-    def configure_ddp(self) -> None:
-        """Give the module rank 0's parameters and buffers; no wrapper."""
-        assert self.lightning_module is not None
-        broadcast([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -142,7 +133,7 @@ class StagedTraining(StagesInCommon):
         copies = self._copies
         unite = None if copies is None else copies.unite
         self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
-        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness)
+        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness, self.root_device)
         self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
@@ -206,6 +197,7 @@ class StagedTraining(StagesInCommon):
         plan = trial.plan(options.boundaries, options.output)
         compare = partial(compare_plans, plan, args[0] if args else None, self._placed())
         self._together(compare, f"the first {step}")
+        self._bring(plan, self._placed().stage)
         self.engine.place(plan, step)
         if step == TRAINING:
             self._drop_foreign_state()

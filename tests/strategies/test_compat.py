@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning_utilities.core import rank_zero
 from strategies import test_compat_stages
+from torchmetrics import MeanMetric
 
 import lightning_dni.strategies
 from lightning_dni.strategies import _compat
@@ -116,6 +117,26 @@ def test_rank_zero_info_tells_the_user():
     finally:
         rank_zero.log.removeHandler(handler)
     assert told == ["for your information"]
+
+
+def test_say_device_moves_metrics_and_leaves_parameters():
+    class Measured(Net):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.metric = Net(), MeanMetric()
+
+    module, there = Measured(), torch.device("meta")
+    _compat.say_device(module, there)
+    assert module.device == module.inner.device == module.metric.device == there
+    assert module.metric.mean_value.is_meta
+    assert not any(p.is_meta for p in module.parameters())
+    assert module.to("cpu").device == torch.device("cpu")
+
+
+def test_move_data_to_device_reaches_what_is_nested():
+    moved = _compat.move_data_to_device({0: [torch.ones(2), "text"]}, torch.device("meta"))
+    assert moved[0][0].is_meta
+    assert moved[0][1] == "text"
 
 
 def test_training_data_is_what_was_given_to_fit_or_the_hook_returns():
