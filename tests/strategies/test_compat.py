@@ -130,7 +130,6 @@ def test_say_device_moves_metrics_and_leaves_parameters():
     assert module.device == module.inner.device == module.metric.device == there
     assert module.metric.mean_value.is_meta
     assert not any(p.is_meta for p in module.parameters())
-    assert module.to("cpu").device == torch.device("cpu")
 
 
 def test_move_data_to_device_reaches_what_is_nested():
@@ -144,7 +143,7 @@ def test_training_data_is_what_was_given_to_fit_or_the_hook_returns():
 
     class Hooked(Net):
         def train_dataloader(self):
-            return {"one": given}
+            return given
 
     class Canary(SingleDeviceStrategy):
         def setup(self, trainer):
@@ -153,8 +152,7 @@ def test_training_data_is_what_was_given_to_fit_or_the_hook_returns():
 
     fit(net(), Canary("cpu"), given)
     quiet_trainer(Canary("cpu")).fit(Hooked())
-    assert seen[0] is given
-    assert seen[1] == {"one": given}
+    assert [each is given for each in seen] == [True, True]
 
 
 def test_combined_loader_holds_its_loaders_as_they_were_given():
