@@ -354,4 +354,4 @@ class StageEngine(StagedEngine):
         else:
             assert self._boundary is not None
             kept = moved["pending"].get(self._boundary, [])
-            self._inbox.restore(load(self._boundary, installed, kept))
+            self._inbox.restore(load(self._boundary, installed, kept, self._device))

@@ -84,9 +84,12 @@ def _without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def load(boundary: str, installed: Installed, saved: Sequence[Mapping[str, Any]]) -> list[Pending]:
-    """Crossings as they were saved, at a boundary whose estimator is `installed`."""
-    return [_load(boundary, installed, state) for state in saved]
+def load(
+    boundary: str, installed: Installed, saved: Sequence[Mapping[str, Any]], device: torch.device
+) -> list[Pending]:
+    """Crossings as they were saved, on `device`, at a boundary whose estimator is `installed`."""
+    there: Any = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, list(saved))
+    return [_load(boundary, installed, state) for state in there]
 
 
 def _load(boundary: str, installed: Installed, state: Mapping[str, Any]) -> Pending:

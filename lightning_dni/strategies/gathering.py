@@ -1,7 +1,8 @@
 """Bring what the stages hold together into one whole, as a run in one process would have it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> No
 
 
 def gather(value: Any, device: torch.device) -> list[Any] | None:
-    """What every process has, on the CPU of rank 0; None elsewhere.
+    """What every process has, on rank 0, and there on the CPU; None elsewhere.
 
     Large tensors are sent one by one: in an object, they would be copied several times, by every process.
 
@@ -40,19 +41,19 @@ def gather(value: Any, device: torch.device) -> list[Any] | None:
         device: That of this process, where the backend sends from it.
     """
     via = device if device.type == "cuda" and "nccl" in dist.get_backend_config() else torch.device("cpu")
-    leaves, structure = pytree.tree_flatten(value)
-    large = [leaf for leaf in leaves if _is_large(leaf)]
-    outline = [_outline(leaf) for leaf in leaves]
-    rank, outlines = dist.get_rank(), [None] * dist.get_world_size()
-    dist.gather_object((outline, structure), outlines if rank == 0 else None)
+    rank = dist.get_rank()
+    outlines: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(pytree.tree_map(_outline, value), outlines if rank == 0 else None)
     if rank:
-        for tensor in large:
+        for tensor in filter(_is_large, pytree.tree_leaves(value)):
             dist.send(_bytes(tensor.to(via)), 0)
         return None
-    return [
-        pytree.tree_unflatten([_receive(leaf, source, via) for leaf in there], how) if source else value
-        for source, (there, how) in enumerate(cast(list[Any], outlines))
+    others = [
+        pytree.tree_map(partial(_receive, source=source, via=via), outline)
+        for source, outline in enumerate(outlines)
+        if source
     ]
+    return [value, *others]
 
 
 def _is_large(leaf: Any) -> bool:
