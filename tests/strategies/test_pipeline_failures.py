@@ -146,6 +146,19 @@ def test_the_stages_go_on_from_the_checkpoint_before_a_kill():
     assert_kept(*sorted([2, 4, 6, 8, 10], key=str))
 
 
+def test_a_copy_of_a_stage_that_is_killed_is_named():
+    def body(rank):
+        given = staged(boundaries=BOUNDARIES[:1])
+        module = faulty(failing_fits.kill, 2, STEP)
+        trainer_of(given, 4).fit(module, loader(), loader(16))
+
+    outcome = run(body, 4)
+    assert outcome.codes == [1, 1, -9, 1]
+    assert max(outcome.seconds) < SECONDS
+    for rank in (0, 1, 3):
+        assert re.search(r"Stage 0 \(rank 2, host \S+\) is gone", outcome.said[rank]), outcome.said[rank]
+
+
 @pytest.mark.parametrize(("victim", "where"), [(0, STEP), (1, STEP), (1, "setup")])
 def test_a_frozen_process_is_named_and_ended(victim, where):
     outcome = run(faulty_fit(failing_fits.freeze, victim, where, {"silence": QUICK}))
@@ -251,7 +264,7 @@ def start(launcher, *args):
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    _, said = process.communicate(timeout=failing_fits.GIVEN_UP)
+    _, said = process.communicate(timeout=2 * failing_fits.GIVEN_UP)
     ended = time.time()
     assert not living([process.pid])
     return ended - float(Path("fault").read_text()), process.returncode, said.decode()
