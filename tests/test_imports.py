@@ -49,7 +49,7 @@ NAMES = {
         "gradient_row_cosine",
         "gradient_sign_agreement",
     ],
-    "lightning_dni.strategies": ["DNIDDPStrategy", "DNIStrategy"],
+    "lightning_dni.strategies": ["DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy"],
 }
 
 WITHOUT_THE_PACKAGE = """

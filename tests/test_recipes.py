@@ -1,7 +1,10 @@
 """Every recipe is read, built and run for a few steps, with the losses it has always had."""
 
+import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,7 +17,11 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 GOLDEN = json.loads((ROOT / "tests/golden/losses.json").read_text())
 MNIST = Path(os.environ.get("LIGHTNING_DNI_MNIST", ROOT.parent / "shared/data/mnist"))
+PIPELINES = [path for path in RECIPES if path.stem.endswith("_pipeline")]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+each_in_one_process = pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path not in PIPELINES], ids=lambda path: path.stem
+)
 
 
 class Losses(pl.Callback):
@@ -33,22 +40,47 @@ def fit(recipe, *words, callbacks=()):
     return run(["fit", "--config", str(recipe), *quiet, *data, *words], callbacks=callbacks)
 
 
-def test_there_are_five_recipes():
+def test_there_are_seven_recipes():
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",
         "digits_critic",
         "digits_dni",
         "digits_local_loss",
+        "digits_pipeline",
+        "gpt_pipeline",
         "mnist_fcn",
     ]
 
 
-@each_recipe
+@each_in_one_process
 def test_each_recipe_has_its_golden_losses(recipe):
     kept = Losses()
     fit(recipe, "--trainer.max_steps", "5", callbacks=[kept])
     assert len(kept.losses) == 5
     assert kept.losses == pytest.approx(GOLDEN[recipe.stem], rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", PIPELINES, ids=lambda path: path.stem)
+def test_each_pipeline_has_its_golden_losses(recipe, tmp_path):
+    """By the command, which starts the other processes; the losses are those in its CSV file."""
+    if recipe.stem == "gpt_pipeline" and sys.version_info[:2] != (3, 11):
+        pytest.skip("the text is that of Python 3.11")
+    words = [
+        "--trainer.max_steps",
+        "5",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--trainer.limit_val_batches",
+        "0",
+    ]
+    words += ["--trainer.callbacks", "null", "--trainer.num_sanity_val_steps", "0"]
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightning_dni", "fit", "--config", str(recipe), *words]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300, capture_output=True)
+    (file,) = tmp_path.glob(f"runs/{recipe.stem}/csv/last/metrics.csv")
+    with file.open() as rows:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(rows) if row.get("train_loss")]
+    assert losses == pytest.approx(GOLDEN[recipe.stem], rel=1e-4)
 
 
 @each_recipe

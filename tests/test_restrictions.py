@@ -132,7 +132,11 @@ RESTRICTIONS = {
         "Expected stage … to wait for all stages as stage",
         "but that stage has sent its last message",
     ],
-    "a stage that has failed": ["Lost the connection while", "that stage has failed"],
+    "a stage that has failed": [
+        "Lost the connection while",
+        "that stage has failed",
+        "Expected a process that waits for nobody",
+    ],
     'with `boundaries="auto"`': [
         "but boundaries='auto' are only chosen when `fit` begins",
         "Expected boundaries='auto' to find … places",
