@@ -91,7 +91,7 @@ class StagedTraining(StagesInCommon):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Have workers draw the same random numbers in every stage; Lightning would have them differ."""
-        seeding = worker_seeding(replica=self._placed().copy)
+        seeding = worker_seeding(replica=0 if self._place is None else self._place.copy)
         if isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None and seeding is not None:
             dataloader.worker_init_fn = seeding
         return dataloader
