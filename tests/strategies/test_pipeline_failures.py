@@ -232,6 +232,8 @@ def test_a_stage_that_still_waits_cannot_fit_again():
 
 
 def test_a_process_that_has_started_the_stages_can_fit_again():
+    others = failing_fits.children()  # of other tests in this process
+
     def trainer():
         return trainer_of(staged(start_method="fork"), callbacks=[])
 
@@ -241,7 +243,7 @@ def test_a_process_that_has_started_the_stages_can_fit_again():
     before = weights(module)
     again.fit(module, loader())
     assert not torch.equal(before["net.0.0.weight"], weights(module)["net.0.0.weight"])
-    assert not failing_fits.children()
+    assert [child for child in failing_fits.children() if child not in others] == []
 
 
 def test_the_limit_is_a_time():

@@ -131,7 +131,10 @@ def test_another_number_of_processes_than_of_stages_is_refused(processes, bounda
         strategy = staged(boundaries=BOUNDARIES[:boundaries])
         fit_staged(strategy=strategy, devices=processes)
 
-    expected = f"which is {boundaries + 1} for boundaries {BOUNDARIES[:boundaries]}, but got {processes}."
+    expected = (
+        f"Expected {boundaries + 1} processes or a multiple of it, one per stage of boundaries "
+        f"{BOUNDARIES[:boundaries]}, but got {processes}."
+    )
     for said in said_by(body, ranks=processes):
         assert expected in said
 
