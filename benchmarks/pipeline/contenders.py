@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.estimators import LinearEstimator
+from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.tracing import trace_stages
 
 WARM_UP = 6
 """Steps before the clock runs: the first one looks at the module, and the pipeline fills."""
@@ -58,9 +60,9 @@ def trained(strategy: Any, module: pl.LightningModule, steps: int, devices: int)
     return seconds_per_step(clock.ends)
 
 
-def pipeline(kind: type[DNIPipelineStrategy], stages: int, **options: Any) -> DNIPipelineStrategy:
+def pipeline(stages: int, **options: Any) -> DNIPipelineStrategy:
     """The strategy, with linear estimators."""
-    return kind(
+    return DNIPipelineStrategy(
         boundaries=[f"net.{k}" for k in range(stages - 1)],
         estimator=partial(LinearEstimator, num_classes=10),
         estimator_optimizer=partial(torch.optim.SGD, lr=1e-4),
@@ -71,52 +73,60 @@ def pipeline(kind: type[DNIPipelineStrategy], stages: int, **options: Any) -> DN
 def dni(stages: int, seconds: float, steps: int, staleness: int) -> float:
     """Synthetic gradients, through the Trainer."""
     net = Net([SimulatedStage(seconds) for _ in range(stages)])
-    return trained(pipeline(DNIPipelineStrategy, stages, staleness=staleness), net, steps, stages)
+    return trained(pipeline(stages, staleness=staleness), net, steps, stages)
 
 
 class _Constant:
     """Both ends of a way on which nothing travels: what is received is always the same."""
 
-    def __init__(self, activation: bool) -> None:
-        self._step, self._activation = 0, activation
+    def __init__(self, carries: float) -> None:
+        self._step, self._carries = 0, carries
 
     def send(self, message: Message) -> None:
         """Nothing."""
 
     def receive(self) -> Message:
-        """A message of the size of a real one."""
-        message = Message(
-            self._step, Kind.TRAIN, (torch.full((BATCH, WIDTH), 1e-3),), facts=(float(self._activation),)
-        )
+        """A message of the size of a real one; the last figure says that no others travel along."""
+        tensor = torch.full((BATCH, WIDTH), 1e-3)
+        message = Message(self._step, Kind.TRAIN, (tensor,), facts=(self._carries, 0.0))
         self._step += 1
         return message
 
 
-class WithoutMessages(DNIPipelineStrategy):
-    """The same processes with the same work, none of which hears of another while it trains."""
-
-    def _connect(self, *_: object) -> Links:
-        up, down, first = _Constant(True), _Constant(False), self._place.stage == 0  # type: ignore[union-attr]
-        last = self._place.is_last  # type: ignore[union-attr]
-        return Links(
-            activation_in=None if first else up,
-            activation_out=None if last else up,
-            gradient_in=None if last else down,
-            gradient_out=None if first else down,
-        )
-
-
 def without_messages(stages: int, seconds: float, steps: int, staleness: int) -> float:
-    """The bound that the work itself sets."""
-    net = Net([SimulatedStage(seconds) for _ in range(stages)])
-    return trained(pipeline(WithoutMessages, stages, staleness=staleness), net, steps, stages)
+    """The same work of a stage, in a plain loop that hears of no other process."""
+    rank, net = dist.get_rank(), Net([SimulatedStage(seconds) for _ in range(stages)])
+    data, stage = batches(WARM_UP + steps), stages - 1 - rank
+    boundaries = [f"net.{k}" for k in range(stages - 1)]
+    plan = trace_stages(net, boundaries, lambda: net.training_step(data[0]))
+    engine = StageEngine(net, boundaries, partial(LinearEstimator, num_classes=10), rng="stage")
+    up, down = _Constant(1.0), _Constant(0.0)
+    links = Links(
+        activation_in=up if stage else None,
+        activation_out=up if rank else None,
+        gradient_in=down if rank else None,
+        gradient_out=down if stage else None,
+    )
+    engine.join(stage, links, staleness)
+    engine.place(plan)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    ends: list[float] = []
+    for batch in data:
+        optimizer.zero_grad()
+        with engine.training_step(batch):
+            loss = engine.run(partial(net.training_step, batch))
+        engine.backward(loss)
+        optimizer.step()
+        engine.update_estimators()
+        ends.append(time.perf_counter())
+    return seconds_per_step(ends)
 
 
 def exact(stages: int, seconds: float, steps: int, schedule: str, microbatches: int) -> float:
     """Exact backprop on the same stages, through the Trainer."""
     net = Net([SimulatedStage(seconds) for _ in range(stages)])
     boundaries = [f"net.{k}" for k in range(stages - 1)]
-    strategy = DNIPipelineStrategy(boundaries, schedule=schedule, microbatches=microbatches)  # type: ignore[call-arg]
+    strategy = DNIPipelineStrategy(boundaries, schedule=schedule, microbatches=microbatches)
     return trained(strategy, net, steps, stages)
 
 

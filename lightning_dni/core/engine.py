@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lightning_dni.core.base import Engine
 from lightning_dni.core.boundary import device_of
 from lightning_dni.core.cut import Cut, refuse_other_backward
-from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
 from lightning_dni.core.settings import Scale
 from lightning_dni.core.stage import in_place_errors
@@ -117,7 +117,7 @@ class DNIEngine(Engine):
             return None
         passed_on = self._step.cut(name, output)
         if self._rng == "stage":
-            torch.manual_seed(self._stage_seed(name, self._step.fired[name]))
+            reseed(self._stage_seed(name, self._step.fired[name]), self._device)
         return passed_on
 
     def _stage_seed(self, boundary: str | None, call: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_dni.core.base import Engine
-from lightning_dni.core.randomness import derive_seed, seeded
+from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import StepReport
 from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.errors import EstimatorError, StageError
@@ -172,7 +172,7 @@ class StagedEngine(Engine):
         """Go over to the stream of this stage."""
         if self._rng == "stage":
             seed = derive_seed(self._pool.seed, "stage", self._below, 1, number, *self._replica)
-            torch.manual_seed(seed)
+            reseed(seed, self._device)
 
     # ---- evaluation
 
