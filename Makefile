@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## train backprop, DNI and a critic on digits, print a table, draw a picture
+demo: install  ## train backprop, DNI, a critic and a pipeline on digits, print a table, draw a picture
 	$(RUN)/python recipes/demo.py
 
 lint: install  ## format, lint, types, import layers

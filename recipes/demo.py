@@ -119,7 +119,9 @@ def _newest(folder: Path, pattern: str) -> Path:
 
 def show(results: list[Result]) -> None:
     """Print the table."""
-    table = Table(title="scikit-learn digits, 3 hidden layers of 256 units, cut after each")
+    table = Table(
+        title="scikit-learn digits, 3 hidden layers of 256 units, cut after each (pipeline: after one)"
+    )
     for heading in (
         "recipe",
         "learns from the\nnetwork above",
