@@ -53,6 +53,25 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"Expected `{name}` to be a fraction in [0, 1), but got {value!r}.")
 
 
+def check_held_out(val_fraction: float, test_fraction: float) -> None:
+    """Raise unless both are fractions that leave something to train on.
+
+    Args:
+        val_fraction: share that validates.
+        test_fraction: share that tests.
+
+    Raises:
+        ValueError: one is out of range, or they sum to 1 or more.
+    """
+    check_fraction("val_fraction", val_fraction)
+    check_fraction("test_fraction", test_fraction)
+    if val_fraction + test_fraction >= 1:
+        raise ValueError(
+            "Expected `val_fraction` and `test_fraction` to sum to less than 1, "
+            f"but got {val_fraction!r} and {test_fraction!r}."
+        )
+
+
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`.
 

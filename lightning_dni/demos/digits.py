@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dni.demos.arguments import check_count, check_fraction
+from lightning_dni.demos.arguments import check_count, check_held_out
 from lightning_dni.demos.splits import AbstractInMemoryDataModule, Split, Splits
 
 
@@ -34,14 +34,8 @@ class DigitsDataModule(AbstractInMemoryDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        check_fraction("val_fraction", val_fraction)
-        check_fraction("test_fraction", test_fraction)
+        check_held_out(val_fraction, test_fraction)
         check_count("seed", seed, minimum=0)
-        if val_fraction + test_fraction >= 1:
-            raise ValueError(
-                "Expected `val_fraction` and `test_fraction` to sum to less than 1, "
-                f"but got {val_fraction!r} and {test_fraction!r}."
-            )
         super().__init__(batch_size, num_workers)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction

@@ -7,7 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dni.demos.arguments import check_count, check_fraction
+from lightning_dni.demos.arguments import check_count, check_held_out
 from lightning_dni.demos.splits import AbstractInMemoryDataModule, Batch, Split, Splits
 
 FIRST, LAST = " ", "~"
@@ -41,13 +41,7 @@ class TextDataModule(AbstractInMemoryDataModule):
         num_workers: int = 0,
     ) -> None:
         check_count("context_length", context_length)
-        check_fraction("val_fraction", val_fraction)
-        check_fraction("test_fraction", test_fraction)
-        if val_fraction + test_fraction >= 1:
-            raise ValueError(
-                "Expected `val_fraction` and `test_fraction` to sum to less than 1, "
-                f"but got {val_fraction!r} and {test_fraction!r}."
-            )
+        check_held_out(val_fraction, test_fraction)
         super().__init__(batch_size, num_workers)
         self.context_length = context_length
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
