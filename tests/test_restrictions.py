@@ -158,6 +158,10 @@ RESTRICTIONS = {
         "Expected no arguments about synthetic gradients",
     ],
     "activations that are sparse, or of more dimensions": ["A message takes"],
+    "with `save_sharded=True`, a `checkpoint_io`": [
+        "Expected no `checkpoint_io` with save_sharded=True",
+        "Expected a folder that all stages can write",
+    ],
 }
 """What each line of the README begins with, and what the errors say that it stands for."""
 
@@ -167,6 +171,7 @@ WRONG_ARGUMENT = re.compile(
 """An error that refuses one argument for its value, and names it: no restriction."""
 
 MISUSE = [
+    "to be a folder that a pipeline with save_sharded=True has written",
     "Expected a strategy with synthetic gradients",
     "Expected a Trainer of lightning.pytorch",
     "Expected a model without hooks of an engine",

@@ -142,6 +142,10 @@ class StagePlan:
         """The stage that owns parameter or buffer `name`, in which torch.compile's wrappers may occur."""
         return self.tensors[without_wrappers(name)]
 
+    def saves(self, stage: int, name: str) -> bool:
+        """Whether `stage` writes `name` into a checkpoint: its own, and what is of no stage."""
+        return self.tensors.get(without_wrappers(name), stage) == stage
+
     def holds(self, stage: int, name: str) -> bool:
         """Whether `stage` reads the values of parameter or buffer `name`: its own ones, and the shared."""
         name = without_wrappers(name)

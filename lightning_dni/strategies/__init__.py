@@ -3,6 +3,7 @@
 from lightning_dni.strategies._compat import StrategyRegistry
 from lightning_dni.strategies.ddp import DNIDDPStrategy
 from lightning_dni.strategies.pipeline import DNIPipelineStrategy
+from lightning_dni.strategies.sharding import consolidate
 from lightning_dni.strategies.single_device import DNIStrategy
 
 StrategyRegistry.register(
@@ -25,4 +26,4 @@ StrategyRegistry.register(
     override=True,
 )
 
-__all__ = ["DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy"]
+__all__ = ["DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy", "consolidate"]

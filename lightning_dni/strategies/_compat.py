@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
@@ -47,6 +49,7 @@ __all__ = [
     "follow",
     "follow_batches",
     "free_timer",
+    "load_shards",
     "log_as_batch",
     "mark_sigterm",
     "metric_state",
@@ -78,6 +81,11 @@ def quiet_copy(module: pl.LightningModule) -> pl.LightningModule:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
+
+
+def load_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that `torch.distributed.checkpoint` has written into a folder, by name, on the CPU."""
+    return _load_distributed_checkpoint(folder)
 
 
 def training_data(trainer: pl.Trainer) -> Any:

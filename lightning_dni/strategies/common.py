@@ -18,6 +18,7 @@ from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.exact import ExactSchedule
 from lightning_dni.strategies.gathering import (
+    collect_module,
     gather,
     join_engine_states,
     join_optimizer_states,
@@ -26,6 +27,7 @@ from lightning_dni.strategies.gathering import (
 )
 from lightning_dni.strategies.part import PartOnDevice
 from lightning_dni.strategies.placement import Place, own_tensors
+from lightning_dni.strategies.sharding import join_outlines, refuse_remote, split_off, write_shards
 
 T = TypeVar("T")
 
@@ -36,12 +38,15 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
     Args:
         options: As in `DecoupledTraining`.
         exact: The exact schedule; None for synthetic gradients.
+        save_sharded: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
-    def __init__(self, options: Mapping[str, Any], exact: ExactSchedule | None, **base: Any) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], exact: ExactSchedule | None, save_sharded: bool, **base: Any
+    ) -> None:
         super().__init__(options, **base)
-        self._exact = exact
+        self._exact, self._sharded = exact, save_sharded
         self._place: Place | None = None
         self._links: Links | None = None
         self._copies: Copies | None = None
@@ -95,31 +100,43 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
     # ---- the whole module, and what is saved
 
     def _share_module(self) -> None:
-        """Give this process's module what the other stages have learnt."""
-        plan = self.engine.plan
-        if plan is not None:
-            assert self.lightning_module is not None
-            share = partial(share_module, self.lightning_module, plan, self._placed().firsts)
-            self._together(share, "sharing weights")
+        """Give this process's module what the other stages have learnt; with shards rank 0's alone."""
+        plan, module, place = self.engine.plan, self.lightning_module, self._placed()
+        if plan is None:
+            return
+        assert module is not None
+        if self._sharded:
+            share = partial(collect_module, module, plan, place.stage, place.copy == 0, self.root_device)
+        else:
+            share = partial(share_module, module, plan, place.firsts)
+        self._together(share, "sharing weights")
 
     @override
     def on_train_end(self) -> None:
-        """End with the whole trained module in every process."""
+        """End with the whole trained module in every process; with shards in rank 0 alone."""
         super().on_train_end()
         self.engine.drain()  # the links close, and another fit may follow
         self._share_module()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's state; every process calls it."""
+        """The whole module's state, or this stage's part of a shard; every process calls it."""
         self._note("saving a checkpoint")
-        self._share_module()
-        return super().lightning_module_state_dict()
+        plan = self.engine.plan
+        if not self._sharded:
+            self._share_module()
+        state = super().lightning_module_state_dict()
+        if not self._sharded or plan is None:
+            return state
+        stage = self._placed().stage
+        return {name: value for name, value in state.items() if plan.saves(stage, name)}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state over the whole module on rank 0, this stage's elsewhere; every process calls it."""
         state = super().optimizer_state(optimizer)
+        if self._sharded:
+            return state
         found = self._together(partial(gather, state, self.root_device), "saving an optimizer")
         return state if found is None else join_optimizer_states(self._placed().downwards(found))
 
@@ -153,10 +170,26 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
             return None
         engine.drain()
         state = engine.state_dict()
-        if engine.waits_for_part:
+        if engine.waits_for_part or self._sharded:
             return state
         found = self._together(partial(gather, state, self.root_device), "saving estimators")
         return state if found is None else join_engine_states(self._placed().downwards(found))
+
+    @override
+    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+        if not self._sharded:
+            super()._write(checkpoint, filepath, storage_options)
+            return
+        path, place = refuse_remote(filepath), self._placed()
+        outline, tensors = split_off(checkpoint, place.stage)
+        found = self._together(partial(gather, outline, self.root_device), "saving a checkpoint")
+        divided = self.engine.plan is not None  # before the first batch every process holds the whole
+        if found is not None:
+            assert self.lightning_module is not None
+            names = list(self.lightning_module.state_dict())
+            outline = join_outlines(place.downwards(found), names) if divided else outline
+        writes = place.copy == 0 and (divided or place.is_last)
+        write_shards(tensors if writes else {}, outline if found is not None else None, path, self._together)
 
     def _placed(self) -> Place:
         assert self._place is not None

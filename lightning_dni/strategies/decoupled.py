@@ -24,9 +24,9 @@ from lightning_dni.core.step import no_profile
 from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
+from lightning_dni.strategies.sharding import CHECKPOINT_KEY, consolidate, is_sharded
 from lightning_dni.strategies.table import describe
 
-CHECKPOINT_KEY = "lightning_dni"
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
@@ -263,7 +263,17 @@ class DecoupledTraining(Strategy):
                 if "optimizer_states" not in checkpoint:  # save_weights_only
                     del state["optimizers"], state["schedules"]
                 checkpoint[CHECKPOINT_KEY] = state
+        self._write(checkpoint, filepath, storage_options)
+
+    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint, also one that a pipeline has written in shards."""
+        if is_sharded(checkpoint_path):
+            return consolidate(checkpoint_path, *args, **kwargs)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     def _engine_state(self) -> dict[str, Any] | None:
         """What the checkpoint keeps of the engine; None for nothing."""

@@ -31,6 +31,25 @@ def share_module(module: nn.Module, plan: StagePlan, ranks: Sequence[int]) -> No
         broadcast(own, rank, through=torch.device("cpu"))  # a stage has those of others there
 
 
+def collect_module(
+    module: nn.Module, plan: StagePlan, stage: int, speaks: bool, device: torch.device
+) -> None:
+    """Overwrite the parameters and buffers of other stages on rank 0 with what those have.
+
+    Args:
+        module: The whole module, on every rank.
+        plan: Who owns what.
+        stage: That of this process.
+        speaks: Whether this process is the one of its stage that is asked.
+        device: As in `gather`.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = {name: t.detach() for name, t in tensors.items() if speaks and plan.owner(name) == stage}
+    for said in gather(own, device) or ():
+        for name, value in said.items():
+            tensors[name].detach().copy_(value)
+
+
 def gather(value: Any, device: torch.device) -> list[Any] | None:
     """What every process has, on rank 0, and there on the CPU; None elsewhere.
 
@@ -105,8 +124,8 @@ def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole = dict(upwards[0])
     for key in ("kinds", "estimators", "streams"):
         whole[key] = {name: value for state in upwards for name, value in state[key].items()}
-    for key in ("specs", "optimizers", "schedules"):
-        whole[key] = [value for state in upwards for value in state.get(key, ())]
+    for key in whole.keys() & {"specs", "optimizers", "schedules"}:  # weights alone have no optimizers
+        whole[key] = [value for state in upwards for value in state[key]]
     whole["skipped"] = {n: max(state["skipped"][n] for state in states) for n in whole["skipped"]}
     pending = {name: value for state in upwards for name, value in state["pipeline"]["pending"].items()}
     whole["pipeline"] = {**whole["pipeline"], "pending": pending}

@@ -12,7 +12,7 @@ from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
 from lightning_dni.pipeline.exact import no_estimator
-from lightning_dni.strategies._compat import Precision
+from lightning_dni.strategies._compat import MisconfigurationException, Precision
 from lightning_dni.strategies.exact import DEFAULT_STALENESS, ExactSchedule
 from lightning_dni.strategies.staged import StagedTraining
 
@@ -59,6 +59,9 @@ class DNIPipelineStrategy(StagedTraining):
             slow, 12 times as many.
         stages: Number of stages with boundaries="auto"; None: that of the processes. A divisor of it makes
             copies of the pipeline.
+        save_sharded: Whether a checkpoint is a folder into which every stage writes its own tensors, in a
+            file system that all of them see; nobody gathers them, and after a fit rank 0 alone has the
+            whole module. Our strategies resume from it; `strategies.consolidate` makes it an ordinary one.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -91,6 +94,7 @@ class DNIPipelineStrategy(StagedTraining):
         microbatches: int = 1,
         silence: float = 5.0,
         stages: int | None = None,
+        save_sharded: bool = False,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -114,12 +118,18 @@ class DNIPipelineStrategy(StagedTraining):
         exact = ExactSchedule.of(schedule, microbatches, staleness, given)
         if exact is not None and boundaries is not None:
             given["estimator"] = no_estimator
+        if save_sharded and checkpoint_io is not None:
+            raise MisconfigurationException(
+                "Expected no `checkpoint_io` with save_sharded=True, but got "
+                f"{type(checkpoint_io).__name__}: torch.distributed.checkpoint writes the shards. Leave one of them out."
+            )
         super().__init__(
             given,
             staleness,
             exact,
             silence,
             stages,
+            save_sharded,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

@@ -50,6 +50,7 @@ class StagedTraining(StagesInCommon):
         exact: How to train with exact backprop; None for synthetic gradients.
         silence: As in `DNIPipelineStrategy`.
         stages: As in `DNIPipelineStrategy`.
+        save_sharded: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
@@ -60,9 +61,10 @@ class StagedTraining(StagesInCommon):
         exact: ExactSchedule | None = None,
         silence: float = 5.0,
         stages: int | None = None,
+        save_sharded: bool = False,
         **base: Any,
     ) -> None:
-        super().__init__(options, exact, **base)
+        super().__init__(options, exact, save_sharded, **base)
         self._auto = AutomaticBoundaries(stages)
         self._staleness, self._limits = 0 if exact else staleness, limits_of(silence)
         self._signals = Signals(0, 1, 0)

@@ -157,3 +157,11 @@ def test_lightning_environment_is_what_a_trainer_has_where_nobody_else_starts_pr
 
 def test_averaging_are_lightnings_own_callbacks():
     assert all(issubclass(kind, pl.Callback) for kind in _compat.AVERAGING)
+
+
+def test_load_shards_reads_what_torch_has_written(tmp_path):
+    tensors = {"stage 0: ['a.b'][1]": torch.ones(3), "b": torch.arange(4).view(2, 2)}
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=tmp_path)
+    found = _compat.load_shards(tmp_path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
