@@ -121,7 +121,8 @@ class DNIPipelineStrategy(StagedTraining):
         if save_sharded and checkpoint_io is not None:
             raise MisconfigurationException(
                 "Expected no `checkpoint_io` with save_sharded=True, but got "
-                f"{type(checkpoint_io).__name__}: torch.distributed.checkpoint writes the shards. Leave one of them out."
+                f"{type(checkpoint_io).__name__}: the shards are written by torch.distributed.checkpoint. "
+                "Leave one of the two out."
             )
         super().__init__(
             given,
