@@ -156,6 +156,7 @@ RESTRICTIONS = {
     "callbacks and options of synthetic gradients with an exact schedule": [
         "Expected synthetic gradients for",
         "Expected no arguments about synthetic gradients",
+        "Expected no `clip_norm` with an exact schedule",
     ],
     "activations that are sparse, or of more dimensions": ["A message takes"],
     "with `save_sharded=True`, a `checkpoint_io`": [

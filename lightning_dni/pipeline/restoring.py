@@ -49,6 +49,23 @@ def goes_on(state: Mapping[str, Any], boundaries: Collection[str], staleness: in
     return moved is not None and same and moved["staleness"] == staleness
 
 
+def norm_of(
+    state: Mapping[str, Any] | None, stage: int, stages: int, staleness: int
+) -> Mapping[str, Any] | None:
+    """What a stage knew of the norm over all stages; None where it starts afresh.
+
+    Args:
+        state: As it was saved.
+        stage: Number of the stage.
+        stages: How many there are now.
+        staleness: The lag that there is now.
+    """
+    moved = {} if state is None else state.get("pipeline", {})
+    norms = moved.get("norms", {})
+    same = len(norms) == stages and moved["staleness"] == staleness
+    return norms[str(stage)] if same else None
+
+
 def left_out(state: Mapping[str, Any], boundaries: Sequence[str], staleness: int | None) -> list[str]:
     """What of `state` is not gone on with, one clause each.
 

@@ -1,7 +1,6 @@
 """Every Lightning name that is not documented for users, each with a canary in the tests."""
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -44,7 +43,7 @@ __all__ = [
     "SIGTERMException",
     "StrategyRegistry",
     "TrainerFn",
-    "clip_by_stage",
+    "clip_norms_by",
     "drop_logged_values",
     "follow",
     "follow_batches",
@@ -194,14 +193,13 @@ def free_timer(timer: Timer, expired: Callable[[], None]) -> list[Callable[[], N
     return [replace_on(timer, "on_train_batch_end", look)]
 
 
-def clip_by_stage(plugin: Precision, stages: int) -> Callable[[], None]:
-    """Have each stage clip its gradients to its share of a norm; returns what takes it back."""
-    clip = plugin.clip_grad_by_norm
+def clip_norms_by(plugin: Precision, clip: Callable[[list[torch.Tensor], float], None]) -> Callable[[], None]:
+    """Have `clip(parameters, max_norm)` clip gradients by norm; returns what takes it back."""
 
-    def clip_share(optimizer: Any, clip_val: float) -> None:
-        clip(optimizer, clip_val / math.sqrt(stages))
+    def clip_grad_by_norm(optimizer: Any, clip_val: float) -> None:
+        clip(list(plugin.main_params(optimizer)), float(clip_val))
 
-    return replace_on(plugin, "clip_grad_by_norm", clip_share)
+    return replace_on(plugin, "clip_grad_by_norm", clip_grad_by_norm)
 
 
 def saves_at_step(callback: Callback, step: int) -> bool:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.norms import LaggedNorm
 from lightning_dni.pipeline.residence import bring_state
 from lightning_dni.strategies.alarm import Alarm
 from lightning_dni.strategies.copies import Copies
@@ -51,6 +52,7 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
         self._links: Links | None = None
         self._copies: Copies | None = None
         self._alarm: Alarm | None = None
+        self._norm: LaggedNorm | None = None
 
     @property
     @override
@@ -170,7 +172,11 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
             return None
         engine.drain()
         state = engine.state_dict()
-        if engine.waits_for_part or self._sharded:
+        if engine.waits_for_part:
+            return state
+        if self._norm is not None:
+            state["pipeline"]["norms"] = {str(self._placed().stage): self._norm.state_dict()}
+        if self._sharded:
             return state
         found = self._together(partial(gather, state, self.root_device), "saving estimators")
         return state if found is None else join_engine_states(self._placed().downwards(found))

@@ -127,6 +127,8 @@ def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in whole.keys() & {"specs", "optimizers", "schedules"}:  # weights alone have no optimizers
         whole[key] = [value for state in upwards for value in state[key]]
     whole["skipped"] = {n: max(state["skipped"][n] for state in states) for n in whole["skipped"]}
-    pending = {name: value for state in upwards for name, value in state["pipeline"]["pending"].items()}
-    whole["pipeline"] = {**whole["pipeline"], "pending": pending}
+    under_way = [state["pipeline"] for state in upwards]
+    whole["pipeline"] = dict(under_way[0])
+    for key in whole["pipeline"].keys() & {"pending", "norms"}:
+        whole["pipeline"][key] = {name: value for each in under_way for name, value in each[key].items()}
     return whole

@@ -28,8 +28,8 @@ class DNIPipelineStrategy(StagedTraining):
     Values that are logged and decisions are those of the last stage, on every rank. `trainer.should_stop`,
     set on any rank, `max_time` and a SIGTERM end the fit on all ranks after the same batch, at most
     `staleness + 2` batches per stage later; no stage waits for another one to find out. `gradient_clip_val`
-    clips every stage by itself: by norm to `gradient_clip_val / sqrt(stages)`, so that the norm over all
-    stages is within it, and by value as in one process.
+    clips by norm as `clip_norm` says, under an exact schedule by the norm over all stages, and by value as
+    in one process.
 
     Args:
         boundaries: As in `DNIStrategy`; their number plus one is that of the processes. "auto" chooses them
@@ -62,6 +62,10 @@ class DNIPipelineStrategy(StagedTraining):
         save_sharded: Whether a checkpoint is a folder into which every stage writes its own tensors, in a
             file system that all of them see; nobody gathers them, and after a fit rank 0 alone has the
             whole module. Our strategies resume from it; `strategies.consolidate` makes it an ordinary one.
+        clip_norm: How `gradient_clip_val` clips the norm. "stage": every stage by itself to
+            `gradient_clip_val / sqrt(stages)`, so that the norm over all stages is within it. "lagged": by
+            the norm over all stages `1 + (stages - 1) * (staleness + 1)` updates ago, and until then as
+            "stage"; it travels along with the messages, and no stage waits for it.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -95,6 +99,7 @@ class DNIPipelineStrategy(StagedTraining):
         silence: float = 5.0,
         stages: int | None = None,
         save_sharded: bool = False,
+        clip_norm: Literal["stage", "lagged"] = "stage",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -131,6 +136,7 @@ class DNIPipelineStrategy(StagedTraining):
             silence,
             stages,
             save_sharded,
+            clip_norm,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,

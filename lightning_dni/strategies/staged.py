@@ -19,18 +19,21 @@ from lightning_dni.pipeline.connect import close, connect
 from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
+from lightning_dni.pipeline.norms import LaggedNorm
+from lightning_dni.pipeline.restoring import norm_of
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
-from lightning_dni.strategies._compat import TrainerFn, clip_by_stage, worker_seeding
+from lightning_dni.strategies._compat import TrainerFn, clip_norms_by, worker_seeding
 from lightning_dni.strategies.agreement import Agreement, share_for_schedules
 from lightning_dni.strategies.alarm import Alarm, first_name, limits_of
 from lightning_dni.strategies.automatic import AutomaticBoundaries
+from lightning_dni.strategies.clipping import Clip, clip_lagged, clip_share, clip_together, lags_norm
 from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
 from lightning_dni.strategies.gathering import gather
 from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
-from lightning_dni.strategies.placement import Trial, compare_plans
+from lightning_dni.strategies.placement import Place, Trial, compare_plans
 from lightning_dni.strategies.refusals import (
     refuse_unsupported,
     refuse_waiting,
@@ -51,6 +54,7 @@ class StagedTraining(StagesInCommon):
         silence: As in `DNIPipelineStrategy`.
         stages: As in `DNIPipelineStrategy`.
         save_sharded: As in `DNIPipelineStrategy`.
+        clip_norm: As in `DNIPipelineStrategy`.
         base: What DDPStrategy takes.
     """
 
@@ -62,9 +66,11 @@ class StagedTraining(StagesInCommon):
         silence: float = 5.0,
         stages: int | None = None,
         save_sharded: bool = False,
+        clip_norm: str = "stage",
         **base: Any,
     ) -> None:
         super().__init__(options, exact, save_sharded, **base)
+        self._lags_norm = lags_norm(clip_norm, exact is not None)
         self._auto = AutomaticBoundaries(stages)
         self._staleness, self._limits = 0 if exact else staleness, limits_of(silence)
         self._signals = Signals(0, 1, 0)
@@ -128,6 +134,11 @@ class StagedTraining(StagesInCommon):
         watch = self._alarm.watch
         watch.rename(place.names)
         self._copies = Copies(place, self._timeout) if place.copies > 1 else None
+        if self._lags_norm:
+            self._norm = LaggedNorm(place.stage, len(place.ranks), self._staleness)
+            saved = norm_of(self._restored, place.stage, len(place.ranks), self._staleness)
+            if saved is not None:
+                self._norm.load_state_dict(saved)
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
@@ -135,7 +146,10 @@ class StagedTraining(StagesInCommon):
         copies = self._copies
         unite = None if copies is None else copies.unite
         self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
-        self.engine.join(place.stage, self._signals.carry(self._links), self._staleness, self.root_device)
+        links = self._signals.carry(self._links)
+        if self._norm is not None:
+            links = self._norm.carry(links)
+        self.engine.join(place.stage, links, self._staleness, self.root_device)
         self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
@@ -143,7 +157,15 @@ class StagedTraining(StagesInCommon):
         )
         self._stop = stop
         stop.install()
-        self._undo.append(clip_by_stage(self.precision_plugin, len(place.ranks)))
+        self._undo.append(clip_norms_by(self.precision_plugin, self._clipping(place)))
+
+    def _clipping(self, place: Place) -> Clip:
+        """How this stage clips by norm."""
+        stages = len(place.ranks)
+        if self._exact is not None:
+            assert self._alarm is not None
+            return clip_together(place.copy == 0, self.root_device, self._alarm.call)
+        return clip_share(stages) if self._norm is None else clip_lagged(stages, self._norm)
 
     def _boundaries_of(self, module: pl.LightningModule) -> tuple[str, ...]:
         return tuple(resolve_boundaries(module, self._options_for(module).boundaries))

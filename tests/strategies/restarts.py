@@ -21,6 +21,11 @@ KINDS = {
     "adam": ({"staleness": 2}, {"optimizer": "adam"}, {}),
     "no lag": ({"staleness": 0}, {"optimizer": "adam"}, {}),
     "accumulation": ({"staleness": 2}, {"optimizer": "adam"}, {"accumulate_grad_batches": 3}),
+    "lagged norm": (
+        {"staleness": 1, "clip_norm": "lagged"},
+        {"optimizer": "adam"},
+        {"gradient_clip_val": 0.1},
+    ),
     "critic": ({"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "critic, no lag": ({"staleness": 0, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "noisy": ({"staleness": 0, "estimator": NoisyEstimator}, {}, {}),

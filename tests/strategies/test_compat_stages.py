@@ -130,23 +130,17 @@ def test_worker_seeding_is_lightnings_own_for_rank_zero(monkeypatch):
     assert (ours.func, ours.keywords) == (seen[0].func, seen[0].keywords)
 
 
-def test_clip_by_stage_is_what_a_trainer_clips_by():
+def test_clip_norms_by_is_what_a_trainer_clips_by():
     class Clips(pl.Callback):
         def setup(self, trainer, module, stage):
-            _compat.clip_by_stage(trainer.precision_plugin, 4)
+            _compat.clip_norms_by(trainer.precision_plugin, lambda *given: seen.append(given))
 
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            module.zero_grad()
-            module.net[2].bias.grad = torch.ones(3)
-
-    class Steps(Net):
-        def on_train_batch_end(self, *_):
-            seen.append(self.net[2].bias.grad.norm().item())
-
-    seen = []
     torch.manual_seed(0)
-    fit(Steps(), train=loader(8), callbacks=[Clips()], gradient_clip_val=1.0)
-    assert seen == pytest.approx([0.5])
+    module, seen = Net(), []
+    fit(module, train=loader(8), callbacks=[Clips()], gradient_clip_val=1.0)
+    ((parameters, norm),) = seen
+    assert [id(p) for p in parameters] == [id(p) for p in module.parameters()]
+    assert norm == 1.0
 
 
 def test_lightning_environment_is_what_a_trainer_has_where_nobody_else_starts_processes():

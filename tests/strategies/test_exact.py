@@ -106,10 +106,10 @@ def fit_plain(module, microbatches=2, accumulate=1, **options):
 @pytest.mark.parametrize(
     ("stages", "schedule", "microbatches", "make", "more"),
     [
-        (2, "gpipe", 4, {}, {}),
+        (2, "gpipe", 4, {}, {"gradient_clip_val": 0.2}),
         (2, "1f1b", 2, {"batch_norm": True}, {"accumulate_grad_batches": 3}),
         (3, "1f1b", 2, {"batch_norm": True, "optimizer": "adam"}, {}),
-        (3, "1f1b", 4, {}, {"precision": "bf16-mixed", "val_check_interval": 5}),
+        (3, "1f1b", 4, {}, {"precision": "bf16-mixed", "val_check_interval": 5, "gradient_clip_val": 0.2}),
     ],
     ids=["gpipe", "accumulated", "1f1b", "bf16"],
 )

@@ -1,13 +1,16 @@
-"""Every stage clips by itself: to its share of a norm, or to a value."""
+"""Stages clip: each to its share of a norm, all by a norm that is some updates old, or to a value."""
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from core.nets import unchecked
 from fits import fit, loader, net, weights
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from strategies.staged_fits import BELOW, fit_staged, on_stages, staged
 
-from lightning_dni import DNIStrategy
+from lightning_dni import DNIPipelineStrategy, DNIStrategy
 
 STAGE_OF = {2: {"net.0": 0, "net.1": 1, "net.2": 1}, 3: {"net.0": 0, "net.1": 1, "net.2": 2}}
 
@@ -54,3 +57,68 @@ def test_the_precision_plugin_clips_as_before_once_the_fit_is_over():
         return "clip_grad_by_norm" in vars(plugin)
 
     assert on_stages(body) == [False, False]
+
+
+# ---- by the norm over all stages, some updates ago
+
+
+LIMIT = 0.1
+
+
+class Norms(pl.Callback):
+    """The norm of this stage's gradients in every update, before it is clipped and after."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    @staticmethod
+    def of(module):
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm().item()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.before.append(self.of(module))
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step > len(self.after):
+            self.after.append(self.of(module))
+
+
+def lagged(rank, stages, staleness, options):
+    norms = Norms()
+    strategy = staged(stages, staleness=staleness, clip_norm="lagged")
+    fit_staged(stages, strategy=strategy, callbacks=[norms], gradient_clip_val=LIMIT, max_epochs=3, **options)
+    return norms
+
+
+@pytest.mark.parametrize(
+    ("stages", "staleness", "options"),
+    [
+        (2, 0, {}),
+        (3, 0, {}),
+        (3, 2, {}),
+        (2, 1, {"accumulate_grad_batches": 3}),
+        (3, 1, {"val_check_interval": 4}),
+    ],
+)
+def test_all_stages_clip_by_the_norm_that_they_had_together(stages, staleness, options):
+    found = on_stages(lagged, stages, staleness, options, stages=stages)
+    lag = 1 + (stages - 1) * (staleness + 1)
+    together = [math.hypot(*norms) for norms in zip(*(rank.before for rank in found), strict=True)]
+    assert len(together) > 2 * lag
+    for rank in found:
+        for update, (before, after) in enumerate(zip(rank.before, rank.after, strict=True)):
+            if update < lag:
+                expected = before * min(1.0, LIMIT / math.sqrt(stages) / (before + 1e-6))
+            else:
+                expected = before * min(1.0, LIMIT / (together[update - lag] + 1e-6))
+            assert after == pytest.approx(expected, rel=1e-5)
+    assert max(together[:-lag]) > LIMIT  # it does clip by them
+
+
+def test_another_way_to_clip_is_refused():
+    with pytest.raises(
+        MisconfigurationException, match="`clip_norm` to be 'stage' or 'lagged', but got 'all'"
+    ):
+        unchecked(staged, clip_norm="all")
+    with pytest.raises(MisconfigurationException, match="no `clip_norm` with an exact schedule"):
+        DNIPipelineStrategy(boundaries=["net.0"], schedule="1f1b", microbatches=2, clip_norm="lagged")
