@@ -52,6 +52,12 @@ def differentiate_loss(
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
+    if not loss.requires_grad and any(p.requires_grad for p in installed.parameters):
+        raise EstimatorError(
+            f"Expected the loss of {cut.who} to depend on its parameters, but got one without a graph. Where "
+            "`record.gradient` carries none (`record.gradient[0].requires_grad` is False), call `synthesize` "
+            "again in `loss`."
+        )
     cut.learnt = loss.detach()
     cut.loss = cut.learnt / share if settings.report else None
     return local_gradients([loss], None, installed.parameters)

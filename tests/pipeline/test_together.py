@@ -5,12 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, blobs, mlp
+from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, Told, blobs, mlp
 from oracles import mlp_stages
 from pipeline.lagged import NaiveLaggedDNI
+from torch import nn
 from torch.nn import functional as F
 
-from lightning_dni.core import DNIEngine
+from lightning_dni.core import DNIEngine, Signal
+from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import LinearEstimator
 from lightning_dni.pipeline.together import StagesTogether
@@ -246,3 +248,60 @@ def test_a_saved_pipeline_goes_on_as_if_it_had_not_stopped(name, staleness):
         second.step([batch])
     for name_, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name_]), name_
+
+
+class Short(Told):
+    """Counts on the graph of what it has said, which there is only where nothing lags."""
+
+    needs = frozenset({Signal.TARGET})
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def synthesize(self, h, context, state):
+        return (self.weight * h[0],), None
+
+    def loss(self, record, feedback):
+        return sg_loss(record.gradient, feedback.target)
+
+
+def test_a_loss_without_a_graph_is_refused_by_name():
+    data = batches(4)
+    float32 = partial(mlp, WIDTHS[2], dtype=torch.float32)
+    for batch in data:
+        together(float32(), Short, data).step([batch])
+    lagged = together(float32(), Short, data, staleness=1)
+    lagged.step([data[0]])
+    with pytest.raises(EstimatorError, match=r"the loss of Short at boundary '0' .* without a graph"):
+        lagged.step([data[1]])
+
+
+class Blind(nn.Module):
+    """Once it is told to, passes on something that depends on nothing that takes a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.blind = nn.Linear(6, 7), False
+
+    def forward(self, x):
+        return self.map(x).detach() if self.blind else self.map(x)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness):
+    """Whose estimator then hears that its target is zero, in every step, and nothing hangs."""
+    torch.manual_seed(0)
+    data = batches(8)
+    model = nn.Sequential(nn.Linear(5, 6), Blind(), nn.Linear(7, CLASSES))
+    told = partial(Told, rule=lambda h: torch.ones_like(h))
+    staged = StagesTogether(model, ["0", "1"], told, loss_of, OPTIMIZERS["sgd"], data[0], staleness, seed=3)
+    staged.models[1][1].blind = True
+    for batch in data:
+        staged.step([batch])
+    first = staged.engines[0]
+    assert not torch.equal(staged.state_dict()["0.weight"], model.state_dict()["0.weight"])
+    assert torch.equal(staged.state_dict()["1.map.weight"], model.state_dict()["1.map.weight"])
+    assert not torch.equal(staged.state_dict()["2.weight"], model.state_dict()["2.weight"])
+    assert len(first._inbox.pending) == staleness
+    assert all(p.gradient is None or p.gradient.tensors == (None,) for p in first._inbox.pending)
