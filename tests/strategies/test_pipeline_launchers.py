@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ import lightning_dni
 torch.manual_seed(0)
 module = Named()
 options = {{"use_distributed_sampler": False, "num_sanity_val_steps": 0}}
-trainer = quiet_trainer("dni_pipeline", devices=2, **options)
+trainer = quiet_trainer("dni_pipeline", devices=2 // {nodes}, num_nodes={nodes}, **options)
 torch.manual_seed(0)
 trainer.fit(module, loader())
 torch.save(module.state_dict(), f"rank{{trainer.global_rank}}.pt")
@@ -43,6 +44,7 @@ def named():
     return Named()
 
 
+@cache
 def expected():
     """What the stages come to under the launcher of the tests."""
 
@@ -59,23 +61,74 @@ def expected():
     return first
 
 
+def by_popen():
+    return [([], {})]
+
+
+def by_torchrun(nodes=1):
+    """One agent per node, each of which starts its share of two processes."""
+    rendezvous = ["--master_addr=localhost", f"--master_port={free_port()}", f"--nnodes={nodes}"]
+    agent = ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={2 // nodes}"]
+    return [([*agent, f"--node_rank={node}"], {}) for node in range(nodes)]
+
+
+def by_slurm(nodes=1):
+    """What srun tells each task that it starts."""
+    job = {
+        "SLURM_JOB_ID": str(10_000 + free_port() % 10_000),  # the port is made of it
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": str(2 // nodes),
+        "SLURM_NNODES": str(nodes),
+        "SLURM_NODELIST": "localhost",
+    }
+    return [
+        (
+            [],
+            {
+                **job,
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank % (2 // nodes)),
+                "SLURM_NODEID": "0",
+            },
+        )
+        for rank in range(2)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["popen", "torchrun"])
-def test_a_script_trains_the_whole_module_on_every_rank(launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("nodes", "start"),
+    [
+        pytest.param(1, by_popen, id="popen"),
+        pytest.param(1, by_torchrun, id="torchrun"),
+        pytest.param(2, partial(by_torchrun, nodes=2), id="torchrun, two nodes"),
+        pytest.param(1, by_slurm, id="slurm"),
+        pytest.param(2, partial(by_slurm, nodes=2), id="slurm, two nodes"),
+    ],
+)
+def test_a_script_trains_the_whole_module_on_every_rank(nodes, start, tmp_path):
     tests = Path(__file__).parents[1]
-    (tmp_path / "train.py").write_text(SCRIPT.format(tests=str(tests)))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    started = [sys.executable, *(torchrun if launcher == "torchrun" else []), "train.py"]
+    (tmp_path / "train.py").write_text(SCRIPT.format(tests=str(tests), nodes=nodes))
     paths = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        started,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        timeout=300,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, *before, "train.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths, **told},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for before, told in start()
+    ]
+    try:
+        for run in runs:
+            _, said = run.communicate(timeout=300)
+            assert run.returncode == 0, said[-3000:]
+    finally:
+        for run in runs:
+            run.kill()
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert different(found[0], expected()) == different(found[1], found[0]) == []
 
