@@ -10,12 +10,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 
-def run(function: Callable[[], float], processes: int, grouped: bool, seconds: float = 600.0) -> list[float]:
+
+def run(function: Callable[[], T], processes: int, grouped: bool, seconds: float = 600.0) -> list[T]:
     """What each process returns.
 
     Args:
@@ -49,7 +52,7 @@ def run(function: Callable[[], float], processes: int, grouped: bool, seconds: f
 
 
 def _child(
-    rank: int, size: int, port: int, sender: Connection, grouped: bool, function: Callable[[], float]
+    rank: int, size: int, port: int, sender: Connection, grouped: bool, function: Callable[[], object]
 ) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
