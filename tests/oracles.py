@@ -153,11 +153,14 @@ class FeedbackByHand:
         error: The derivative of the batch's loss with respect to the output, from output and targets.
         matrices: For every layer but the first, what replaces its weight ("fa"); for every layer but the
             last, what takes the output's error to its activation ("dfa").
+        before_relu: Whether the direct rules give their gradient to what goes into ReLU, not to what comes
+            out.
         lr: Learning rate.
     """
 
-    def __init__(self, layers, rule, error, matrices=None, lr=0.1):
+    def __init__(self, layers, rule, error, matrices=None, before_relu=False, lr=0.1):
         self.layers, self.rule, self.error = layers, rule, error
+        self.before_relu = before_relu and rule in ("dfa", "kickback")
         self.matrices, self.lr = matrices, lr
         self.sent = []
 
@@ -178,7 +181,7 @@ class FeedbackByHand:
                     break
                 arrived = self._to_activation(k, inputs[k], given, error).view_as(outputs[k - 1])
                 self.sent.insert(0, arrived)
-                given = arrived * (outputs[k - 1] > 0)
+                given = arrived if self.before_relu else arrived * (outputs[k - 1] > 0)
             for layer, (weight, bias) in zip(reversed(self.layers), made, strict=True):
                 layer.weight -= self.lr * weight
                 layer.bias -= self.lr * bias

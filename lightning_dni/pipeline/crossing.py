@@ -49,7 +49,7 @@ def open_cut(
     variables = [v for v in found.variables if id(v) not in below]
     refuse_foreign(variables, own, f"the stage below boundary {boundary!r}")
     installed = install(boundary, outputs)
-    bp_lambda = settings.bp_lambda[boundary]
+    bp_lambda = 1.0 if installed.estimator.relays else settings.bp_lambda[boundary]
     return Cut(
         boundary=boundary,
         installed=installed,
