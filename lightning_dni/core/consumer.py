@@ -10,7 +10,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import Signal
+from lightning_dni.core.estimator import GradientEstimator, Signal
 from lightning_dni.core.stage import AccumulateGrad
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -69,7 +69,7 @@ class Swap:
     Attributes:
         name: Name of the layer.
         layer: The layer.
-        cut: The crossing whose activation it reads; its estimator gives the product.
+        estimator: That of the activation which the layer reads; it gives the product.
         leaves: What is passed on at this and at further crossings that it reads, on probe steps.
         exact: Whether the layer's own product is asked for after all, to measure the true gradient.
         correction: What the true gradient at `leaves` has more than what the backward pass left there.
@@ -77,7 +77,7 @@ class Swap:
 
     name: str
     layer: Layer
-    cut: Cut
+    estimator: GradientEstimator
     leaves: list[Tensor] = field(default_factory=list)
     exact: bool = False
     correction: tuple[Tensor | None, ...] = ()
@@ -86,7 +86,7 @@ class Swap:
         """The product that is asked for."""
         if self.exact:
             return self._own(x, gradient)
-        given = self.cut.installed.estimator.pull_back(self.name, self.layer, x, gradient).to(x.dtype)
+        given = self.estimator.pull_back(self.name, self.layer, x, gradient).to(x.dtype)
         if self.leaves:  # while the graph below x is there
             missing = self._own(x, gradient) - given
             self.correction = torch.autograd.grad(
@@ -163,38 +163,28 @@ class Consumers:
     function, a norm, a reshape) is differentiated as it is.
 
     Args:
-        owner_of: Says which crossing a boundary tensor belongs to.
-        told: Is called with a crossing and the signal once a layer reads its activation.
         probe: Whether true gradients are measured in this step.
 
     Attributes:
         exact: What a gradient passes through unswapped although something below learns from it.
     """
 
-    def __init__(
-        self, owner_of: Callable[[Tensor], Cut | None], told: Callable[[Cut, Signal], None], probe: bool
-    ) -> None:
+    def __init__(self, probe: bool) -> None:
         self.exact: dict[str, None] = {}
-        self._owner_of, self._told, self._probe = owner_of, told, probe
+        self._probe = probe
         self._entered: dict[int, tuple[Tensor, Swap]] = {}
 
-    def enter(self, name: str, layer: Layer, x: Tensor, notes: bool) -> Tensor | None:
-        """Look at what a layer is about to read; give what it shall read instead.
+    def enter(self, name: str, layer: Layer, x: Tensor, reach: Reach, notes: bool) -> Tensor | None:
+        """Give what a layer shall read instead of `x`, None for `x` itself.
 
         Args:
             name: Name of the layer.
             layer: The layer.
             x: What it is about to read.
+            reach: What that was computed from.
             notes: Whether to note in `exact` what is not swapped.
-
-        Returns:
-            What it shall read, None for `x` itself.
         """
-        self._entered.pop(id(layer), None)
-        if not torch.is_grad_enabled() or not x.requires_grad:
-            return None
-        reach = look_down([x], self._owner_of)
-        asking = [cut for cut in reach.cuts if _asks(cut)]
+        asking = [cut for cut in reach.cuts if asks_for_consumer(cut)]
         if not asking:
             if notes and (reach.layers or any(isinstance(v, nn.Parameter) for v in reach.variables)):
                 self.exact.setdefault(name)
@@ -202,11 +192,10 @@ class Consumers:
         for weight in (v for v in reach.variables if notes and v.ndim > 1):
             self.exact.setdefault(f"a weight of shape {tuple(weight.shape)} before {name}")
         leaves = [leaf for cut in reach.cuts for leaf in cut.leaves] if self._probe else []
-        swap = Swap(name, layer, asking[-1], leaves)
+        swap = Swap(name, layer, asking[-1].installed.estimator, leaves)
         self._entered[id(layer)] = x, swap
         for cut in asking:
             cut.swaps.append(swap)
-            self._told(cut, Signal.CONSUMER)
         return x.detach()
 
     def leave(self, name: str, layer: Layer, output: Tensor) -> Tensor | None:
@@ -218,15 +207,13 @@ class Consumers:
             cast(dict[str, str], node.metadata)[READ_BY] = name
         return swapped
 
-    def find_bypasses(self, tensors: Iterable[Tensor], parents: Iterable[Cut]) -> None:
-        """Note of which activations below `tensors` one way up passes no layer."""
-        asking = [cut for cut in parents if _asks(cut)]
-        if asking:
-            found = look_down(tensors, self._owner_of).cuts
-            for cut in asking:
-                if cut in found:
-                    self.exact.setdefault(f"a way from {cut.boundary} that meets no layer")
+    def end_stage(self, reach: Reach) -> None:
+        """Note from which activations a way up to the end of a stage, with this `reach`, meets no layer."""
+        for cut in reach.cuts:
+            if asks_for_consumer(cut):
+                self.exact.setdefault(f"a way from {cut.boundary} that meets no layer")
 
 
-def _asks(cut: Cut) -> bool:
+def asks_for_consumer(cut: Cut) -> bool:
+    """Whether the layers that read the activation of `cut` are swapped."""
     return Signal.CONSUMER in cut.installed.estimator.needs

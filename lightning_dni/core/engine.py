@@ -140,7 +140,7 @@ class DNIEngine(Engine):
 
     def _on_layer_input(self, name: str, layer: Layer, x: Tensor) -> Tensor | None:
         # in a backward pass too: a checkpoint runs again what it has run before
-        return None if self._step is None else self._step.consumers.enter(name, layer, x, self._in_forward)
+        return None if self._step is None else self._step.read(name, layer, x, self._in_forward)
 
     def _on_layer_output(self, name: str, layer: Layer, output: Tensor) -> Tensor | None:
         return None if self._step is None else self._step.consumers.leave(name, layer, output)
@@ -240,9 +240,9 @@ class DNIEngine(Engine):
         if not new:
             return
         warnings.warn(
-            f"This is a hybrid of feedback alignment and backprop: the gradient passes exactly through {new}. "
-            "Choose boundaries so that each linear layer and convolution but the first reads the output of "
-            "one.",
+            "Expected every linear layer and convolution but the first to read the output of a boundary with "
+            f"feedback alignment, but the gradient passes exactly through {new}: this is a hybrid with "
+            "backprop. Add the boundaries below them, or compare it as what it is.",
             stacklevel=2,
         )
 

@@ -25,6 +25,10 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
+ONE_PROCESS = frozenset({Signal.OUTPUT_GRADIENT, Signal.CONSUMER})
+"""What an estimator can only be told where the stage above it is in the same process."""
+
+
 class Lock(Enum):
     """What a stage has to wait for under an estimator (Jaderberg et al. 2017, section 1)."""
 

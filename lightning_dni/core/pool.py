@@ -257,7 +257,7 @@ def made_by(factory: Any) -> type[GradientEstimator] | None:
 
 
 def locks_made_by(factory: Any) -> frozenset[Lock]:
-    """What stages wait for under what an estimator factory makes; nothing where that cannot be read off it."""
+    """What stages wait for under what an estimator factory makes; nothing where it cannot be read off it."""
     made = made_by(factory)
     if made is None:
         return frozenset()

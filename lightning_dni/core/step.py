@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
-from lightning_dni.core.consumer import Consumers
+from lightning_dni.core.consumer import Consumers, Layer, asks_for_consumer, look_down
 from lightning_dni.core.context import check_context
 from lightning_dni.core.coverage import refuse_absent
 from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient, refuse_untold
@@ -33,7 +33,7 @@ from lightning_dni.core.exchange import Named
 from lightning_dni.core.probe import donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
+from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError
 
@@ -82,7 +82,7 @@ class Step:
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
         self._errors: list[tuple[list[Cut], list[Tensor]]] = []
-        self.consumers = Consumers(self._owner_of, self._told, settings.probe)
+        self.consumers = Consumers(settings.probe)
 
     # ---- on the way up
 
@@ -123,7 +123,7 @@ class Step:
         asking = [crossing for crossing in below if Signal.OUTPUT_GRADIENT in crossing.awaited]
         if asking:
             gradients: list[Tensor] = []
-            tensors[0].register_hook(gradients.append)
+            tensors[0].register_hook(gradients.append)  # type: ignore[no-untyped-call]
             self._errors.append((asking, gradients))
         for crossing in below:
             if Signal.OUTPUT in crossing.awaited:
@@ -134,8 +134,7 @@ class Step:
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
-        self._consume(stage, f"boundary {boundary!r}")
-        self.consumers.find_bypasses(outputs, stage.parents)
+        self._consume(stage, f"boundary {boundary!r}", outputs)
         installed = self._install(boundary, outputs)
         bp_lambda = 1.0 if installed.estimator.relays else self.settings.bp_lambda[boundary]
         crossing = Cut(
@@ -170,7 +169,7 @@ class Step:
         """The boundary tensors of this step and of earlier ones, for the next step to look after."""
         return self._past | {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
 
-    def _consume(self, stage: Stage[Cut], consumer: str) -> None:
+    def _consume(self, stage: Stage[Cut], consumer: str, outputs: Sequence[Tensor]) -> None:
         for parent in stage.parents:
             if parent.consumed:
                 raise BoundaryError(
@@ -185,6 +184,18 @@ class Step:
                     "a module that contains both ways, so that one output carries everything upwards."
                 )
             parent.consumer = consumer
+        if any(map(asks_for_consumer, stage.parents)):
+            self.consumers.end_stage(look_down(outputs, self._owner_of))
+
+    def read(self, name: str, layer: Layer, x: Tensor, notes: bool) -> Tensor | None:
+        """What `layer` shall read instead of `x`, None for `x` itself; see `Consumers.enter`."""
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return None
+        reach = look_down([x], self._owner_of)
+        for crossing in reach.cuts:
+            if Signal.CONSUMER in crossing.awaited:
+                self._told(crossing, Signal.CONSUMER)
+        return self.consumers.enter(name, layer, x, reach, notes)
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
@@ -221,11 +232,7 @@ class Step:
     def _differentiate(self, crossing: Cut) -> None:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
-            record = crossing.record
-            corrected = crossing.installed.estimator.correct(record, self._feedback(crossing))
-            if corrected is not None:
-                check_shapes(corrected, record.h, crossing)
-                crossing.synthetic, crossing.said = corrected, observed(corrected)
+            correct(crossing, crossing.record, self._feedback(crossing))
         gradients = crossing.applied_gradient()
         if crossing.waits and self.settings.skips and gradients is not None:
             crossing.applied = observed(gradients)
@@ -316,8 +323,7 @@ class Step:
         if not loss.requires_grad:
             return
         stage = trace_stage([loss], self._owner_of, "the loss")
-        self._consume(stage, "the loss")
-        self.consumers.find_bypasses([loss], stage.parents)
+        self._consume(stage, "the loss", [loss])
         refuse_absent(self.settings, self.fired, self.cuts, stage)
         self.top, self._last = stage.parents, stage.variables
 

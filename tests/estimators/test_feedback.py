@@ -1,6 +1,7 @@
 """Backprop, FA, DFA and Kickback as estimators, against the same rules written out without autograd."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def mlp(boundary="relu"):
     """Layers and ReLU as children; the boundaries are the ReLUs, or what lies below them."""
     widths = (5, 8, 7, 6)
     parts = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         parts += [nn.Linear(a, b), nn.ReLU()]
     model = nn.Sequential(*parts, nn.Linear(widths[-1], CLASSES)).double()
     layers = ["0", "2", "4", "6"]
