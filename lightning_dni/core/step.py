@@ -257,7 +257,8 @@ class Step:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
         self._complete_factor(crossing)
-        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons
+        hears_first = bool(crossing.installed.estimator.locks)
+        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons and not hears_first
         needed = Signal.TARGET in crossing.awaited and not makes_none
         if self.settings.report or needed:
             crossing.target = crossing.target_gradient()

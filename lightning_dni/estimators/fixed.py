@@ -39,9 +39,9 @@ class FixedMatrices(nn.Module):
         self.drawn[name] = found = found.to(like)
         return found
 
-    def get_extra_state(self) -> int:
+    def get_extra_state(self) -> Tensor:
         """The seed."""
-        return self._seed
+        return torch.tensor(self._seed)
 
     def set_extra_state(self, state: Any) -> None:
         """Go on with the matrices of another seed."""

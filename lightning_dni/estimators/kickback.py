@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators.conditioning import check_aligned
 from lightning_dni.estimators.fixed import lay_out, spread
 from lightning_dni.estimators.layers import check_sizes
 
@@ -75,6 +76,7 @@ class KickbackEstimator(GradientEstimator):
         scores = feedback.output
         assert scores is not None
         assert labels is not None
+        check_aligned(labels.shape, scores.shape[:-1], self._boundary)
         if scores.shape != (*labels.shape, self.num_classes):
             raise EstimatorError(
                 f"Expected the network's output for KickbackEstimator at boundary {self._boundary!r} to be "
