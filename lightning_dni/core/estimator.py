@@ -87,7 +87,7 @@ class Facts(NamedTuple):
 
     Attributes:
         gradient: What `h` is given.
-        synthesis: The function s of `h`, and whether it is learnt.
+        synthesis: The function s of `h`.
         target: The target t of s.
         loss: The loss on t and s.
     """

@@ -21,7 +21,7 @@ class BackpropEstimator(GradientEstimator):
     needs = frozenset({Signal.TARGET})
     locks = frozenset({Lock.UPDATE, Lock.BACKWARD})
     relays = True
-    facts = Facts(gradient="dL/dh", synthesis="h", target="-dL/dh", loss="-<t, s>")
+    facts = Facts(gradient="dL/dh", synthesis="h", target="-dL/dh", loss="-t s^T")
 
     def __init__(self, spec: BoundarySpec) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class ConvEstimator(GradientEstimator):
     needs = frozenset({Signal.TARGET})
     regresses = True
     facts = Facts(
-        gradient="SG(h, y)", synthesis="convolutions of h and y, learnt", target="dL/dh", loss="||t - s||^2"
+        gradient="SG(h, y)", synthesis="convolutions of h and y", target="dL/dh", loss="squared distance"
     )
     keeps_graph = False
 

@@ -35,7 +35,7 @@ class CriticEstimator(GradientEstimator):
 
     facts = Facts(
         gradient="d CE(s, y)/dh",
-        synthesis="linear or MLP of h, learnt",
+        synthesis="linear or MLP of h",
         target="softmax(p), p the network's output",
         loss="cross-entropy",
     )

@@ -27,7 +27,7 @@ class DirectFeedbackAlignmentEstimator(GradientEstimator):
         gradient="(dL/dp) A^T",
         synthesis="hA, A fixed and random",
         target="-dL/dp, p the network's output",
-        loss="-<t, s>",
+        loss="-t s^T",
     )
 
     def __init__(self, spec: BoundarySpec) -> None:

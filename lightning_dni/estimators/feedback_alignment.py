@@ -31,7 +31,7 @@ class FeedbackAlignmentEstimator(GradientEstimator):
         gradient="(dL/dg) A^T",
         synthesis="hA, A fixed and random",
         target="-dL/dg, g the next layer's output",
-        loss="-<t, s>",
+        loss="-t s^T",
     )
 
     def __init__(self, spec: BoundarySpec) -> None:

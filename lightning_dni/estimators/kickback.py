@@ -38,7 +38,7 @@ class KickbackEstimator(GradientEstimator):
         gradient="(dL/dp) 1^T",
         synthesis="h1, a matrix of ones",
         target="-dL/dp, p the network's output",
-        loss="-<t, s>",
+        loss="-t s^T",
     )
 
     def __init__(self, spec: BoundarySpec, num_classes: int | None = None) -> None:

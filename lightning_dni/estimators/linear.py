@@ -33,7 +33,7 @@ class LinearEstimator(GradientEstimator):
 
     needs = frozenset({Signal.TARGET})
     regresses = True
-    facts = Facts(gradient="SG(h, y)", synthesis="hA + yB + C, learnt", target="dL/dh", loss="||t - s||^2")
+    facts = Facts(gradient="SG(h, y)", synthesis="hA + yB + C", target="dL/dh", loss="squared distance")
     differentiates = True
 
     def __init__(

@@ -28,8 +28,8 @@ class LocalLossEstimator(GradientEstimator):
     """
 
     facts = Facts(
-        gradient="d CE(s, y)/dh",
-        synthesis="linear or MLP of h, learnt",
+        gradient="dl/dh",
+        synthesis="linear or MLP of h",
         target="label y",
         loss="cross-entropy",
     )

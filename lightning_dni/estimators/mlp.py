@@ -37,7 +37,7 @@ class MLPEstimator(GradientEstimator):
 
     needs = frozenset({Signal.TARGET})
     regresses = True
-    facts = Facts(gradient="SG(h, y)", synthesis="MLP of h and y, learnt", target="dL/dh", loss="||t - s||^2")
+    facts = Facts(gradient="SG(h, y)", synthesis="MLP of h and y", target="dL/dh", loss="squared distance")
     keeps_graph = False
 
     def __init__(

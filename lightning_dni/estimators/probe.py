@@ -24,7 +24,7 @@ class ProbeEstimator(GradientEstimator):
         EstimatorError: The activation, the labels or a size does not fit.
     """
 
-    facts = Facts(gradient="dL_SG/dh", synthesis="hA + C, learnt", target="label y", loss="cross-entropy")
+    facts = Facts(gradient="dl/dh", synthesis="hA + C", target="label y", loss="cross-entropy")
 
     def __init__(self, spec: BoundarySpec, num_classes: int) -> None:
         super().__init__()
