@@ -1,4 +1,4 @@
-"""The estimators as error approximators in one table, read off their classes (Czarnecki et al. 2017, section 6)."""
+"""The estimators as error approximators in one table (Czarnecki et al. 2017, section 6)."""
 
 import inspect
 from typing import Any
@@ -15,16 +15,19 @@ HEADINGS = (
     "s(h, y)",
     "s learns",
     "target t",
-    "loss L(t, s)",
-    "update locked",
-    "backward locked",
+    "loss l(t, s)",
+    "locks",
     "direct error",
 )
 PROP = "prop_alpha"
 
 
 def catalog() -> list[tuple[str, ...]]:
-    """The rows under `HEADINGS`: what predicts the gradient first, then what waits longest first."""
+    """The rows under `HEADINGS`: what predicts the gradient first, then what waits longest first.
+
+    A stage runs after the one below under any of them, so all have the forward lock; only inputs that are
+    synthetic, too, would lift it.
+    """
     kinds = [getattr(estimators, name) for name in estimators.__all__]
     listed: list[tuple[type[GradientEstimator], dict[str, Any]]] = [(kind, {}) for kind in kinds]
     listed += [(kind, {PROP: 1.0}) for kind in kinds if PROP in inspect.signature(kind).parameters]
@@ -40,14 +43,13 @@ def _row(kind: type[GradientEstimator], options: dict[str, Any]) -> tuple[str, .
     facts, locks = kind.facts, kind.locks_with(**options)
     assert facts is not None, f"{kind.__name__} has no `facts`"
     return (
-        f"{kind.__name__}({PROP}=a)" if options else kind.__name__,
-        f"{facts.gradient} + a dL/dh" if options else facts.gradient,
+        f"{kind.__name__}, {PROP}=a" if options else kind.__name__,
+        f"{facts.gradient} + a dl/dh" if options else facts.gradient,
         facts.synthesis,
         "no" if kind.loss is GradientEstimator.loss else "yes",
         facts.target,
         facts.loss,
-        "yes" if Lock.UPDATE in locks else "no",
-        "yes" if Lock.BACKWARD in locks else "no",
+        ", ".join(lock.value for lock in Lock if lock in locks | {Lock.FORWARD}),
         _direct_error(kind),
     )
 
@@ -71,9 +73,7 @@ def markdown() -> str:
 
 def print_catalog() -> None:
     """Print the table."""
-    table = Table(
-        title="Error approximators", caption="Every stage runs after the one below: forward locked."
-    )
+    table = Table(title="Error approximators")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for row in catalog():
