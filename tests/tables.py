@@ -10,18 +10,22 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Lock, Record, Signal
+from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Lock, Record
 from lightning_dni.estimators import (
     BackpropEstimator,
+    ControlVariateEstimator,
     ConvEstimator,
+    CriticCascade,
     CriticEstimator,
     DirectFeedbackAlignmentEstimator,
     FeedbackAlignmentEstimator,
     KickbackEstimator,
     LinearEstimator,
     LocalLossEstimator,
+    LowRankEstimator,
     MLPEstimator,
     ProbeEstimator,
+    SobolevEstimator,
     ZeroEstimator,
 )
 
@@ -51,6 +55,8 @@ class Row:
         rowwise: Whether a row's gradient depends on that row alone (no batch norm).
         positionwise: Whether a position's gradient depends on that position alone.
         locks: What the stage below waits for.
+        starts_at_zero: Whether it gives exactly zero before it has learnt anything.
+        chooses: Whether it treats rows differently that it chooses at random.
         squared: Whether the network's loss is a squared error, not a cross-entropy.
     """
 
@@ -63,6 +69,8 @@ class Row:
     rowwise: bool = True
     positionwise: bool = True
     locks: frozenset[Lock] = frozenset()
+    starts_at_zero: bool = True
+    chooses: bool = False
     squared: bool = False
 
     @property
@@ -100,7 +108,7 @@ class Row:
         return h, context, Feedback(target=target, output=output, output_gradient=output_gradient)
 
     def is_regressor(self):
-        return Signal.TARGET in self.build().needs
+        return type(self.build()).regresses
 
 
 def record_of(estimator, h, context, graph=None):
@@ -136,11 +144,17 @@ local_loss = partial(LocalLossEstimator, num_classes=CLASSES)
 critic = partial(CriticEstimator, num_classes=CLASSES)
 backprop, fa, dfa = BackpropEstimator, FeedbackAlignmentEstimator, DirectFeedbackAlignmentEstimator
 kickback = KickbackEstimator
+sobolev = partial(SobolevEstimator, num_classes=CLASSES, derivative_weight=0.7)
+cascade = partial(CriticCascade, num_classes=CLASSES)
+low_rank, control_variate = partial(LowRankEstimator, rank=3), partial(ControlVariateEstimator, fraction=0.5)
 labels, vectors = {"num_classes": CLASSES}, {"context_size": CONTEXT_SIZE}
 
 
 UPDATE, BOTH = frozenset({Lock.UPDATE}), frozenset({Lock.UPDATE, Lock.BACKWARD})
 FIXED = {"learned": False, "positionwise": False}
+PADDED = {"num_classes": CLASSES, "ignore_index": 1}
+SIMILAR = {"rowwise": False, "positionwise": False, "starts_at_zero": False, "learns_from_network": False}
+CHOSEN = {"rowwise": False, "positionwise": False, "chooses": True, "locks": BOTH}
 
 
 def head_rows(name, make, learns_from_network, hidden=True):
@@ -215,6 +229,24 @@ ESTIMATORS = [
     Row("mlp-plain-prop-labels", partial(plain_mlp, prop_alpha=0.3, **labels), context="labels", locks=BOTH),
     Row("mlp-prop", partial(mlp, prop_alpha=0.3), rowwise=False, locks=BOTH),
     Row("conv2d-prop", partial(conv, prop_alpha=0.3, **labels), "map", "labels", rowwise=False, locks=BOTH),
+    *head_rows("sobolev", sobolev, True, hidden=False),
+    Row("sobolev-hidden", partial(sobolev, hidden_sizes=(8,)), context="labels"),
+    *head_rows("cascade", cascade, True, hidden=False),
+    Row("cascade-hidden", partial(cascade, hidden_sizes=(8,)), context="labels"),
+    *(
+        Row(f"similarity-{kind}", partial(local_loss, similarity=0.7), kind, "labels", **SIMILAR)
+        for kind in ("vector", "sequence", "map")
+    ),
+    Row("low_rank", low_rank),
+    Row("low_rank-leaves", partial(low_rank, **labels), "leaves", "labels"),
+    Row("low_rank-vectors", partial(low_rank, **vectors), context="vectors"),
+    Row("low_rank-tokens", partial(low_rank, **labels), "sequence", "token labels"),
+    Row("low_rank-padded-tokens", partial(low_rank, **PADDED), "sequence", "token labels"),
+    Row("linear-padded-tokens", partial(linear, **PADDED), "sequence", "token labels"),
+    Row("mlp-plain-padded-tokens", partial(plain_mlp, **PADDED), "sequence", "token labels"),
+    Row("control_variate-labels", partial(control_variate, **labels), context="labels", **CHOSEN),
+    Row("control_variate-leaves", control_variate, "leaves", **CHOSEN),
+    Row("control_variate-tokens", partial(control_variate, **labels), "sequence", "token labels", **CHOSEN),
     *(Row(f"backprop-{kind}", backprop, kind, **FIXED, locks=BOTH) for kind in SHAPES),
     *(Row(f"fa-{kind}", fa, kind, **FIXED, locks=BOTH) for kind in SHAPES),
     *(Row(f"dfa-{kind}", dfa, kind, **FIXED, locks=UPDATE) for kind in SHAPES),
@@ -229,8 +261,8 @@ ESTIMATORS = [
 LEARNED = [row for row in ESTIMATORS if row.learned]
 ROWWISE = [row for row in ESTIMATORS if row.rowwise]
 REGRESSORS = [row for row in LEARNED if row.is_regressor()]
-HEADS = [row for row in LEARNED if not row.is_regressor()]
-BATCH_NORM = [row for row in LEARNED if not row.rowwise]
+HEADS = [row for row in LEARNED if not row.is_regressor() and row.rowwise]
+BATCH_NORM = [row for row in LEARNED if any(True for _ in row.build().buffers())]
 CONDITIONED = [row for row in ESTIMATORS if row.context != "none"]
 POSITIONWISE = [row for row in ESTIMATORS if row.kind == "sequence" and row.positionwise]
 

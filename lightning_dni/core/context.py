@@ -85,6 +85,7 @@ def check_context(
     rows: int,
     who: str,
     check_values: bool,
+    ignore_index: int | None = None,
 ) -> Tensor | None:
     """The context that an estimator shall see, or None where it asks for none.
 
@@ -95,6 +96,7 @@ def check_context(
         rows: Number of rows of the activation.
         who: The estimator, named in errors.
         check_values: Whether to look at the label values, which waits for an accelerator.
+        ignore_index: The label of padding, in range or not.
 
     Raises:
         EstimatorError: Context is needed but absent, of the wrong kind or width, or out of range.
@@ -113,7 +115,8 @@ def check_context(
             f"{tuple(context.shape)}. Pass `labels=` a callable that gives one row per row of the activation."
         )
     if num_classes is not None:
-        return _check_labels(context, num_classes, who, check_values)
+        _check_labels(context, num_classes, who, check_values, ignore_index)
+        return context
     if not context.is_floating_point() or context.shape[-1] != context_size:
         raise EstimatorError(
             f"Expected a floating-point context of width {context_size} for {who}, but got "
@@ -122,17 +125,21 @@ def check_context(
     return context
 
 
-def _check_labels(labels: Tensor, num_classes: int, who: str, check_values: bool) -> Tensor:
+def _check_labels(
+    labels: Tensor, num_classes: int, who: str, check_values: bool, ignore_index: int | None
+) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise EstimatorError(
             f"Expected integer labels for {who}, but got {labels.dtype} of shape "
             f"{tuple(labels.shape)}. For a continuous context build it with `context_size`."
         )
+    if check_values and ignore_index is not None:
+        labels = labels[labels != ignore_index]
     if check_values and labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
             raise EstimatorError(
                 f"Expected labels in [0, {num_classes}) for {who}, but got values from {low} to "
-                f"{high}. Correct `num_classes` or pass `labels=` a callable that maps them."
+                f"{high}. Correct `num_classes` or pass `labels=` a callable that maps them; for a label of "
+                "padding LinearEstimator, MLPEstimator and LowRankEstimator take `ignore_index`."
             )
-    return labels

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_dni.core.estimator import Feedback, Gradient, Installed, Lock, Record, Signal, who
+from lightning_dni.core.estimator import (
+    Feedback,
+    Gradient,
+    GradientEstimator,
+    Installed,
+    Lock,
+    Record,
+    Signal,
+    who,
+)
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
 from lightning_dni.errors import EstimatorError, StageError
@@ -45,6 +54,7 @@ class Cut:
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
         output_gradient: The gradient there, in the estimator's units.
+        above: The estimator above and what it said.
         swaps: The calls of layers whose vector-Jacobian product the estimator gives.
         loss: The estimator's loss, for reports.
         said: A scalar that is finite if the synthetic gradient is.
@@ -76,6 +86,7 @@ class Cut:
     target: Gradient | None = None
     output: Tensor | None = None
     output_gradient: Tensor | None = None
+    above: tuple[GradientEstimator, Record] | None = None
     swaps: "list[Swap]" = field(default_factory=list)
     loss: Tensor | None = None
     said: Tensor | None = None
@@ -181,7 +192,7 @@ def refuse_untold(cut: Cut) -> None:
     Raises:
         EstimatorError: Something was never there.
     """
-    if Signal.OUTPUT in cut.awaited:
+    if {Signal.OUTPUT, Signal.ESTIMATOR_ABOVE} & cut.awaited:
         raise EstimatorError(
             f"Expected the network's output for {cut.who}, but the output module did not run "
             "above it. Pass `output=` the name of the submodule whose output is the network's output."

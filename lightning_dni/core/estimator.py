@@ -25,7 +25,7 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
-ONE_PROCESS = frozenset({Signal.OUTPUT_GRADIENT, Signal.CONSUMER})
+ONE_PROCESS = frozenset({Signal.OUTPUT_GRADIENT, Signal.CONSUMER, Signal.ESTIMATOR_ABOVE})
 """What an estimator can only be told where the stage above it is in the same process."""
 
 
@@ -67,7 +67,8 @@ class Feedback(NamedTuple):
         mask: Which positions count.
         consumer: The layer that read `h`; the first, where there are several.
         network_input: The network's input.
-        above: The estimator of the next boundary.
+        above: The estimator of the next boundary and what it said for the same rows; None for the topmost
+            one, which is told the network's output in its place.
     """
 
     target: Gradient | None = None
@@ -79,7 +80,7 @@ class Feedback(NamedTuple):
     mask: Tensor | None = None
     consumer: nn.Module | None = None
     network_input: Tensor | None = None
-    above: "GradientEstimator | None" = None
+    above: "tuple[GradientEstimator, Record] | None" = None
 
 
 class Facts(NamedTuple):
@@ -132,6 +133,8 @@ class GradientEstimator(nn.Module, ABC):
     """Number of classes where the context is integer labels."""
     context_size: int | None = None
     """Width of the context where it is continuous."""
+    ignore_index: int | None = None
+    """Label of rows or positions that are padding; it need not be one of the classes."""
 
     @abstractmethod
     def synthesize(

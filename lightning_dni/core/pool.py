@@ -19,7 +19,7 @@ from lightning_dni.errors import BoundaryError, EstimatorError
 
 EstimatorFactory = Callable[[BoundarySpec], GradientEstimator]
 
-SUPPLIED = frozenset({Signal.TARGET, Signal.OUTPUT, Signal.OUTPUT_GRADIENT, Signal.CONSUMER})
+SUPPLIED = frozenset(Signal) - {Signal.TRUE_GRADIENT, Signal.NETWORK_INPUT}
 """The signals that the engine can give."""
 
 

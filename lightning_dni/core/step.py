@@ -43,7 +43,7 @@ Past = dict[int, tuple[TensorWeakRef, str]]
 Profile = Callable[[str], AbstractContextManager[object]]
 """Times what runs inside it, under a name."""
 
-_OF_OUTPUT = {Signal.OUTPUT, Signal.OUTPUT_GRADIENT}
+_OF_OUTPUT = {Signal.OUTPUT, Signal.OUTPUT_GRADIENT, Signal.ESTIMATOR_ABOVE}
 _UNTIMED: AbstractContextManager[object] = nullcontext()
 
 
@@ -79,7 +79,7 @@ class Step:
         self._install = install
         self._profile = profile
         self._past = {key: entry for key, entry in (past or {}).items() if entry[0]() is not None}
-        self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
+        self._contexts: dict[tuple[int | None, ...], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
         self._errors: list[tuple[list[Cut], list[Tensor]]] = []
         self.consumers = Consumers(settings.probe)
@@ -119,16 +119,18 @@ class Step:
         self.elements_per_row = tensors[0].numel() // max(1, tensors[0].shape[0])
         if not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
             return
-        below = self._counted(trace_stage(tensors, self._owner_of).parents)
+        topmost = trace_stage(tensors, self._owner_of).parents
+        below = self._counted(topmost)
         asking = [crossing for crossing in below if Signal.OUTPUT_GRADIENT in crossing.awaited]
         if asking:
             gradients: list[Tensor] = []
             tensors[0].register_hook(gradients.append)  # type: ignore[no-untyped-call]
             self._errors.append((asking, gradients))
         for crossing in below:
-            if Signal.OUTPUT in crossing.awaited:
+            heard = {Signal.OUTPUT} | ({Signal.ESTIMATOR_ABOVE} if crossing in topmost else set())
+            for signal in heard & crossing.awaited:
                 crossing.output = tensors[0].detach()
-                self._told(crossing, Signal.OUTPUT)
+                self._told(crossing, signal)
                 if crossing.due:
                     self._settle(crossing)
 
@@ -206,15 +208,21 @@ class Step:
             crossing.record = record
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
+        for below in crossing.stage.parents:
+            if Signal.ESTIMATOR_ABOVE in below.awaited:
+                below.above = estimator, record
+                self._told(below, Signal.ESTIMATOR_ABOVE)
 
     def _context_for(self, crossing: Cut) -> Context:
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, rows)
-        if expected not in self._contexts:
-            self._contexts[expected] = check_context(
-                self.settings.context, *expected, crossing.who, self.settings.check_values
+        key = (*expected, estimator.ignore_index)
+        if key not in self._contexts:
+            check_values = self.settings.check_values
+            self._contexts[key] = check_context(
+                self.settings.context, *expected, crossing.who, check_values, estimator.ignore_index
             )
-        return self._contexts[expected]
+        return self._contexts[key]
 
     # ---- settling: everything that is due as soon as something has arrived
 
@@ -276,6 +284,7 @@ class Step:
             output=crossing.output,
             output_gradient=crossing.output_gradient,
             consumer=crossing.swaps[0].layer if crossing.swaps else None,
+            above=crossing.above,
         )
 
     def _told(self, crossing: Cut, signal: Signal | None = None) -> None:
@@ -302,7 +311,7 @@ class Step:
     def _let_go(self, crossing: Cut) -> None:
         """Drop what neither the estimator nor the stage needs any more."""
         if crossing.learned and (crossing.closed or not crossing.waits):
-            crossing.record = crossing.output = crossing.output_gradient = None
+            crossing.record = crossing.output = crossing.output_gradient = crossing.above = None
         if self.settings.report:
             return
         if crossing.closed:

@@ -1,6 +1,8 @@
 """Gradient estimators: one contract, many small finals."""
 
 from lightning_dni.estimators.backprop import BackpropEstimator
+from lightning_dni.estimators.cascade import CriticCascade
+from lightning_dni.estimators.control_variate import ControlVariateEstimator
 from lightning_dni.estimators.conv import ConvEstimator
 from lightning_dni.estimators.critic import CriticEstimator
 from lightning_dni.estimators.direct_feedback_alignment import DirectFeedbackAlignmentEstimator
@@ -8,20 +10,26 @@ from lightning_dni.estimators.feedback_alignment import FeedbackAlignmentEstimat
 from lightning_dni.estimators.kickback import KickbackEstimator
 from lightning_dni.estimators.linear import LinearEstimator
 from lightning_dni.estimators.local_loss import LocalLossEstimator
+from lightning_dni.estimators.low_rank import LowRankEstimator
 from lightning_dni.estimators.mlp import MLPEstimator
 from lightning_dni.estimators.probe import ProbeEstimator
+from lightning_dni.estimators.sobolev import SobolevEstimator
 from lightning_dni.estimators.zero import ZeroEstimator
 
 __all__ = [
     "BackpropEstimator",
+    "ControlVariateEstimator",
     "ConvEstimator",
+    "CriticCascade",
     "CriticEstimator",
     "DirectFeedbackAlignmentEstimator",
     "FeedbackAlignmentEstimator",
     "KickbackEstimator",
     "LinearEstimator",
     "LocalLossEstimator",
+    "LowRankEstimator",
     "MLPEstimator",
     "ProbeEstimator",
+    "SobolevEstimator",
     "ZeroEstimator",
 ]

@@ -15,7 +15,7 @@ class Conditioning(nn.Module):
     """A linear function of the context, to be added to a linear function of `h`.
 
     For labels it is the product of the one-hot label and a weight, computed by looking the row up; so
-    `hA + yB` of Czarnecki et al. 2017, section 2, needs no `[h, y]`.
+    `hA + yB` of Czarnecki et al. 2017, section 2, needs no `[h, y]`, and no one-hot of a vocabulary.
 
     Args:
         spec: The boundary's spec.
@@ -25,6 +25,8 @@ class Conditioning(nn.Module):
             `[batch, positions, context_size]`.
         zero: Whether it starts at zero. Otherwise it starts with about as much weight as the whole of
             an `h` of unit scale has in `nn.Linear`; as one feature among many it would hardly count.
+        ignore_index: The label of padding, for which anything may be given; what is made of it is then made
+            zero by `mask_padding`.
 
     Raises:
         EstimatorError: Both kinds of context are asked for, or one of no size.
@@ -39,6 +41,7 @@ class Conditioning(nn.Module):
         num_classes: int | None,
         context_size: int | None,
         zero: bool = True,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         if num_classes is not None and context_size is not None:
@@ -47,7 +50,12 @@ class Conditioning(nn.Module):
                 f"({num_classes}, {context_size})."
             )
         self._boundary = spec.name
-        self._continuous = num_classes is None
+        self._continuous, self._ignore_index = num_classes is None, ignore_index
+        if self._continuous and ignore_index is not None:
+            raise EstimatorError(
+                f"Expected `num_classes` with `ignore_index` for boundary {spec.name!r}, but got none. Pass "
+                "`num_classes=`: it is the label of padding."
+            )
         size = context_size if num_classes is None else num_classes
         if size is None:
             self.weight = None
@@ -70,7 +78,8 @@ class Conditioning(nn.Module):
             added = F.linear(context.to(h.dtype), self.weight.t(), bias)
         else:
             check_aligned(context.shape, h.shape[:-1], self._boundary)
-            added = F.embedding(context.long(), self.weight if bias is None else self.weight + bias)
+            labels = self._to_look_up(context)
+            added = F.embedding(labels, self.weight if bias is None else self.weight + bias)
         while added.ndim < h.ndim:
             added = added.unsqueeze(-2)
         return added
@@ -87,9 +96,26 @@ class Conditioning(nn.Module):
         if self._continuous:
             return [(self.weight, (context.flatten(0, -2).to(d.dtype).t() @ d).mul_(scale))]
         # as embedding's own backward: the same numbers on every device, where an index_add has none
-        labels, classes = context.flatten().long(), self.weight.shape[0]
+        labels, classes = self._to_look_up(context).flatten(), self.weight.shape[0]
         found = torch.ops.aten.embedding_dense_backward(d, labels, classes, -1, False)
         return [(self.weight, found.mul_(scale))]
+
+    def _to_look_up(self, labels: Tensor) -> Tensor:
+        labels = labels.long()
+        return labels if self._ignore_index is None else labels.masked_fill(labels == self._ignore_index, 0)
+
+
+def mask_padding(x: Tensor, context: Tensor | None, ignore_index: int | None) -> Tensor:
+    """`x` `[batch, ..., features]`, zero for the rows or positions whose label is `ignore_index`.
+
+    >>> import torch
+    >>> mask_padding(torch.ones(1, 3, 2), torch.tensor([[4, -100, 7]]), ignore_index=-100).sum(-1)
+    tensor([[2., 0., 2.]])
+    """
+    if context is None or ignore_index is None:
+        return x
+    padding = context == ignore_index
+    return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - padding.ndim)), 0.0)
 
 
 def check_aligned(context: Sequence[int], rows: Sequence[int], boundary: str) -> None:

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Record, Signal
-from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.head import ClassHead
+from lightning_dni.core.estimator import (
+    Facts,
+    Feedback,
+    Gradient,
+    GradientEstimator,
+    Record,
+    Signal,
+    who,
+)
+from lightning_dni.estimators.head import ClassHead, check_scores
 
 
 @final
@@ -62,10 +69,5 @@ class CriticEstimator(GradientEstimator):
         """
         output, scores = feedback.output, record.state
         assert output is not None
-        if output.shape != scores.shape:
-            raise EstimatorError(
-                f"Expected the network's output for CriticEstimator at boundary {self._boundary!r} to be "
-                f"class scores of shape {tuple(scores.shape)}, but got {tuple(output.shape)}. Pass "
-                "`output=` the submodule that gives the scores."
-            )
+        check_scores(output, scores, who(self, self._boundary))
         return self.head.loss(record, torch.softmax(output.to(scores.dtype), dim=-1))

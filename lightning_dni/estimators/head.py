@@ -52,11 +52,16 @@ class ClassHead(nn.Module):
         x: Tensor = self.stack(h if self._grid is None else average_to_grid(h, self._grid).flatten(1))
         return x.mean(1) if x.ndim == 3 and not per_position else x
 
-    def gradient(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, h: Tensor, labels: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:
         """The derivative of the labels' cross-entropy with respect to `h`, and the scores.
 
         The cross-entropy is summed over rows and positions. The scores keep their graph where the caller
         records one.
+
+        Args:
+            h: The activation.
+            labels: One for each row, or for each position.
+            twice: Whether the derivative keeps its graph, too.
 
         Raises:
             EstimatorError: There is not one label for each row or position.
@@ -67,7 +72,7 @@ class ClassHead(nn.Module):
             h = h.detach().requires_grad_()
             scores = self(h, per_position=labels.ndim > 1)
             loss = summed_cross_entropy(scores, labels)
-            (derivative,) = torch.autograd.grad(loss, h, retain_graph=keeps)
+            (derivative,) = torch.autograd.grad(loss, h, retain_graph=keeps, create_graph=keeps and twice)
         return derivative, scores if keeps else scores.detach()
 
     def loss(self, record: Record, target: Tensor) -> Tensor:
@@ -93,6 +98,24 @@ def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     flat = scores.flatten(0, -2)
     flat_target = target.flatten(0, -2) if target.is_floating_point() else target.flatten().long()
     return F.cross_entropy(flat, flat_target, reduction="sum")
+
+
+def check_scores(output: Tensor, scores: Tensor, who: str) -> None:
+    """Refuse an output of the network that is no score for every score of a head.
+
+    Args:
+        output: What the network gave.
+        scores: What the head gave for the same rows.
+        who: The estimator, named in the error.
+
+    Raises:
+        EstimatorError: It has another shape.
+    """
+    if output.shape != scores.shape:
+        raise EstimatorError(
+            f"Expected the network's output for {who} to be class scores of shape {tuple(scores.shape)}, but "
+            f"got {tuple(output.shape)}. Pass `output=` the submodule that gives the scores."
+        )
 
 
 def average_to_grid(h: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
-from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, split
+from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, mask_padding, split
 from lightning_dni.estimators.layers import start_at_zero
 from lightning_dni.estimators.regression import prop_locks, propagated, regression_loss
 
@@ -26,6 +26,7 @@ class LinearEstimator(GradientEstimator):
         context_size: Width of a continuous context.
         prop_alpha: Weight of the derivative of the SG loss with respect to `h`, which is added to what the
             stage below is given; that has to wait for the target then.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activations have no common feature dimension, or a context does not fit.
@@ -42,23 +43,27 @@ class LinearEstimator(GradientEstimator):
         num_classes: int | None = None,
         context_size: int | None = None,
         prop_alpha: float = 0.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
-        self.num_classes, self.context_size = num_classes, context_size
+        self.num_classes, self.context_size, self.ignore_index = num_classes, context_size, ignore_index
         width = joint_width(spec)
         self.map = nn.Linear(width, width)
-        self.conditioning = Conditioning(spec, width, num_classes, context_size)
+        self.conditioning = Conditioning(spec, width, num_classes, context_size, ignore_index=ignore_index)
         start_at_zero(self.map)
 
     def _predict(self, h: tuple[Tensor, ...], context: Tensor | None) -> Gradient:
-        x = join(h)
-        added = self.conditioning(context, x, self.map.bias)
+        return split(mask_padding(self._map(join(h), context), context, self.ignore_index), h)
+
+    def _map(self, x: Tensor, context: Tensor | None) -> Tensor:
+        added: Tensor | None = self.conditioning(context, x, self.map.bias)
         if added is None:
-            return split(self.map(x), h)
+            mapped: Tensor = self.map(x)
+            return mapped
         if x.ndim == 2:  # one product that adds up in place, instead of a product and a pass over all rows
-            return split(added.addmm_(x, self.map.weight.t()), h)
-        return split(F.linear(x, self.map.weight) + added, h)
+            return added.addmm_(x, self.map.weight.t())
+        return F.linear(x, self.map.weight) + added
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
@@ -83,7 +88,8 @@ class LinearEstimator(GradientEstimator):
         self, record: Record, derivative: Gradient, scale: float
     ) -> list[tuple[Tensor, Tensor]]:
         """Of a linear map: the outer products of what came in and the derivative, summed over positions."""
-        x, d = join(record.h).flatten(0, -2), join(derivative)
+        x = join(record.h).flatten(0, -2)
+        d = mask_padding(join(derivative), record.context, self.ignore_index)
         positions = d.flatten(0, -2)
         return [
             (self.map.weight, torch.addmm(self.map.weight, positions.t(), x, beta=0, alpha=scale)),

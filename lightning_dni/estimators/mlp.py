@@ -7,8 +7,18 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
-from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, split
+from lightning_dni.core.estimator import (
+    Facts,
+    Feedback,
+    Gradient,
+    GradientEstimator,
+    Lock,
+    Record,
+    Signal,
+    who,
+)
+from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, mask_padding, split
 from lightning_dni.estimators.layers import Stack, check_sizes
 from lightning_dni.estimators.normalization import BatchNorm
 from lightning_dni.estimators.regression import prop_locks, propagated, regression_loss
@@ -30,9 +40,11 @@ class MLPEstimator(GradientEstimator):
         context_size: Width of a continuous context; it enters the first layer.
         prop_alpha: Weight of the derivative of the SG loss with respect to `h`, which is added to what the
             stage below is given; that has to wait for the target then.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
+            Without `batch_norm` only, whose statistics would count it.
 
     Raises:
-        EstimatorError: A width is not positive, or the spec or a context does not fit.
+        EstimatorError: A width is not positive, or the spec, a context or an option does not fit.
     """
 
     needs = frozenset({Signal.TARGET})
@@ -48,20 +60,27 @@ class MLPEstimator(GradientEstimator):
         num_classes: int | None = None,
         context_size: int | None = None,
         prop_alpha: float = 0.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
         check_sizes("hidden_sizes", hidden_sizes)
-        self.num_classes, self.context_size = num_classes, context_size
+        if batch_norm and ignore_index is not None:
+            raise EstimatorError(
+                f"Expected `batch_norm=False` with `ignore_index` for {who(self, spec.name)}, but got True: "
+                "its statistics would count padding. Pass `batch_norm=False`."
+            )
+        self.num_classes, self.context_size, self.ignore_index = num_classes, context_size, ignore_index
         sizes = [joint_width(spec), *hidden_sizes, joint_width(spec)]
         self.stack = Stack(nn.Linear, sizes, partial(BatchNorm, feature_dim=-1) if batch_norm else None)
         self.conditioning = Conditioning(
-            spec, sizes[1], num_classes, context_size, zero=len(hidden_sizes) == 0
+            spec, sizes[1], num_classes, context_size, zero=not hidden_sizes, ignore_index=ignore_index
         )
 
     def _predict(self, h: tuple[Tensor, ...], context: Tensor | None, track: bool = False) -> Gradient:
         x = join(h)
-        return split(self.stack(x, self.conditioning(context, x), track), h)
+        said = self.stack(x, self.conditioning(context, x), track)
+        return split(mask_padding(said, context, self.ignore_index), h)
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any

@@ -149,6 +149,7 @@ class StageEngine(StagedEngine):
             rows_of(cut.leaves),
             cut.who,
             self._step.check_values,
+            estimator.ignore_index,
         )
         ask(cut, context, self._step, keeps_graph=self._staleness == 0)
         self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)

@@ -1,0 +1,96 @@
+"""Critics in a cascade: each predicts the loss that the next one predicts, the last the true one."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.estimator import (
+    Facts,
+    Feedback,
+    Gradient,
+    GradientEstimator,
+    Record,
+    Signal,
+    rows_of,
+    who,
+)
+from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators.head import ClassHead, check_scores
+
+
+@final
+class CriticCascade(GradientEstimator):
+    """SG(h, y) = d CE(head(h), y) / dh, that loss trained towards the one that the critic above predicts.
+
+    The topmost critic follows the true loss (local critic training, Lee et al.). Each learns as soon as the
+    next boundary is reached; none but the topmost waits for the network's output. It assumes that the
+    network's loss is a cross-entropy summed over rows (and over positions, where labels are per position).
+
+    Args:
+        spec: The boundary's spec; vectors, sequences or two-dimensional feature maps, as ClassHead
+            takes them.
+        num_classes: Number of classes; the network's output must be scores `[batch, num_classes]`, or
+            `[batch, positions, num_classes]` where labels are per position.
+        hidden_sizes: Widths of the head's hidden layers.
+
+    Raises:
+        EstimatorError: The activation, the labels or a size does not fit.
+    """
+
+    needs = frozenset({Signal.ESTIMATOR_ABOVE})
+    facts = Facts(
+        gradient="d CE(s, y)/dh",
+        synthesis="linear or MLP of h",
+        target="CE(s', y), s' of the estimator above; L for the topmost",
+        loss="absolute difference of CE(s, y)",
+    )
+
+    def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.head = ClassHead(spec, num_classes, hidden_sizes)
+        self._boundary = spec.name
+
+    def synthesize(
+        self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
+    ) -> tuple[Gradient | None, Any]:
+        """The derivative of the loss that is predicted for the labels."""
+        assert context is not None
+        derivative, scores = self.head.gradient(h[0], context)
+        return (derivative,), scores
+
+    def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
+        """Absolute difference of the predicted losses, averaged over rows.
+
+        Raises:
+            EstimatorError: The estimator above predicts no loss, or the output is no class scores.
+        """
+        labels, scores = record.context, record.state
+        assert labels is not None
+        target = _losses(self._scores_above(scores, feedback), labels)
+        if not scores.requires_grad:
+            scores = self.head(record.h[0], per_position=scores.ndim == 3)
+        return F.l1_loss(_losses(scores, labels), target, reduction="sum") / rows_of(record.h)
+
+    def _scores_above(self, scores: Tensor, feedback: Feedback) -> Tensor:
+        if feedback.above is None:
+            assert feedback.output is not None
+            check_scores(feedback.output, scores, who(self, self._boundary))
+            return feedback.output.to(scores.dtype)
+        estimator, said = feedback.above
+        if not isinstance(estimator, CriticCascade):
+            raise EstimatorError(
+                f"Expected a CriticCascade at the boundary above for {who(self, self._boundary)}, but got "
+                f"{type(estimator).__name__}. Use CriticCascade at every boundary above, or CriticEstimator "
+                "here."
+            )
+        above: Tensor = said.state
+        return above.detach()
+
+
+def _losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row, or of each position."""
+    return F.cross_entropy(scores.flatten(0, -2), labels.flatten().long(), reduction="none")

@@ -1,0 +1,93 @@
+"""A critic that is trained on the values and on the derivatives of the network above."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.estimator import (
+    Facts,
+    Feedback,
+    Gradient,
+    GradientEstimator,
+    Record,
+    Signal,
+    rows_of,
+    who,
+)
+from lightning_dni.core.target import sg_loss
+from lightning_dni.errors import EstimatorError
+from lightning_dni.estimators.head import ClassHead, check_scores, summed_cross_entropy
+
+
+@final
+class SobolevEstimator(GradientEstimator):
+    """SG(h, y) = d CE(head(h), y) / dh, the head trained on the network's output and on that derivative.
+
+    A critic whose derivative follows the target gradient, too (Czarnecki et al. 2017, "Sobolev training for
+    neural networks"): its loss is the critic's plus `derivative_weight` times the SG loss. It assumes
+    that the network's loss is a cross-entropy summed over rows (and over positions, where labels are per
+    position).
+
+    Args:
+        spec: The boundary's spec; vectors, sequences or two-dimensional feature maps, as ClassHead
+            takes them.
+        num_classes: Number of classes; the network's output must be scores `[batch, num_classes]`, or
+            `[batch, positions, num_classes]` where labels are per position.
+        hidden_sizes: Widths of the head's hidden layers.
+        derivative_weight: Weight of the SG loss beside the loss of the values.
+
+    Raises:
+        EstimatorError: The activation, the labels, a size or the weight does not fit.
+    """
+
+    needs = frozenset({Signal.OUTPUT, Signal.TARGET})
+    facts = Facts(
+        gradient="d CE(s, y)/dh",
+        synthesis="linear or MLP of h",
+        target="softmax(p), p the network's output, and dL/dh",
+        loss="cross-entropy, and squared distance of d CE(s, y)/dh",
+    )
+
+    def __init__(
+        self,
+        spec: BoundarySpec,
+        num_classes: int,
+        hidden_sizes: Sequence[int] = (),
+        derivative_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= derivative_weight < float("inf"):
+            raise EstimatorError(
+                f"Expected `derivative_weight` to be a number of at least 0, but got {derivative_weight!r}."
+            )
+        self.num_classes, self.derivative_weight = num_classes, derivative_weight
+        self.head = ClassHead(spec, num_classes, hidden_sizes)
+        self._boundary = spec.name
+
+    def synthesize(
+        self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
+    ) -> tuple[Gradient | None, Any]:
+        """The derivative of the labels' loss through the model of the network above."""
+        assert context is not None
+        derivative, scores = self.head.gradient(h[0], context, twice=True)
+        return (derivative,), scores
+
+    def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
+        """The critic's loss and the SG loss, averaged over rows.
+
+        Raises:
+            EstimatorError: The network's output has another shape than the head's scores.
+        """
+        gradient, scores, output = record.gradient, record.state, feedback.output
+        assert output is not None
+        assert feedback.target is not None
+        check_scores(output, scores, who(self, self._boundary))
+        if gradient is None or not gradient[0].requires_grad:
+            gradient, scores = self.synthesize(record.h, record.context, None)
+        assert gradient is not None
+        probabilities = torch.softmax(output.to(scores.dtype), dim=-1)
+        values = summed_cross_entropy(scores, probabilities) / rows_of(record.h)
+        return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)
