@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.cut import Cut
@@ -135,7 +135,20 @@ def look_down(tensors: Iterable[Tensor], owner_of: Callable[[Tensor], Cut | None
     cuts: list[Cut] = []
     variables: list[Tensor] = []
     layers = False
-    seen: set[Node] = {t.grad_fn or get_gradient_edge(t).node for t in tensors}
+    seen: set[Node] = set()
+
+    def note(leaf: Tensor) -> None:
+        owner = owner_of(leaf)
+        if owner is None:
+            variables.append(leaf)
+        elif owner not in cuts:
+            cuts.append(owner)
+
+    for tensor in tensors:
+        if tensor.grad_fn is None:
+            note(tensor)
+        else:
+            seen.add(tensor.grad_fn)
     stack = list(seen)
     while stack:
         node = stack.pop()
@@ -143,12 +156,7 @@ def look_down(tensors: Iterable[Tensor], owner_of: Callable[[Tensor], Cut | None
             layers = True
             continue
         if type(node) is AccumulateGrad:
-            leaf: Tensor = cast(Any, node).variable
-            owner = owner_of(leaf)
-            if owner is None:
-                variables.append(leaf)
-            elif owner not in cuts:
-                cuts.append(owner)
+            note(cast(Any, node).variable)
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)

@@ -73,9 +73,9 @@ def markdown() -> str:
 
 def print_catalog() -> None:
     """Print the table."""
-    table = Table(title="Error approximators")
+    table = Table(title="Error approximators; the classes' names end in Estimator")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for row in catalog():
-        table.add_row(*row)
+        table.add_row(row[0].replace("Estimator", ""), *row[1:])
     Console().print(table)
