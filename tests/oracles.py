@@ -144,6 +144,53 @@ def head_by_hand(estimator):
     return nn.Sequential(*layers[1:])
 
 
+class CriticsByHand:
+    """A chain of stages that follow the labels through a head each, while the heads learn as they are told.
+
+    Args:
+        stages: Modules run one after another, each on the detached output of the one below.
+        heads: nn.Sequential for every stage but the last.
+        scores: Gives the scores of a head for its activation.
+        loss_of: The network's loss of scores and classes, a mean over rows.
+        lesson: Gives a head's loss from its number, activation (with its gradient), what came back there (of
+            the summed loss), the network's output, the scores of the head above (None above the topmost) and
+            the classes.
+        lr: Learning rate of plain SGD for all of them.
+    """
+
+    def __init__(self, stages, heads, scores, loss_of, lesson, lr=0.1):
+        self.stages, self.heads = stages, heads
+        self.scores, self.loss_of, self.lesson = scores, loss_of, lesson
+        self.optimizer = torch.optim.SGD([p for m in (stages, *heads) for p in m.parameters()], lr=lr)
+
+    def step(self, x, classes):
+        """One step of everything; returns the loss."""
+        self.optimizer.zero_grad()
+        cut, outputs = [x], []
+        for stage in self.stages[:-1]:
+            outputs.append(stage(cut[-1]))
+            cut.append(outputs[-1].detach().requires_grad_())
+        output = self.stages[-1](cut[-1])
+        loss = self.loss_of(output, classes)
+        loss.backward()
+        targets = [None] * len(outputs)
+        for k in reversed(range(len(outputs))):
+            targets[k] = cut[k + 1].grad * len(x)
+            h = outputs[k].detach().requires_grad_()
+            (given,) = torch.autograd.grad(self.loss_of(self.scores(self.heads[k], h), classes), h)
+            outputs[k].backward(given)
+        hs = [h.detach() for h in outputs]
+        said = [self.scores(head, h).detach() for head, h in zip(self.heads, hs, strict=True)]
+        told = [(h.requires_grad_(), t, output.detach()) for h, t in zip(hs, targets, strict=True)]
+        for k, (head, above) in enumerate(zip(self.heads, [*said[1:], None], strict=True)):
+            learnt = self.lesson(head, *told[k], above, classes)
+            parameters = list(head.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(learnt, parameters), strict=True):
+                p.grad = g
+        self.optimizer.step()
+        return loss.detach()
+
+
 class FeedbackByHand:
     """Backprop, FA, DFA and Kickback of a chain of layers with ReLU between them, without autograd.
 
