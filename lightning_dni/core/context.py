@@ -82,10 +82,10 @@ def check_context(
     context: Tensor | None,
     num_classes: int | None,
     context_size: int | None,
+    ignore_index: int | None,
     rows: int,
     who: str,
     check_values: bool,
-    ignore_index: int | None = None,
 ) -> Tensor | None:
     """The context that an estimator shall see, or None where it asks for none.
 
@@ -93,10 +93,10 @@ def check_context(
         context: What `find_context` gave.
         num_classes: Number of classes it expects labels of, if any.
         context_size: Width of the continuous context it expects, if any.
+        ignore_index: The label of padding, in range or not, if there is one.
         rows: Number of rows of the activation.
         who: The estimator, named in errors.
         check_values: Whether to look at the label values, which waits for an accelerator.
-        ignore_index: The label of padding, in range or not.
 
     Raises:
         EstimatorError: Context is needed but absent, of the wrong kind or width, or out of range.

@@ -208,21 +208,18 @@ class Step:
             crossing.record = record
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
-        for below in crossing.stage.parents:
-            if Signal.ESTIMATOR_ABOVE in below.awaited:
-                below.above = estimator, record
-                self._told(below, Signal.ESTIMATOR_ABOVE)
+        for below in (cut for cut in crossing.stage.parents if Signal.ESTIMATOR_ABOVE in cut.awaited):
+            below.above = estimator, record
+            self._told(below, Signal.ESTIMATOR_ABOVE)
 
     def _context_for(self, crossing: Cut) -> Context:
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
-        expected = (estimator.num_classes, estimator.context_size, rows)
-        key = (*expected, estimator.ignore_index)
-        if key not in self._contexts:
-            check_values = self.settings.check_values
-            self._contexts[key] = check_context(
-                self.settings.context, *expected, crossing.who, check_values, estimator.ignore_index
+        expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, rows)
+        if expected not in self._contexts:
+            self._contexts[expected] = check_context(
+                self.settings.context, *expected, crossing.who, self.settings.check_values
             )
-        return self._contexts[key]
+        return self._contexts[expected]
 
     # ---- settling: everything that is due as soon as something has arrived
 

@@ -72,5 +72,5 @@ class LocalLossEstimator(GradientEstimator):
         prediction = self.head.loss(record, record.context)
         if self.matching is None:
             return prediction
-        matching = self.matching(record.h[0], record.context)
+        matching: Tensor = self.matching(record.h[0], record.context)
         return (1.0 - self.similarity) * prediction + self.similarity * matching

@@ -1,7 +1,5 @@
 """Similarity matching: rows of one class shall have like activations, rows of others unlike ones."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,5 +56,5 @@ def _features(x: Tensor) -> Tensor:
     if x.ndim == 3:
         return x.mean(1)
     if x.ndim == 4 and x[0, 0].numel() > 1:
-        return cast(Tensor, x.flatten(2).std(2))
+        return x.flatten(2).std(2)
     return x.flatten(1)

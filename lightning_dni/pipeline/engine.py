@@ -146,10 +146,10 @@ class StageEngine(StagedEngine):
             self._step.context,
             estimator.num_classes,
             estimator.context_size,
+            estimator.ignore_index,
             rows_of(cut.leaves),
             cut.who,
             self._step.check_values,
-            estimator.ignore_index,
         )
         ask(cut, context, self._step, keeps_graph=self._staleness == 0)
         self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)

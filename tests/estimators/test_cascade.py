@@ -117,7 +117,7 @@ def test_refuses_a_network_whose_output_was_never_seen():
     with engine.training_step((x, y)):
         scores = F.linear(model[1](model[0](x)), model[2].weight)
         loss = F.cross_entropy(scores, y)
-    with pytest.raises(EstimatorError, match="output for CriticCascade at boundary '1', but .* `output=`"):
+    with pytest.raises(EstimatorError, match=r"output for CriticCascade at boundary '1', but .* `output=`"):
         engine.backward(loss)
 
 
