@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from lightning_dni.core import DNIEngine, Signal
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.estimators import (
+    ControlVariateEstimator,
+    LinearEstimator,
+    LowRankEstimator,
+    SobolevEstimator,
+)
 from lightning_dni.pipeline.together import StagesTogether
 
 OPTIMIZERS = {
@@ -22,6 +27,14 @@ OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=1e-2),
 }
 WIDTHS = {2: (5, 6, CLASSES), 3: (5, 6, 7, CLASSES), 4: (5, 6, 7, 6, CLASSES)}
+
+
+TOLD = {
+    "sobolev": partial(SobolevEstimator, num_classes=CLASSES, hidden_sizes=(8,)),
+    "low rank": partial(LowRankEstimator, rank=2, num_classes=CLASSES),
+    "control variate": partial(ControlVariateEstimator, fraction=0.5, num_classes=CLASSES),
+}
+"""What hears several things, or has more to be restored than its weights."""
 
 
 def loss_of(model, batch):
@@ -75,16 +88,18 @@ def assert_same_bits(stages, engine, model):
         *((3, bp_lambda, name) for bp_lambda in LAMBDAS for name in VECTOR_ESTIMATORS),
         *((stages, bp_lambda, "linear") for stages in (2, 4) for bp_lambda in LAMBDAS),
         (4, 0.0, "critic"),
+        *((3, 0.0, name) for name in TOLD),
     ],
 )
 def test_without_lag_stages_are_one_process(stages, bp_lambda, name):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[stages], dropout=0.2, batch_norm=True, dtype=torch.float32), batches()
     options = {"bp_lambda": bp_lambda}
-    staged = together(model, VECTOR_ESTIMATORS[name], data, **options)
+    estimator = (VECTOR_ESTIMATORS | TOLD)[name]
+    staged = together(model, estimator, data, **options)
     before = copy.deepcopy(model.state_dict())
     losses = [staged.step([batch]) for batch in data]
-    engine, expected = one_process(model, VECTOR_ESTIMATORS[name], data, **options)
+    engine, expected = one_process(model, estimator, data, **options)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert_same_bits(staged, engine, model)
     moved = [n for n, value in before.items() if not torch.equal(value, staged.state_dict()[n])]
