@@ -159,7 +159,7 @@ def test_kickback_takes_a_single_output():
 
 def test_kickback_needs_scores_for_probabilities():
     with pytest.raises(
-        EstimatorError, match=r"KickbackEstimator at boundary '3' to be class scores of shape \(6, 3"
+        EstimatorError, match=r"KickbackEstimator at boundary '1' to be class scores of shape \(6, 3"
     ):
         stepped(
             mlp()[0],
