@@ -278,7 +278,7 @@ class Step:
         return learns or estimator.relays
 
     def _complete_factor(self, crossing: Cut) -> None:
-        if crossing.elements_unknown:
+        if crossing.elements_unknown and crossing.leaves:
             crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
 
     def _feedback(self, crossing: Cut) -> Feedback:
@@ -367,7 +367,7 @@ class Step:
     def _hear_errors(self) -> None:
         """Tell the estimators the gradient at the network's output that the loss has left."""
         for asking, gradients in self._errors:
-            for crossing in asking if gradients else ():
+            for crossing in reversed(asking) if gradients else ():  # the lowest first: none needs another
                 self._complete_factor(crossing)
                 dtype = torch.promote_types(gradients[-1].dtype, torch.float32)
                 crossing.output_gradient = gradients[-1].detach().to(dtype) / crossing.factor

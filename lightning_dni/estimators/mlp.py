@@ -63,7 +63,7 @@ class MLPEstimator(GradientEstimator):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
+        self.locks, self.prop_alpha = self.locks_with(prop_alpha=prop_alpha), prop_alpha
         check_sizes("hidden_sizes", hidden_sizes)
         if batch_norm and ignore_index is not None:
             raise EstimatorError(
@@ -99,4 +99,4 @@ class MLPEstimator(GradientEstimator):
     @classmethod
     def locks_with(cls, **options: Any) -> frozenset[Lock]:
         """The target is waited for with `prop_alpha`."""
-        return prop_locks(options)
+        return cls.locks | prop_locks(options)

@@ -1,4 +1,4 @@
-"""One language for error approximators (Czarnecki et al. 2017, section 6): only dl/dh of a fixed s is used."""
+"""One language for error approximators (Czarnecki et al. 2017, section 6): given is dl/dh of a fixed s."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def told():
     g = model[2](h)
     p = model[3:](g)
     loss = 0.5 * (p - y).square().sum()
-    return model, (x, y), h, dict(zip("hgp", torch.autograd.grad(loss, (h, g, p), retain_graph=True)))
+    return model, (x, y), h, dict(zip("hgp", torch.autograd.grad(loss, (h, g, p)), strict=True))
 
 
 def given_by(estimator, model, batch):
