@@ -193,6 +193,8 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
+    "Expected a CriticCascade at the boundary above",
+    "to depend on its parameters, but got one without a graph",
 ]
 """Something was called at the wrong time, or on the wrong thing."""
 

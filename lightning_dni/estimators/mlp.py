@@ -67,8 +67,8 @@ class MLPEstimator(GradientEstimator):
         check_sizes("hidden_sizes", hidden_sizes)
         if batch_norm and ignore_index is not None:
             raise EstimatorError(
-                f"Expected `batch_norm=False` with `ignore_index` for {who(self, spec.name)}, but got True: "
-                "its statistics would count padding. Pass `batch_norm=False`."
+                f"Expected `batch_norm` to be False with `ignore_index` for {who(self, spec.name)}, but got "
+                "True: its statistics would count padding. Pass `batch_norm=False`."
             )
         self.num_classes, self.context_size, self.ignore_index = num_classes, context_size, ignore_index
         sizes = [joint_width(spec), *hidden_sizes, joint_width(spec)]

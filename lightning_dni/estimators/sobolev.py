@@ -5,6 +5,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import (
@@ -38,6 +39,8 @@ class SobolevEstimator(GradientEstimator):
             `[batch, positions, num_classes]` where labels are per position.
         hidden_sizes: Widths of the head's hidden layers.
         derivative_weight: Weight of the SG loss beside the loss of the values.
+        label_share: Share of the labels in the values, from 0 to 1, beside the network's probabilities. An
+            untrained network says nothing of the labels, and through many boundaries it is long untrained.
 
     Raises:
         EstimatorError: The activation, the labels, a size or the weight does not fit.
@@ -47,7 +50,7 @@ class SobolevEstimator(GradientEstimator):
     facts = Facts(
         gradient="d CE(s, y)/dh",
         synthesis="linear or MLP of h",
-        target="softmax(p), p the network's output, and dL/dh",
+        target="softmax(p), p the network's output (with a share of y), and dL/dh",
         loss="cross-entropy, and squared distance of d CE(s, y)/dh",
     )
 
@@ -57,13 +60,17 @@ class SobolevEstimator(GradientEstimator):
         num_classes: int,
         hidden_sizes: Sequence[int] = (),
         derivative_weight: float = 1.0,
+        label_share: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0.0 <= derivative_weight < float("inf"):
             raise EstimatorError(
                 f"Expected `derivative_weight` to be a number of at least 0, but got {derivative_weight!r}."
             )
-        self.num_classes, self.derivative_weight = num_classes, derivative_weight
+        if not 0.0 <= label_share <= 1.0:
+            raise EstimatorError(f"Expected `label_share` to be from 0 to 1, but got {label_share!r}.")
+        self.num_classes = num_classes
+        self.derivative_weight, self.label_share = derivative_weight, label_share
         self.head = ClassHead(spec, num_classes, hidden_sizes)
         self._boundary = spec.name
 
@@ -85,9 +92,18 @@ class SobolevEstimator(GradientEstimator):
         assert output is not None
         assert feedback.target is not None
         check_scores(output, scores, who(self, self._boundary))
+        output = output.to(scores.dtype)
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        probabilities = torch.softmax(output.to(scores.dtype), dim=-1)
-        values = summed_cross_entropy(scores, probabilities) / rows_of(record.h)
+        values = summed_cross_entropy(scores, self._values(output, record.context)) / rows_of(record.h)
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)
+
+    def _values(self, output: Tensor, labels: Tensor | None) -> Tensor:
+        """The probabilities that the head follows."""
+        probabilities = torch.softmax(output, dim=-1)
+        if not self.label_share:
+            return probabilities
+        assert labels is not None
+        one_hot = F.one_hot(labels.long(), self.num_classes or -1).to(probabilities.dtype)
+        return torch.lerp(probabilities, one_hot, self.label_share)

@@ -102,5 +102,7 @@ def test_padding_needs_labels(kind):
 
 
 def test_batch_norm_would_count_padding():
-    with pytest.raises(EstimatorError, match="`batch_norm=False` with `ignore_index` for MLPEstimator at bo"):
+    with pytest.raises(
+        EstimatorError, match="`batch_norm` to be False with `ignore_index` for MLPEstimator at bo"
+    ):
         MLPEstimator(SPEC, num_classes=CLASSES, ignore_index=PADDING)

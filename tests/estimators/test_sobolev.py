@@ -23,7 +23,9 @@ def values_and_derivatives(row, head, h, target, output, above, classes):
     log_probabilities = scores_by_hand(head, row, h).log_softmax(-1)
     picked = log_probabilities.gather(-1, classes.unsqueeze(-1))
     (derivative,) = torch.autograd.grad(-picked.sum(), h, create_graph=True)
-    values = -(output.softmax(-1) * log_probabilities).sum()
+    share = 0.4 if "share" in row.id else 0.0
+    followed = (1 - share) * output.softmax(-1) + share * torch.eye(CLASSES, dtype=h.dtype)[classes]
+    values = -(followed * log_probabilities).sum()
     return (values + WEIGHT * (derivative - target).pow(2).sum()) / len(h)
 
 
@@ -83,6 +85,22 @@ def test_derivatives_pull_it_towards_the_target_where_values_say_nothing():
     assert_close(layer.weight.grad, torch.zeros_like(layer.weight), rtol=0, atol=1e-6)
     estimator.loss(record, feedback).backward()
     assert layer.weight.grad.abs().max() > 0.1
+
+
+def test_with_labels_alone_it_follows_no_output():
+    estimator = SobolevEstimator(SPEC, CLASSES, derivative_weight=0.0, label_share=1.0)
+    h, y = torch.randn(6, 5), torch.arange(6) % CLASSES
+    record, target = record_of(estimator, (h,), y), (torch.randn(6, 5),)
+    outputs = (torch.randn(6, CLASSES), torch.randn(6, CLASSES))
+    losses = [estimator.loss(record, Feedback(target=target, output=output)).detach() for output in outputs]
+    assert_close(losses[0], losses[1])
+    assert_close(losses[0], nn.functional.cross_entropy(estimator.head.stack(h), y).detach())
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_refuses_a_share_out_of_range(share):
+    with pytest.raises(EstimatorError, match="`label_share` to be from 0 to 1, but got"):
+        SobolevEstimator(SPEC, CLASSES, label_share=share)
 
 
 def test_refuses_an_output_that_is_no_score_per_class():
