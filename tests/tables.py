@@ -231,6 +231,7 @@ ESTIMATORS = [
     Row("conv2d-prop", partial(conv, prop_alpha=0.3, **labels), "map", "labels", rowwise=False, locks=BOTH),
     *head_rows("sobolev", sobolev, True, hidden=False),
     Row("sobolev-hidden", partial(sobolev, hidden_sizes=(8,)), context="labels"),
+    Row("critic-share", partial(critic, label_share=0.4), context="labels"),
     Row("sobolev-share-tokens", partial(sobolev, label_share=0.4), "sequence", "token labels"),
     *head_rows("cascade", cascade, True, hidden=False),
     Row("cascade-hidden", partial(cascade, hidden_sizes=(8,)), context="labels"),

@@ -16,7 +16,7 @@ from lightning_dni.core.estimator import (
     Signal,
     who,
 )
-from lightning_dni.estimators.head import ClassHead, check_scores
+from lightning_dni.estimators.head import ClassHead, check_scores, check_share, share_labels
 
 
 @final
@@ -33,9 +33,11 @@ class CriticEstimator(GradientEstimator):
         num_classes: Number of classes; the network's output must be scores `[batch, num_classes]`, or
             `[batch, positions, num_classes]` where labels are per position.
         hidden_sizes: Widths of the head's hidden layers.
+        label_share: Share of the labels in the values, from 0 to 1, beside the network's probabilities. An
+            untrained network says nothing of the labels, and through many boundaries it is long untrained.
 
     Raises:
-        EstimatorError: The activation, the labels or a size does not fit.
+        EstimatorError: The activation, the labels, a size or the share does not fit.
     """
 
     needs = frozenset({Signal.OUTPUT})
@@ -43,13 +45,20 @@ class CriticEstimator(GradientEstimator):
     facts = Facts(
         gradient="d CE(s, y)/dh",
         synthesis="linear or MLP of h",
-        target="softmax(p), p the network's output",
+        target="softmax(p), p the network's output (with a share of y)",
         loss="cross-entropy",
     )
 
-    def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        spec: BoundarySpec,
+        num_classes: int,
+        hidden_sizes: Sequence[int] = (),
+        label_share: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        check_share("label_share", label_share)
+        self.num_classes, self.label_share = num_classes, label_share
         self.head = ClassHead(spec, num_classes, hidden_sizes)
         self._boundary = spec.name
 
@@ -70,4 +79,5 @@ class CriticEstimator(GradientEstimator):
         output, scores = feedback.output, record.state
         assert output is not None
         check_scores(output, scores, who(self, self._boundary))
-        return self.head.loss(record, torch.softmax(output.to(scores.dtype), dim=-1))
+        probabilities = torch.softmax(output.to(scores.dtype), dim=-1)
+        return self.head.loss(record, share_labels(probabilities, record.context, self.label_share))

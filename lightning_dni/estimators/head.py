@@ -100,6 +100,29 @@ def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(flat, flat_target, reduction="sum")
 
 
+def check_share(argument: str, share: float) -> None:
+    """Refuse a share that is not from 0 to 1.
+
+    Raises:
+        EstimatorError: It is not.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise EstimatorError(f"Expected `{argument}` to be from 0 to 1, but got {share!r}.")
+
+
+def share_labels(probabilities: Tensor, labels: Tensor | None, share: float) -> Tensor:
+    """Probabilities `[..., classes]`, of which the labels `[...]` are given a share.
+
+    >>> import torch
+    >>> share_labels(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), share=0.5)
+    tensor([[0.2500, 0.7500]])
+    """
+    if not share or labels is None:
+        return probabilities
+    one_hot = F.one_hot(labels.long(), probabilities.shape[-1]).to(probabilities.dtype)
+    return torch.lerp(probabilities, one_hot, share)
+
+
 def check_scores(output: Tensor, scores: Tensor, who: str) -> None:
     """Refuse an output of the network that is no score for every score of a head.
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Record
-from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.head import ClassHead
+from lightning_dni.estimators.head import ClassHead, check_share
 from lightning_dni.estimators.similarity import SimilarityMatching
 
 
@@ -49,8 +48,7 @@ class LocalLossEstimator(GradientEstimator):
         similarity: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0.0 <= similarity <= 1.0:
-            raise EstimatorError(f"Expected `similarity` to be from 0 to 1, but got {similarity!r}.")
+        check_share("similarity", similarity)
         self.num_classes, self.similarity = num_classes, similarity
         self.head = ClassHead(spec, num_classes, hidden_sizes)
         self.matching = SimilarityMatching(spec, num_classes) if similarity else None

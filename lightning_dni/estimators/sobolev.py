@@ -5,7 +5,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import (
@@ -20,7 +19,13 @@ from lightning_dni.core.estimator import (
 )
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.head import ClassHead, check_scores, summed_cross_entropy
+from lightning_dni.estimators.head import (
+    ClassHead,
+    check_scores,
+    check_share,
+    share_labels,
+    summed_cross_entropy,
+)
 
 
 @final
@@ -67,8 +72,7 @@ class SobolevEstimator(GradientEstimator):
             raise EstimatorError(
                 f"Expected `derivative_weight` to be a number of at least 0, but got {derivative_weight!r}."
             )
-        if not 0.0 <= label_share <= 1.0:
-            raise EstimatorError(f"Expected `label_share` to be from 0 to 1, but got {label_share!r}.")
+        check_share("label_share", label_share)
         self.num_classes = num_classes
         self.derivative_weight, self.label_share = derivative_weight, label_share
         self.head = ClassHead(spec, num_classes, hidden_sizes)
@@ -96,14 +100,6 @@ class SobolevEstimator(GradientEstimator):
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        values = summed_cross_entropy(scores, self._values(output, record.context)) / rows_of(record.h)
+        followed = share_labels(torch.softmax(output, dim=-1), record.context, self.label_share)
+        values = summed_cross_entropy(scores, followed) / rows_of(record.h)
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)
-
-    def _values(self, output: Tensor, labels: Tensor | None) -> Tensor:
-        """The probabilities that the head follows."""
-        probabilities = torch.softmax(output, dim=-1)
-        if not self.label_share:
-            return probabilities
-        assert labels is not None
-        one_hot = F.one_hot(labels.long(), self.num_classes or -1).to(probabilities.dtype)
-        return torch.lerp(probabilities, one_hot, self.label_share)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import head_by_hand, scores_by_hand
-from tables import ESTIMATORS, batch_for, each, loss_of, network, record_of
+from tables import CLASSES, ESTIMATORS, batch_for, each, loss_of, network, record_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -13,6 +13,11 @@ from lightning_dni.estimators import CriticEstimator
 
 ROWS = [row for row in ESTIMATORS if row.id.startswith("critic")]
 SPEC = BoundarySpec("net.1", (LeafSpec((5,), torch.float32),))
+
+
+def followed(row, output, classes):
+    share = 0.4 if row.id == "critic-share" else 0.0
+    return (1 - share) * output.softmax(-1) + share * torch.eye(CLASSES, dtype=output.dtype)[classes]
 
 
 @each(ROWS)
@@ -50,7 +55,7 @@ def test_equals_a_hand_written_loop(row):
             for head, below in zip(heads, hs, strict=True):
                 head.zero_grad()  # what the labels said was for the stage
                 log_probabilities = scores_by_hand(head, row, below).log_softmax(-1)
-                (-(output.detach().softmax(-1) * log_probabilities).sum() / len(x)).backward()
+                (-(followed(row, output.detach(), classes) * log_probabilities).sum() / len(x)).backward()
             loss_of(output, classes).backward()
             theirs.step()
             assert_close(loss.detach(), loss_of(output, classes).detach())
@@ -83,6 +88,11 @@ def test_is_done_where_it_answers_as_the_network_does():
     record = record_of(estimator, (h,), torch.zeros(6, dtype=torch.long))
     estimator.loss(record, Feedback(output=layer(h).detach())).backward()
     assert_close(layer.weight.grad, torch.zeros_like(layer.weight), rtol=0, atol=1e-6)
+
+
+def test_refuses_a_share_out_of_range():
+    with pytest.raises(EstimatorError, match=r"`label_share` to be from 0 to 1, but got 1\.5"):
+        CriticEstimator(SPEC, 3, label_share=1.5)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 2, 3), (6, 1)], ids=str)
