@@ -94,8 +94,8 @@ def test_learns_a_map_of_its_rank():
     errors = []
     for rank in (1, 2):
         estimator = LowRankEstimator(spec, rank=rank).double()
-        optimizer = torch.optim.Adam(estimator.parameters(), lr=0.02)
-        for _ in range(600):
+        optimizer = torch.optim.Adam(estimator.parameters(), lr=0.04)
+        for _ in range(300):
             h = torch.randn(64, 9).double()
             target = h @ w.T @ w
             optimizer.zero_grad()
