@@ -49,7 +49,12 @@ def run(
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={"devices": 1, "callbacks": list(callbacks)},
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-dni", "exit_on_error": execute},
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "prog": "lightning-dni",
+            "epilog": f"Beside these, with a --help of their own: {', '.join(COMMANDS)}",
+            "exit_on_error": execute,
+        },
         args=args,
         run=execute,
     )

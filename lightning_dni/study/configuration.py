@@ -113,7 +113,7 @@ def read_study(file: str | Path, overrides: Sequence[tuple[str, str]] = (), *, q
     source = _load(file)
     if quick:
         for key, value in check_mapping("quick", source.get("quick")).items():
-            OmegaConf.update(source, str(key), value, force_add=True)
+            OmegaConf.update(source, str(key), value, merge=False, force_add=True)
     for key, text in overrides:
         _override(source, key, text)
     check_keys("the study", list(source), KEYS)
@@ -146,7 +146,7 @@ def _load(file: Path) -> DictConfig:
 def _override(source: DictConfig, key: str, text: str) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload, index]
-        OmegaConf.update(source, key, value, force_add=True)
+        OmegaConf.update(source, key, value, merge=False, force_add=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise StudyError(
             f"Expected --{key} to name a key of the study and {text!r} to be YAML, but got: {error}"
@@ -163,14 +163,13 @@ def _axes(source: DictConfig) -> dict[str, dict[str, Any]]:
     for axis, values in check_mapping("grid", _plain(source.get("grid"))).items():
         if axis in ("seed", "name"):
             raise StudyError(f"Expected another name for `grid.{axis}`: ${{run.{axis}}} is taken.")
-        if isinstance(values, list):
-            values = {value: value for value in values}
-        if not isinstance(values, dict) or not values:
+        if not isinstance(values, (list, dict)) or not values:
             raise StudyError(
                 f"Expected `grid.{axis}` to be a list of values or a mapping of names to values, but got "
                 f"{values!r}. Leave the axis out if it has nothing to vary."
             )
-        axes[str(axis)] = {check_name(f"grid.{axis}", name): value for name, value in values.items()}
+        pairs = values.items() if isinstance(values, dict) else zip(values, values, strict=True)
+        axes[str(axis)] = {check_name(f"grid.{axis}", name): value for name, value in pairs}
     return axes
 
 
@@ -233,7 +232,7 @@ def _configuration(
         known = ", ".join(f"${{run.{axis}}}" for axis in (*axes, "seed", "name"))
         raise StudyError(
             f"Expected every ${{...}} in `{error.full_key or key}` to name a key of the study, but: "
-            f"{error.msg or error}. Name a key that is there; of the run these are {known}."
+            f"{str(error.msg or error).splitlines()[0]}. Name a key that is there; of the run these are {known}."
         ) from error
     if key == "call":
         return {

@@ -39,7 +39,7 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
             if panel is not None and row == 0:
                 axes.set_title(f"{picture.panel}: {panel}", fontsize=10)
             axes.label_outer()
-    _add_legend(figure, grid[0][0], picture)
+    _add_legend(figure, picture)
     figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
     return figure
 
@@ -130,7 +130,11 @@ def _draw_curve(
     axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def _add_legend(figure: Figure, axes: Axes, picture: Picture) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if picture.line is not None and handles and picture.line != picture.x:
-        figure.legend(handles, labels, loc="outside right upper", title=picture.line, fontsize=9)
+def _add_legend(figure: Figure, picture: Picture) -> None:
+    """One for all panels: a line may be missing in some."""
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found.update(dict(zip(labels, handles, strict=True)))
+    if picture.line is not None and found and picture.line != picture.x:
+        figure.legend(found.values(), found.keys(), loc="outside right upper", title=picture.line, fontsize=9)

@@ -23,7 +23,7 @@ from lightning_dni.study.configuration import Run, Study
 from lightning_dni.study.execution import Build, call, train
 from lightning_dni.study.folder import Result, RunFolder
 from lightning_dni.study.picture import draw_study
-from lightning_dni.study.table import write_results, write_runs
+from lightning_dni.study.table import check_metrics, write_results, write_runs
 
 CONFIGURATION, RUNS, RESULTS, PICTURE = "study.yaml", "runs.csv", "results.csv", "picture.png"
 
@@ -67,7 +67,7 @@ def run_study(study: Study, out: Path, build: Build) -> Outcome:
                 bar.set_postfix_str(run.name)
                 try:
                     _run(study, run, folder, build)
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, SystemExit):  # a Trainer makes the latter of either signal
                     outcome.interrupted = True
                     break
                 outcome.ran += 1
@@ -89,15 +89,16 @@ def _run(study: Study, run: Run, folder: RunFolder, build: Build) -> None:
     trace = None
     closed_well = False
     try:
-        with _quiet(), _ctrl_c():
+        with _quiet(), _same_handler():
             if "call" in run.configuration:
                 metrics = call(run.configuration, folder.path, run.seed, wandb)
             else:
                 metrics = train(run.configuration, folder.path, wandb, build)
+            check_metrics(metrics, study)
             if wandb is not None:
                 log_files(_logger(wandb, folder.path), run.name, "configuration", [folder.configuration_file])
         closed_well = True
-    except (Exception, SystemExit) as raised:
+    except Exception as raised:
         error, trace = f"{type(raised).__name__}: {raised}", traceback.format_exc()
     finally:
         if wandb is not None:
@@ -140,18 +141,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """A Trainer makes `SystemExit` of Ctrl-C and ignores the signal from then on: undo both."""
-    main = threading.current_thread() is threading.main_thread()
+def _same_handler() -> Iterator[None]:
+    """A Trainer that was stopped by Ctrl-C ignores it from then on: not beyond its run."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
     finally:
-        if main:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
 
 

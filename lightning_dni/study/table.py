@@ -10,8 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_dni.errors import StudyError
 from lightning_dni.study.configuration import Cell, Run, Study
 from lightning_dni.study.folder import Result
+
+COLUMNS = ("seed", "seeds", "status", "failed", "failure")
 
 
 @dataclass
@@ -26,6 +29,20 @@ class CellResults:
     def values(self, metric: str) -> list[float]:
         """Of the runs that have logged it."""
         return [result.metrics[metric] for _, result in self.finished if metric in result.metrics]
+
+
+def check_metrics(metrics: Iterable[str], study: Study) -> None:
+    """Whether metrics have names of their own in the table.
+
+    Raises:
+        StudyError: One is called as an axis or another column.
+    """
+    for name in metrics:
+        if name in (*COLUMNS, *study.axes):
+            raise StudyError(
+                f"Expected metrics with names of their own, but got {name!r}, which is a column of the "
+                f"table: {', '.join((*study.axes, *COLUMNS))}. Rename the metric or the axis."
+            )
 
 
 def by_cell(study: Study, results: Mapping[str, Result]) -> list[CellResults]:
