@@ -102,6 +102,9 @@ def _show(study: Study, outcome: Outcome, out: Path) -> list[str]:
     plain.print(f"Results: {out / RESULTS}")
     if (out / PICTURE).exists():
         plain.print(f"Picture: {out / PICTURE}")
+    found = {" ".join(f"{k} {v}" for k, v in each.versions.items()) for each in outcome.results.values()}
+    if len(found) > 1:
+        plain.print(f"These are results of different versions: {'; '.join(sorted(found))}.")
     problems = _problems(study, outcome)
     for problem in problems:
         plain.print(problem)

@@ -232,7 +232,8 @@ def _configuration(
         known = ", ".join(f"${{run.{axis}}}" for axis in (*axes, "seed", "name"))
         raise StudyError(
             f"Expected every ${{...}} in `{error.full_key or key}` to name a key of the study, but: "
-            f"{str(error.msg or error).splitlines()[0]}. Name a key that is there; of the run these are {known}."
+            f"{str(error.msg or error).splitlines()[0]}. Name a key that is there; of the run these are "
+            f"{known}."
         ) from error
     if key == "call":
         return {

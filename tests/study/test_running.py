@@ -37,9 +37,9 @@ def test_finished_runs_are_not_repeated():
 
 
 def test_a_killed_study_goes_on_with_the_run_that_it_was_in():
-    code = f"from study.parts import study; study({KILLED!r})"
+    Path("toy.yaml").write_text(KILLED)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-m", "lightning_dni", "study", "--config", "toy.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert calls() == ["0.5 0", "0.5 1"]
@@ -94,6 +94,18 @@ def test_an_unfinished_run_may_be_configured_anew():
         study(CALL.replace('seed: "${run.seed}"', 'seed: "${run.seed}", fails_at: 2.0'), "--only.rate", "1.0")
         == 0
     )
+
+
+def test_results_of_different_versions_are_told_apart(capsys):
+    assert study(CALL) == 0
+    assert "different versions" not in capsys.readouterr().out
+    file = Path("runs/toy/rate=0.5,kind=a,seed=0/result.json")
+    file.write_text(file.read_text().replace(torch.__version__, "1.0"))
+    assert study(CALL) == 0
+    said = capsys.readouterr().out
+    assert "These are results of different versions: " in said
+    assert "torch 1.0 " in said
+    assert f"torch {torch.__version__} " in said
 
 
 def test_a_failing_run_does_not_stop_the_others(capsys):
