@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_dni.callbacks.wandb_report import close_run
+from lightning_dni.callbacks.wandb_report import close_run, log_picture
 from lightning_dni.errors import StudyError
 from lightning_dni.study.figures import keep_figures, read_history
 
@@ -77,9 +77,8 @@ def call(
             f"Expected {configuration['call']} to return a mapping of names to figures, but got {figures!r}."
         )
     metrics = {**keep_figures(figures, folder), "seconds": seconds}
-    for logger in _loggers(folder, wandb)[1:]:
-        logger.log_hyperparams(dict(configuration["arguments"]))
-        logger.log_metrics(metrics)
+    if wandb is not None:
+        _log_figures(_wandb_logger(folder, wandb), configuration["arguments"], metrics, folder)
     return metrics
 
 
@@ -99,11 +98,29 @@ def _words(configuration: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _loggers(folder: Path, wandb: Mapping[str, Any] | None) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="csv")]
-    if wandb is not None:
-        close_run()
-        loggers.append(WandbLogger(**{"save_dir": str(folder.absolute()), **wandb}))
-    return loggers
+    csv = CSVLogger(folder, name="", version="csv")
+    return [csv] if wandb is None else [csv, _wandb_logger(folder, wandb)]
+
+
+def _wandb_logger(folder: Path, wandb: Mapping[str, Any]) -> WandbLogger:
+    close_run()
+    return WandbLogger(**{"save_dir": str(folder.absolute()), **wandb})
+
+
+def _log_figures(
+    logger: WandbLogger, arguments: Mapping[str, Any], metrics: Mapping[str, float], folder: Path
+) -> None:
+    """What a function was given and has returned: curves by step, then numbers and pictures."""
+    logger.log_hyperparams(dict(arguments))
+    rows: dict[int, dict[str, float]] = {}
+    for name, points in read_history(folder).items():
+        for step, value in points:
+            rows.setdefault(step, {})[name] = value
+    for step, row in sorted(rows.items()):
+        logger.log_metrics(row, step)
+    logger.log_metrics(metrics)
+    for file in sorted(folder.glob("*.png")):
+        log_picture(logger, file.stem, file)
 
 
 def _function(path: str) -> Callable[..., Any]:

@@ -48,15 +48,17 @@ def _draw_panel(
     axes: Axes, study: Study, picture: Picture, metric: str, cells: Sequence[CellResults], out: Path
 ) -> None:
     lines = study.axes[picture.line] if picture.line else [None]
-    positions = None if picture.x == STEP else positions_of(study.axes[picture.x])
+    positions = None if picture.x == STEP else _Positions(study.axes[picture.x])
     for index, line in enumerate(lines):
         drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
         color, label = f"C{index}", line or metric
         if positions is None:
             _draw_curve(axes, metric, drawn, out, color, label)
         else:
+            # named values: lines lie beside each other, not one over the other
             shift = 0.0 if picture.line is None or positions.numeric else 0.5 * (index / len(lines) - 0.5)
-            _draw_points(axes, picture.x, metric, drawn, positions, color, label, shift)
+            points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
+            _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
     axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
     if positions is not None and not positions.numeric:
         axes.set_xticks(list(positions.of.values()), list(positions.of), rotation=20, ha="right")
@@ -67,7 +69,7 @@ def _draw_panel(
         axes.spines[side].set_visible(False)
 
 
-class Positions:
+class _Positions:
     """Where the values of an axis lie: at their numbers where all are, else side by side."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -80,29 +82,15 @@ class Positions:
             self.of = {name: float(index) for index, name in enumerate(names)}
 
 
-def positions_of(names: Sequence[str]) -> Positions:
-    """Where the values of an axis lie."""
-    return Positions(names)
-
-
 def _draw_points(
-    axes: Axes,
-    x: str,
-    metric: str,
-    cells: Sequence[CellResults],
-    positions: Positions,
-    color: str,
-    label: str,
-    shift: float,
+    axes: Axes, points: Sequence[tuple[float, list[float]]], style: str, color: str, label: str
 ) -> None:
-    """Mean and bar of each cell, and a small point for each seed."""
-    found = sorted((positions.of[each.cell[x]] + shift, each.values(metric)) for each in cells)
-    found = [(place, values) for place, values in found if values]
+    """Mean and bar at each place, and a small point for each seed."""
+    found = sorted((place, values) for place, values in points if values)
     if not found:
         return
     summaries = [mean_and_spread(values) for _, values in found]
     means, spreads = [m for m, _ in summaries], [0.0 if math.isnan(s) else s for _, s in summaries]
-    style = "-" if positions.numeric else "none"
     places = [place for place, _ in found]
     axes.errorbar(
         places, means, yerr=spreads, color=color, label=label, linestyle=style, marker="o", capsize=3

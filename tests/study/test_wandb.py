@@ -46,6 +46,7 @@ def in_folder(name="toy"):
 
 def test_a_study_of_functions():
     text = CALL + LOGGED + "picture: {x: rate, y: final, line: kind}\n"
+    text = text.replace('seed: "${run.seed}"', 'seed: "${run.seed}", draws: true')
     text = text.replace("recipe: {", "recipe: {tags: [section 9], ")
     assert study(text, "--grid.rate", "[0.5]", "--seeds", "1", "--only.kind", "b") == 0
     files = in_folder()
@@ -53,6 +54,8 @@ def test_a_study_of_functions():
     logged = read_run(files["toy/rate=0.5,kind=b,seed=1"])
     assert logged.config["rate"] == 0.5
     assert logged.summary["final"] == 1.0625
+    assert [row["loss"] for row in logged.by_step().values()] == [1.5, 1.25, 1.125, 1.0625]
+    assert any("drawn.path" in row for row in logged.rows)
     run, artifacts = records(files["toy/rate=0.5,kind=b,seed=1"])
     assert (run.run_group, run.job_type, run.display_name) == ("toy", "0.5", "rate=0.5,kind=b,seed=1")
     assert list(run.tags) == ["toy", "section 9"]
