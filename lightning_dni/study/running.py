@@ -1,8 +1,6 @@
 """The loop over the runs of a study: what has finished is kept, what fails is noted, the others go on."""
 
 import platform
-import signal
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +87,7 @@ def _run(study: Study, run: Run, folder: RunFolder, build: Build) -> None:
     trace = None
     closed_well = False
     try:
-        with _quiet(), _same_handler():
+        with _quiet():
             if "call" in run.configuration:
                 metrics = call(run.configuration, folder.path, run.seed, wandb)
             else:
@@ -138,17 +136,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
-
-
-@contextmanager
-def _same_handler() -> Iterator[None]:
-    """A Trainer that was stopped by Ctrl-C ignores it from then on: not beyond its run."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 def _write(study: Study, outcome: Outcome, out: Path) -> None:
