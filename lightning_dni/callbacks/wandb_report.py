@@ -1,6 +1,8 @@
-"""What Weights & Biases gets beyond a logger's rows: axes, summaries and the picture of a run."""
+"""What Weights & Biases gets beyond a logger's rows: axes, summaries, pictures and files of a run."""
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -58,3 +60,35 @@ class WandbReport:
 
         for run in self._runs:
             run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})
+
+
+def log_files(logger: WandbLogger, name: str, kind: str, files: Sequence[Path]) -> None:
+    """Log `files` as one artifact of the logger's run.
+
+    Args:
+        logger: Its run is opened if it is not open.
+        name: Of the artifact; characters that W&B does not take become underscores.
+        kind: The artifact's type.
+        files: Those that exist are added.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name), type=kind)
+    for file in files:
+        if file.exists():
+            artifact.add_file(str(file))
+    logger.experiment.log_artifact(artifact)
+
+
+def log_picture(logger: WandbLogger, name: str, file: Path) -> None:
+    """Log a PNG file as an image of the logger's run."""
+    import wandb
+
+    logger.experiment.log({name: wandb.Image(str(file))})
+
+
+def close_run(*, failed: bool = False) -> None:
+    """Close the process's open W&B run, if there is one: the next logger would take it over."""
+    import wandb
+
+    wandb.finish(exit_code=1 if failed else 0)
