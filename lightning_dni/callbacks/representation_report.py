@@ -1,0 +1,122 @@
+"""What RepresentationMonitor finds, its picture and its table."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLUMNS = (
+    "layer",
+    "boundary",
+    "distance to last layer",
+    "probe, training accuracy",
+    "probe, test accuracy",
+    "weight norm",
+)
+PER_ROW = 8
+
+
+@dataclass(frozen=True)
+class Representations:
+    """The curves over layers, in forward order.
+
+    Attributes:
+        step: Optimizer steps before.
+        distance: Distance of the within-class blocks of the dissimilarity matrix to those of the last layer.
+        train_accuracy: Of a linear probe on the samples it was fitted to; empty without probes.
+        test_accuracy: On as many others.
+        weight_norm: Mean squared weight as a share of the sum over layers; of layers with weights.
+    """
+
+    step: int
+    distance: Mapping[str, float]
+    train_accuracy: Mapping[str, float]
+    test_accuracy: Mapping[str, float]
+    weight_norm: Mapping[str, float]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names in forward order."""
+        return tuple(self.distance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves in primitives."""
+        curves = {name: dict(getattr(self, name)) for name in CURVES}
+        return {"step": self.step, **curves}
+
+    def rows(self, boundaries: Collection[str]) -> list[list[Any]]:
+        """One row per layer, with the columns `COLUMNS`; None where nothing was measured."""
+        curves = [getattr(self, name) for name in CURVES]
+        return [[layer, layer in boundaries, *(c.get(layer) for c in curves)] for layer in self.layers]
+
+
+CURVES = ("distance", "train_accuracy", "test_accuracy", "weight_norm")
+
+
+def draw_representations(
+    found: Representations, matrices: Mapping[str, Tensor], boundaries: Collection[str]
+) -> Figure:
+    """The dissimilarity matrix of every layer, and below them the curves; boundaries are in red.
+
+    Args:
+        found: The curves.
+        matrices: By layer, samples in the order of their classes.
+        boundaries: Names of layers behind which the network is cut.
+    """
+    layers = list(matrices)
+    columns = min(PER_ROW, max(3, len(layers)))
+    lines = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(1.5 * columns + 1, 1.7 * lines + 3.4), dpi=110, layout="constrained")
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[1.7 * lines + 0.4, 3]))
+    _draw_matrices(upper, layers, matrices, boundaries, lines, columns)
+    distance, accuracy, norm = lower.subplots(1, 3)
+    cuts = [k for k, layer in enumerate(layers) if layer in boundaries]
+    _draw_curve(distance, layers, cuts, "distance to the last layer", [("", found.distance, "-")])
+    both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
+    _draw_curve(accuracy, layers, cuts, "accuracy of a linear probe", both if found.train_accuracy else [])
+    _draw_curve(norm, layers, cuts, "mean squared weight, share", [("", found.weight_norm, "-")])
+    return figure
+
+
+def _draw_matrices(
+    figure: Any,
+    layers: Sequence[str],
+    matrices: Mapping[str, Tensor],
+    boundaries: Collection[str],
+    lines: int,
+    columns: int,
+) -> None:
+    places: list[Axes] = list(np.atleast_1d(figure.subplots(lines, columns)).flat)
+    figure.suptitle("Dissimilarity of samples in the order of their classes (0: alike, 1: uncorrelated)")
+    picture = None
+    for axes, layer in zip(places, layers, strict=False):
+        picture = axes.imshow(matrices[layer].numpy(), vmin=0, vmax=1.5, cmap="viridis", aspect="equal")
+        axes.set_title(layer, fontsize=8, color="firebrick" if layer in boundaries else "black")
+    for axes in places:
+        axes.set_axis_off()
+    if picture is not None:
+        figure.colorbar(picture, ax=places, shrink=0.8, pad=0.01)
+
+
+def _draw_curve(
+    axes: Axes,
+    layers: Sequence[str],
+    cuts: Sequence[int],
+    title: str,
+    curves: Sequence[tuple[str, Mapping[str, float], str]],
+) -> None:
+    for cut in cuts:
+        axes.axvline(cut + 0.5, color="firebrick", linewidth=0.8, alpha=0.6)
+    for label, curve, style in curves:
+        places = [k for k, layer in enumerate(layers) if layer in curve]
+        axes.plot(places, [curve[layers[k]] for k in places], style, marker=".", color="C0", label=label)
+    if len(curves) > 1:
+        axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("layer, counted from the input")
+    axes.grid(alpha=0.3)
