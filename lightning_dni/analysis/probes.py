@@ -34,9 +34,12 @@ class LinearProbe:
         return float((self.logits(rows).argmax(1) == labels).double().mean())
 
 
+# labels are annotated apart from rows: another length is refused by `_check`, which says more
+
+
 def fit_probe(
     rows: Float[Tensor, " samples features"],
-    labels: Int64[Tensor, " samples"],
+    labels: Int64[Tensor, " labels"],
     num_classes: int | None = None,
     penalty: float = 1e-3,
     max_iterations: int = 500,

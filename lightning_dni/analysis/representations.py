@@ -121,7 +121,7 @@ def dissimilarity(
         nothing: it is at 1 from every other.
 
     Example:
-        >>> dissimilarity(torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0], [2.0, 1.0, 0.0]]))
+        >>> dissimilarity(torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 2.0, 0.0, 2.0], [1.0, 0.0, 1.0, 0.0]]))
         tensor([[0., 0., 2.],
                 [0., 0., 2.],
                 [2., 2., 0.]], dtype=torch.float64)
