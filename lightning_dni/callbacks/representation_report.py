@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_dni.callbacks.engine import key_of
+
 COLUMNS = (
     "layer",
     "boundary",
@@ -48,6 +50,14 @@ class Representations:
         """The curves in primitives."""
         curves = {name: dict(getattr(self, name)) for name in CURVES}
         return {"step": self.step, **curves}
+
+    def as_metrics(self) -> dict[str, float]:
+        """The curves as metrics of one step: `dni_layer_<curve>/<layer>`."""
+        return {
+            key_of(f"dni_layer_{name}", layer): value
+            for name in CURVES
+            for layer, value in getattr(self, name).items()
+        }
 
     def rows(self, boundaries: Collection[str]) -> list[list[Any]]:
         """One row per layer, with the columns `COLUMNS`; None where nothing was measured."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ class RepresentationMonitor(pl.Callback):
 
     For each layer: the dissimilarity matrix of samples in the order of their classes, how far its
     within-class blocks are from the last layer's, the accuracy of a linear probe, and the mean squared
-    weight. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers' directories
-    a picture per measurement, `dni_representations_step_<n>.png`. It works under every strategy whose
+    weight. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the numbers,
+    `dni_layer_<curve>/<layer>`, and their directory a picture per measurement,
+    `dni_representations_step_<n>.png`. It works under every strategy whose
     processes hold the whole model, with synthetic gradients or without, and changes no number of the run.
 
     Args:
@@ -177,6 +179,10 @@ class RepresentationMonitor(pl.Callback):
         assert self._wandb is not None
         figure = draw_representations(found, self.matrices, self._boundaries)
         step = trainer.global_step - 1
+        row = found.as_metrics()
+        for logger in trainer.loggers:
+            if not isinstance(logger, WandbLogger):  # which gets a table
+                logger.log_metrics(row, step)
         self._wandb.show_figure(PICTURE, figure, "dissimilarity matrices and curves over layers", step)
         self._wandb.show_table(TABLE, COLUMNS, found.rows(self._boundaries), step)
         path = picture_path(trainer, f"{PICTURE}_step_{found.step}.png")

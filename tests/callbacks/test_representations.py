@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from callbacks.runs import read_run
+from callbacks.runs import csv_rows, read_run
 from ddp_fits import ddp, fit_on_rank, trainers
 from fits import CLASSES, FEATURES, Net, different, dni, fit, loader, net, quiet_trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -202,9 +202,15 @@ def test_layers_are_named_by_patterns():
 
 def test_picture_goes_into_the_log_directory():
     logger = CSVLogger(".")
-    monitored(logger=logger, max_epochs=1)
+    monitor, _, _ = monitored(logger=logger, max_epochs=1)
     path = Path(logger.log_dir) / "dni_representations_step_10.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    row = {key: value for key, value in csv_rows(logger)[9].items() if key.startswith("dni_layer")}
+    curves = ("distance", "train_accuracy", "test_accuracy", "weight_norm")
+    assert list(row) == sorted(f"dni_layer_{curve}/net_{k}" for curve in curves for k in range(3))
+    (found,) = monitor.history
+    assert row["dni_layer_distance/net_1"] == pytest.approx(found.distance["net.1"])
+    assert row["dni_layer_weight_norm/net_2"] == pytest.approx(found.weight_norm["net.2"])
 
 
 def test_wandb_gets_picture_and_table():
