@@ -36,10 +36,10 @@ class RepresentationMonitor(pl.Callback):
 
     For each layer: the dissimilarity matrix of samples in the order of their classes, how far its
     within-class blocks are from the last layer's, the accuracy of a linear probe, and the mean squared
-    weight. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the numbers,
-    `dni_layer_<curve>/<layer>`, and their directory a picture per measurement,
-    `dni_representations_step_<n>.png`. It works under every strategy whose
-    processes hold the whole model, with synthetic gradients or without, and changes no number of the run.
+    weight. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the
+    numbers, `dni_layer_<curve>/<layer>`, and their directory a picture per measurement,
+    `dni_representations_step_<n>.png`. It works under every strategy whose processes hold the whole model,
+    with synthetic gradients or without, and changes no number of the run.
 
     Args:
         layers: Names or fnmatch patterns of submodules, a wildcard for one level. None: the boundaries, with
