@@ -5,9 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lightning_dni.callbacks.engine import key_of
@@ -21,6 +23,8 @@ COLUMNS = (
     "weight norm",
 )
 PER_ROW = 8
+HIGHEST = 1.5
+"""The end of the colour scale; only samples that layers make opposites of are further apart."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,21 @@ def draw_representations(
     layers = list(matrices)
     columns = min(PER_ROW, max(3, len(layers)))
     lines = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(1.5 * columns + 1, 1.7 * lines + 3.4), dpi=110, layout="constrained")
-    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[1.7 * lines + 0.4, 3]))
-    _draw_matrices(upper, layers, matrices, boundaries, lines, columns)
-    distance, accuracy, norm = lower.subplots(1, 3)
+    width, upper, lower = 1.6 * columns + 1.2, 1.8 * lines + 0.4, 3.2
+    figure = Figure(figsize=(width, upper + lower), dpi=110)
+    border = lower / (upper + lower)
+    _draw_matrices(figure, matrices, boundaries, (lines, columns), (border, 1 - 0.4 / (upper + lower)))
+    margin = 0.6 / width
+    grid = figure.add_gridspec(
+        1,
+        3,
+        left=margin,
+        right=1 - 0.3 * margin,
+        bottom=0.6 / (upper + lower),
+        top=border * 0.86,
+        wspace=0.25,
+    )
+    distance, accuracy, norm = (figure.add_subplot(place) for place in grid)
     cuts = [k for k, layer in enumerate(layers) if layer in boundaries]
     _draw_curve(distance, layers, cuts, "distance to the last layer", [("", found.distance, "-")])
     both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
@@ -94,23 +109,29 @@ def draw_representations(
 
 
 def _draw_matrices(
-    figure: Any,
-    layers: Sequence[str],
+    figure: Figure,
     matrices: Mapping[str, Tensor],
     boundaries: Collection[str],
-    lines: int,
-    columns: int,
+    shape: tuple[int, int],
+    room: tuple[float, float],
 ) -> None:
-    places: list[Axes] = list(np.atleast_1d(figure.subplots(lines, columns)).flat)
-    figure.suptitle("Dissimilarity of samples in the order of their classes (0: alike, 1: uncorrelated)")
-    picture = None
-    for axes, layer in zip(places, layers, strict=False):
-        picture = axes.imshow(matrices[layer].numpy(), vmin=0, vmax=1.5, cmap="viridis", aspect="equal")
-        axes.set_title(layer, fontsize=8, color="firebrick" if layer in boundaries else "black")
-    for axes in places:
+    """One after the other in rows, in the part of the figure between the heights in `room`."""
+    bottom, top = room
+    figure.suptitle(
+        "Dissimilarity of samples in the order of their classes (0: alike, 1: uncorrelated)", y=0.99
+    )
+    right = 1 - 0.8 / figure.get_figwidth()
+    grid = figure.add_gridspec(
+        *shape, left=0.01, right=right, bottom=bottom, top=top - 0.01, wspace=0.05, hspace=0.15
+    )
+    colors = Normalize(0, HIGHEST)
+    for place, (layer, matrix) in zip(grid, matrices.items(), strict=False):
+        axes = figure.add_subplot(place)
+        axes.imshow(matrix.numpy(), norm=colors, cmap="viridis", interpolation="nearest")
+        axes.set_title(layer, fontsize=8, pad=3, color="firebrick" if layer in boundaries else "black")
         axes.set_axis_off()
-    if picture is not None:
-        figure.colorbar(picture, ax=places, shrink=0.8, pad=0.01)
+    bar = figure.add_axes((right + 0.01, bottom, 0.12 / figure.get_figwidth(), 0.8 * (top - bottom)))
+    figure.colorbar(ScalarMappable(colors, "viridis"), cax=bar)
 
 
 def _draw_curve(
@@ -129,4 +150,5 @@ def _draw_curve(
         axes.legend(fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("layer, counted from the input")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

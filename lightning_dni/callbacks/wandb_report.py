@@ -55,9 +55,15 @@ class WandbReport:
             self._log(TIMELINE, pixels_of(draw_timeline(stages)), "who computed what when", step)
 
     def show_figure(self, name: str, figure: Figure, caption: str, step: int) -> None:
-        """Log `figure` as a picture at `step`."""
+        """Log `figure` as picture `name` at `step`."""
         if self._runs:
             self._log(name, pixels_of(figure), caption, step)
+
+    def _log(self, name: str, pixels: npt.NDArray[np.uint8], caption: str, step: int) -> None:
+        import wandb  # takes a second, and only here is it needed
+
+        for run in self._runs:
+            run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})
 
     def show_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a table at `step`."""
@@ -68,9 +74,3 @@ class WandbReport:
                 # a table each: it belongs to the run that logs it
                 table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
                 run.log({name: table, AXIS: step})
-
-    def _log(self, name: str, pixels: npt.NDArray[np.uint8], caption: str, step: int) -> None:
-        import wandb  # takes a second, and only here is it needed
-
-        for run in self._runs:
-            run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})
