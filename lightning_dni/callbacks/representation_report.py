@@ -99,7 +99,7 @@ def draw_representations(
         top=border * 0.86,
         wspace=0.25,
     )
-    distance, accuracy, norm = (figure.add_subplot(place) for place in grid)
+    distance, accuracy, norm = (figure.add_subplot(grid[0, k]) for k in range(3))
     cuts = [k for k, layer in enumerate(layers) if layer in boundaries]
     _draw_curve(distance, layers, cuts, "distance to the last layer", [("", found.distance, "-")])
     both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
@@ -125,8 +125,8 @@ def _draw_matrices(
         *shape, left=0.01, right=right, bottom=bottom, top=top - 0.01, wspace=0.05, hspace=0.15
     )
     colors = Normalize(0, HIGHEST)
-    for place, (layer, matrix) in zip(grid, matrices.items(), strict=False):
-        axes = figure.add_subplot(place)
+    for k, (layer, matrix) in enumerate(matrices.items()):
+        axes = figure.add_subplot(grid[divmod(k, shape[1])])
         axes.imshow(matrix.numpy(), norm=colors, cmap="viridis", interpolation="nearest")
         axes.set_title(layer, fontsize=8, pad=3, color="firebrick" if layer in boundaries else "black")
         axes.set_axis_off()
