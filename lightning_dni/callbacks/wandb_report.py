@@ -42,6 +42,16 @@ class WandbReport:
         for run in self._runs:
             run.summary.update(dict(values))
 
+    def show_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Log a table at `step`."""
+        if self._runs:
+            import wandb
+
+            for run in self._runs:
+                # a table each: it belongs to the run that logs it
+                table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+                run.log({name: table, AXIS: step})
+
     def show(self, probes: Sequence[Probe], step: int) -> None:
         """Log the picture of `probes` at `step`."""
         if self._runs and probes:
@@ -64,13 +74,3 @@ class WandbReport:
 
         for run in self._runs:
             run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})
-
-    def show_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Log a table at `step`."""
-        if self._runs:
-            import wandb
-
-            for run in self._runs:
-                # a table each: it belongs to the run that logs it
-                table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-                run.log({name: table, AXIS: step})
