@@ -171,10 +171,10 @@ def _pairs_within(labels: Tensor) -> Bool[Tensor, " samples samples"]:
 
 
 def weight_norm_profile(layers: Mapping[str, nn.Module]) -> dict[str, float]:
-    """The mean squared weight of every layer that has weights, as a share of their sum over the layers.
+    """The squared norm of the weights of every layer that has some, as a share of their sum over the layers.
 
     Weights are parameters of two dimensions or more: matrices and kernels, without biases and the factors
-    of a normalization. Layers of equal size are compared by their squared norms.
+    of a normalization.
 
     Args:
         layers: Submodules by name.
@@ -182,11 +182,10 @@ def weight_norm_profile(layers: Mapping[str, nn.Module]) -> dict[str, float]:
     Returns:
         A share by name; all together are 1. Without any weight but zero all are 0.
     """
-    means: dict[str, float] = {}
+    squares: dict[str, float] = {}
     for name, layer in layers.items():
         weights = [p.detach().double() for p in layer.parameters() if p.ndim > 1]
         if weights:
-            total = sum(float(w.square().sum()) for w in weights)
-            means[name] = total / sum(w.numel() for w in weights)
-    whole = sum(means.values())
-    return {name: mean / whole if whole else 0.0 for name, mean in means.items()}
+            squares[name] = sum(float(weight.square().sum()) for weight in weights)
+    whole = sum(squares.values())
+    return {name: square / whole if whole else 0.0 for name, square in squares.items()}

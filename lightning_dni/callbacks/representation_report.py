@@ -20,7 +20,7 @@ COLUMNS = (
     "distance to last layer",
     "probe, training accuracy",
     "probe, test accuracy",
-    "weight norm",
+    "squared norm of weights, share",
 )
 PER_ROW = 8
 HIGHEST = 1.5
@@ -36,7 +36,7 @@ class Representations:
         distance: Distance of the within-class blocks of the dissimilarity matrix to those of the last layer.
         train_accuracy: Of a linear probe on the samples it was fitted to; empty without probes.
         test_accuracy: On as many others.
-        weight_norm: Mean squared weight as a share of the sum over layers; of layers with weights.
+        weight_norm: Squared norm of the weights as a share of the sum over layers; of layers with weights.
     """
 
     step: int
@@ -104,7 +104,7 @@ def draw_representations(
     _draw_curve(distance, layers, cuts, "distance to the last layer", [("", found.distance, "-")])
     both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
     _draw_curve(accuracy, layers, cuts, "accuracy of a linear probe", both if found.train_accuracy else [])
-    _draw_curve(norm, layers, cuts, "mean squared weight, share", [("", found.weight_norm, "-")])
+    _draw_curve(norm, layers, cuts, "squared norm of the weights, share", [("", found.weight_norm, "-")])
     return figure
 
 

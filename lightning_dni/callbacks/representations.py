@@ -35,8 +35,8 @@ class RepresentationMonitor(pl.Callback):
     """Measures how classes are laid out in every layer (Czarnecki et al. 2017, section 5), by one process.
 
     For each layer: the dissimilarity matrix of samples in the order of their classes, how far its
-    within-class blocks are from the last layer's, the accuracy of a linear probe, and the mean squared
-    weight. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the
+    within-class blocks are from the last layer's, the accuracy of a linear probe, and the squared norm of
+    the weights. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the
     numbers, `dni_layer_<curve>/<layer>`, and their directory a picture per measurement,
     `dni_representations_step_<n>.png`. It works under every strategy whose processes hold the whole model,
     with synthetic gradients or without, and changes no number of the run.

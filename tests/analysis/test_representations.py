@@ -113,14 +113,14 @@ def test_distance_to_nothing_is_refused():
 # ---- norms
 
 
-def test_norms_are_mean_squares_over_their_sum():
+def test_norms_are_squares_over_their_sum():
     layers = {"a": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "none": nn.ReLU(), "b": nn.Linear(2, 4)}
     with torch.no_grad():
         layers["a"][0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         layers["a"][0].bias.fill_(100)
         layers["a"][1].weight.fill_(100)
         layers["b"].weight.fill_(2)
-    assert weight_norm_profile(layers) == pytest.approx({"a": 7.5 / 11.5, "b": 4 / 11.5})
+    assert weight_norm_profile(layers) == pytest.approx({"a": 30 / 62, "b": 32 / 62})
 
 
 def test_norms_of_zero_weights_are_zero():
