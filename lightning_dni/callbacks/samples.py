@@ -60,12 +60,12 @@ class Samples:
     def _add(self, batch: Any) -> None:
         if not _are_samples(batch):
             raise MisconfigurationException(
-                "Expected `samples` as a tensor of inputs and one of integer labels, one for each, but "
+                "Expected `samples` as a tensor of inputs and one of labels, a class from 0 on for each, but "
                 f"{'got' if self._is_given else 'validation reads'} {_kind_of(batch)}. Pass "
                 "RepresentationMonitor(samples=(inputs, labels))."
             )
         inputs, labels = (tensor.detach().to("cpu", copy=True) for tensor in batch)
-        self._batches.append((inputs, labels))
+        self._batches.append((inputs, labels.long()))
 
 
 def _are_samples(batch: Any) -> bool:
@@ -74,7 +74,9 @@ def _are_samples(batch: Any) -> bool:
     inputs, labels = batch
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)) or not inputs.ndim:
         return False
-    return labels.shape == inputs.shape[:1] and not (labels.is_floating_point() or labels.is_complex())
+    if labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        return False
+    return bool((labels >= 0).all())
 
 
 def _kind_of(batch: Any) -> str:

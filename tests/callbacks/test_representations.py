@@ -311,12 +311,11 @@ def test_numbers_out_of_range_are_refused(options, match):
             r"a tuple of \(2, 3\) of torch.float32, \(2,\) of torch.float32",
         ),
         ((torch.zeros(2, 3), torch.zeros(3).long()), r"a tuple of \(2, 3\) of torch.float32, \(3,\)"),
+        ((torch.zeros(2, 3), -torch.ones(2).long()), r"a tuple of \(2, 3\) of torch.float32, \(2,\)"),
     ],
 )
 def test_samples_without_classes_are_refused(samples, kind):
-    match = (
-        f"Expected `samples` as a tensor of inputs and one of integer labels, one for each, but got {kind}"
-    )
+    match = f"one of labels, a class from 0 on for each, but got {kind}"
     with pytest.raises(MisconfigurationException, match=match):
         RepresentationMonitor(samples=samples)
 
@@ -327,7 +326,7 @@ def test_validation_without_classes_is_refused():
             pass
 
     data = DataLoader([{"x": torch.zeros(4, FEATURES), "y": torch.zeros(4) % CLASSES}], batch_size=None)
-    with pytest.raises(MisconfigurationException, match="labels, one for each, but validation reads a dict"):
+    with pytest.raises(MisconfigurationException, match="for each, but validation reads a dict"):
         fit(Dicts(), val=data, callbacks=[RepresentationMonitor()])
 
 
