@@ -190,6 +190,9 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
+    "Expected layer … to run when the model does",
+    "Expected layer … to give a tensor with one row for each",
+    "Expected a process that holds the whole model for RepresentationMonitor",
 ]
 """Something was called at the wrong time, or on the wrong thing."""
 

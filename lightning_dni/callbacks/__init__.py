@@ -9,6 +9,8 @@ Example:
 
 from lightning_dni.callbacks.heatmap import Probe, draw_heatmap, write_heatmap
 from lightning_dni.callbacks.monitor import GradientMonitor
+from lightning_dni.callbacks.representation_report import Representations, draw_representations
+from lightning_dni.callbacks.representations import RepresentationMonitor
 from lightning_dni.callbacks.schedulers import Alternation, BPLambdaScheduler, LinearWarmup, StepLambda
 from lightning_dni.callbacks.timeline import PipelineTimeline
 
@@ -19,7 +21,10 @@ __all__ = [
     "LinearWarmup",
     "PipelineTimeline",
     "Probe",
+    "RepresentationMonitor",
+    "Representations",
     "StepLambda",
     "draw_heatmap",
+    "draw_representations",
     "write_heatmap",
 ]
