@@ -47,7 +47,12 @@ def fit(recipe, *words, callbacks=()):
 
 
 def test_there_are_seven_recipes_and_these_studies():
-    assert [path.stem for path in STUDIES] == ["approximators"]
+    assert [path.stem for path in STUDIES] == [
+        "approximators",
+        "depth_sweep",
+        "random_labels",
+        "representations",
+    ]
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",
         "digits_critic",
