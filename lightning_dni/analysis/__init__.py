@@ -1,9 +1,9 @@
 """The instruments of Czarnecki et al. 2017, for recipes, callbacks and tests; torch alone.
 
-Critical points (section 3): `stationarity`, `representation_error`, and the counter-example of supplement A in
-`counter_example`. Learning dynamics (section 4): `regress`, `train_deep_linear`, `TrackingInstrument` and
-`InjectedErrorEstimator`, on `artificial_data`. The implicit loss (section 5): `implicit_loss`,
-`conservation_of` and `loss_surfaces`.
+Critical points (section 3): `stationarity`, `representation_error`, and the counter-example of supplement A,
+`descend` on `loss_surface`. Learning dynamics (section 4): `regress`, `train_deep_linear`,
+`TrackingInstrument` and `InjectedErrorEstimator`, on `artificial_data`. The implicit loss (section 5):
+`implicit_loss`, `conservation_of` and `loss_surfaces`.
 """
 
 from lightning_dni.analysis.counter_example import Surface, Trajectory, descend, loss_surface

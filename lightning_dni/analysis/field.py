@@ -26,11 +26,11 @@ AT_A_TIME = 8192
 class GradientField:
     """SG(h, c) of an estimator as a function of h, row by row: a frozen copy in double precision, on the CPU.
 
-    Batch norm inside it uses its running averages, as for a single row, so that no row depends on another.
+    Batch norm inside it uses its running averages, so that no row depends on another.
     Nothing of the estimator moves, and the global generator is left alone.
 
     Args:
-        estimator: What is copied; of one tensor, whose rows it treats apart from each other.
+        estimator: What is copied; one tensor crosses its boundary.
     """
 
     def __init__(self, estimator: GradientEstimator) -> None:
@@ -54,8 +54,8 @@ class GradientField:
         """
         if context is None and (self._estimator.num_classes or self._estimator.context_size):
             raise EstimatorError(
-                f"Expected `context` for {type(self._estimator).__name__}, which asks for labels or more, but "
-                "got None. Pass one for each row."
+                f"Expected `context` for {type(self._estimator).__name__}, which asks for labels, but got "
+                "None. Pass one for each row."
             )
         at, told = h.detach().cpu().double(), None if context is None else context.detach().cpu()
         with seeded(0, at.device):

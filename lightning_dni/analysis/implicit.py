@@ -16,6 +16,7 @@ from lightning_dni.analysis.linear import LinearMap
 from lightning_dni.core import GradientEstimator
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.distance import cosine_of, cosine_sums
+from lightning_dni.core.randomness import seeded
 from lightning_dni.errors import BoundaryError
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -156,7 +157,8 @@ def _run(model: nn.Module, names: list[str], points: Tensor) -> tuple[Tensor, di
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        output = model(points)
+        with seeded(0, points.device):
+            output = model(points)
     finally:
         for handle in handles:
             handle.remove()

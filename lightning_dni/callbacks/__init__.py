@@ -8,18 +8,25 @@ Example:
 """
 
 from lightning_dni.callbacks.heatmap import Probe, draw_heatmap, write_heatmap
+from lightning_dni.callbacks.implicit import ImplicitLossMonitor
+from lightning_dni.callbacks.landscape import draw_counter_example, draw_loss_surfaces
 from lightning_dni.callbacks.monitor import GradientMonitor
 from lightning_dni.callbacks.schedulers import Alternation, BPLambdaScheduler, LinearWarmup, StepLambda
 from lightning_dni.callbacks.timeline import PipelineTimeline
+from lightning_dni.callbacks.tracking import TrackingConditionMonitor
 
 __all__ = [
     "Alternation",
     "BPLambdaScheduler",
     "GradientMonitor",
+    "ImplicitLossMonitor",
     "LinearWarmup",
     "PipelineTimeline",
     "Probe",
     "StepLambda",
+    "TrackingConditionMonitor",
+    "draw_counter_example",
     "draw_heatmap",
+    "draw_loss_surfaces",
     "write_heatmap",
 ]

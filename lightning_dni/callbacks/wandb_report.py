@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 
 from lightning_dni.callbacks.gantt import draw_timeline
 from lightning_dni.callbacks.heatmap import Probe, heatmap_pixels
@@ -52,6 +53,11 @@ class WandbReport:
         """Log the picture of what the `stages` did, at `step`."""
         if self._runs:
             self._log(TIMELINE, pixels_of(draw_timeline(stages)), "who computed what when", step)
+
+    def show_figure(self, name: str, figure: Figure, caption: str, step: int) -> None:
+        """Log `figure` as picture `name` at `step`."""
+        if self._runs:
+            self._log(name, pixels_of(figure), caption, step)
 
     def _log(self, name: str, pixels: npt.NDArray[np.uint8], caption: str, step: int) -> None:
         import wandb  # takes a second, and only here is it needed

@@ -18,7 +18,7 @@ class BatchNorm(nn.Module):
         feature_dim: 1 for maps `[batch, features, ...]`, -1 for `[batch, ..., features]`.
 
     Attributes:
-        frozen: Whether every batch is treated as a single row is, so that no row depends on another.
+        frozen: Whether every batch is normalized by the running averages, so that no row depends on another.
     """
 
     running_mean: Tensor
