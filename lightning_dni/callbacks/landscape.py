@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from lightning_dni.analysis.counter_example import Surface, Trajectory
 from lightning_dni.analysis.implicit import LossSurfaces
@@ -13,44 +14,50 @@ from lightning_dni.analysis.implicit import LossSurfaces
 def draw_loss_surfaces(surfaces: LossSurfaces, title: str = "") -> Figure:
     """A row for each label; a column for the true loss, if it is known, and one for each boundary.
 
-    Every panel has a color scale of its own: an implicit loss is free up to a constant for each class.
+    Every panel has a color scale of its own, written over it: an implicit loss is free up to a constant for
+    each class.
 
     Args:
-        surfaces: What to draw, over a square grid as `plane` gives it.
+        surfaces: What to draw, over a grid as `plane` gives it.
         title: Of the figure.
     """
     known = surfaces.true is not None
     columns = ({"true loss": surfaces.true} if known else {}) | dict(surfaces.implicit)
     correlations = surfaces.correlations() if known else {}
     classes = len(next(iter(surfaces.implicit.values())))
-    figure = Figure(figsize=(0.6 + 2.6 * len(columns), 0.7 + 2.4 * classes), dpi=110, layout="constrained")
+    width, height = 0.9 + 2.4 * len(columns), 1.1 + 2.5 * classes
+    figure = Figure(figsize=(width, height), dpi=110)
     panels = figure.subplots(classes, len(columns), squeeze=False, sharex=True, sharey=True)
-    figure.suptitle(title or "Loss that each boundary's estimator implements, up to a constant per label")
+    # fixed, since a layout that is solved takes longer than all the rest
+    figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.95 / height, 0.12, 0.3)
+    figure.suptitle(title or "Losses that the estimators implement, up to a constant per label")
     for place, (name, values) in enumerate(columns.items()):
         assert values is not None
         for label in range(classes):
             axes = panels[label, place]
-            _draw_surface(axes, surfaces, values[label].numpy())
-            lines = [name] if label == 0 else []
+            said = _draw_surface(axes, surfaces, values[label])
             if name in correlations:
-                lines.append(f"correlation {float(correlations[name][label]):.2f}")
-            axes.set_title("\n".join(lines), fontsize=9)
-            if place == 0:
-                axes.set_ylabel(f"label {label}\nsecond input")
-            if label == classes - 1:
-                axes.set_xlabel("first input")
+                said += f", corr. {float(correlations[name][label]):.2f}"
+            axes.set_title(f"{name}\n{said}" if label == 0 else said, fontsize=9)
+    for label in range(classes):
+        panels[label, 0].set_ylabel(f"label {label}\nsecond input")
+    for axes in panels[-1]:
+        axes.set_xlabel("first input")
     return figure
 
 
-def _draw_surface(axes: Axes, surfaces: LossSurfaces, values: np.ndarray) -> None:
+def _draw_surface(axes: Axes, surfaces: LossSurfaces, values: Tensor) -> str:
+    """Draw one surface; says between which values its colors run."""
     side = round(len(values) ** 0.5)
-    x, y, z = (each.reshape(side, side) for each in (*surfaces.points.numpy().T, values))
-    mesh = axes.pcolormesh(x, y, z, cmap="viridis", shading="gouraud")
+    x, y, z = (each.reshape(side, side).T for each in (*surfaces.points.numpy().T, values.numpy()))
+    half = [
+        (axis[-1] - axis[0]) / (side - 1) / 2 for axis in (x[0], y[:, 0])
+    ]  # pixels are around their points
+    extent = (x[0, 0] - half[0], x[0, -1] + half[0], y[0, 0] - half[1], y[-1, 0] + half[1])
+    axes.imshow(z, origin="lower", extent=extent, aspect="auto", cmap="viridis")
     if np.ptp(z) > 0:
         axes.contour(x, y, z, levels=8, colors="white", linewidths=0.5, alpha=0.6)
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.colorbar(mesh, ax=axes, pad=0.02).ax.tick_params(labelsize=7)
+    return f"{z.min():.3g} to {z.max():.3g}"
 
 
 def draw_counter_example(surface: Surface, runs: Mapping[str, Trajectory]) -> Figure:
@@ -79,7 +86,8 @@ def draw_counter_example(surface: Surface, runs: Mapping[str, Trajectory]) -> Fi
         curve.plot(run.losses.numpy(), color=color, label=f"{name}: ends at {float(run.losses[-1]):.3g}")
     plan.set(xlabel="slope a", ylabel="offset b", title="hatched: a constant module at rest stops the net")
     curve.set(xlabel="step", ylabel="loss", title="o start, X end")
+    curve.set_xscale("symlog")  # most of it happens in the first hundredth of the steps
     curve.set_ylim(bottom=0)
-    curve.legend()
+    curve.legend(loc="lower left", fontsize=8)
     figure.suptitle("f(x) = ax + b on {-2, -1, 1, 2}, loss the sum of |f(x)|")
     return figure

@@ -168,7 +168,7 @@ def test_a_boundary_that_runs_twice_is_refused():
 
 
 def trained(kind, loss_of, steps=300):
-    """Six hidden layers, one linear synthetic gradient in the middle, Adam; claim 13's net, reduced."""
+    """Six hidden layers, one linear synthetic gradient on top, Adam; claim 13's net, reduced."""
     torch.manual_seed(0)
     x, y = artificial_data(kind, 2, rows=200, dtype=torch.float32)
     labels = y.squeeze(1).long()
@@ -177,7 +177,7 @@ def trained(kind, loss_of, steps=300):
     model = nn.Sequential(*hidden, nn.Linear(16, 2))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     estimator = partial(LinearEstimator, num_classes=2)
-    engine = DNIEngine(model, ["3"], estimator, estimator_optimizer=partial(torch.optim.Adam, lr=1e-2))
+    engine = DNIEngine(model, ["5"], estimator, estimator_optimizer=partial(torch.optim.Adam, lr=1e-2))
     with unchecked(), engine:
         for _ in range(steps):
             optimizer.zero_grad()
@@ -193,9 +193,8 @@ def half_squares(output, labels):
     return (output - F.one_hot(labels, 2)).square().sum(1) / 2
 
 
-def test_a_linear_module_implements_the_squared_error_and_less_well_the_log_loss():
-    squared = trained("noisy", half_squares).correlations()["3"]
-    log = trained("separable", partial(F.cross_entropy, reduction="none")).correlations()["3"]
-    print(squared, log)
-    assert float(squared.min()) > 0.95
-    assert float(log.mean()) < float(squared.mean()) - 0.02
+def test_a_linear_module_implements_the_squared_error_and_the_log_loss_less_well():
+    squared = trained("noisy", half_squares).correlations()["5"]
+    log = trained("noisy", partial(F.cross_entropy, reduction="none")).correlations()["5"]
+    assert float(squared.min()) > 0.99
+    assert float(log.min()) < float(squared.min())
