@@ -135,7 +135,7 @@ def loss_surfaces(
         name: _implicit_surfaces(GradientField(estimator), activations[name], labels, estimator)
         for name, estimator in estimators.items()
     }
-    return LossSurfaces(points.cpu(), true, implicit)
+    return LossSurfaces(points.cpu().double(), true, implicit)
 
 
 def _implicit_surfaces(

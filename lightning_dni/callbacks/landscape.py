@@ -50,9 +50,8 @@ def _draw_surface(axes: Axes, surfaces: LossSurfaces, values: Tensor) -> str:
     """Draw one surface; says between which values its colors run."""
     side = round(len(values) ** 0.5)
     x, y, z = (each.reshape(side, side).T for each in (*surfaces.points.numpy().T, values.numpy()))
-    half = [
-        (axis[-1] - axis[0]) / (side - 1) / 2 for axis in (x[0], y[:, 0])
-    ]  # pixels are around their points
+    # pixels are around their points
+    half = [(axis[-1] - axis[0]) / (side - 1) / 2 for axis in (x[0], y[:, 0])]
     extent = (x[0, 0] - half[0], x[0, -1] + half[0], y[0, 0] - half[1], y[-1, 0] + half[1])
     axes.imshow(z, origin="lower", extent=extent, aspect="auto", cmap="viridis")
     if np.ptp(z) > 0:

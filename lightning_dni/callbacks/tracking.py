@@ -57,7 +57,7 @@ class TrackingConditionMonitor(InstrumentMonitor):
         replicas = Replicas(trainer.strategy, pl_module) if trainer.world_size > 1 else None
         row: dict[str, Tensor] = {}
         for name, window in self._windows.items():
-            measured, weights = window.total(replicas)
+            measured, weights = window.total(replicas, trainer.world_size)
             if not measured["jacobian_square"]:  # no weights below, so nothing that could go wrong
                 continue
             condition = tracking_condition(measured, weights)
@@ -79,10 +79,11 @@ class TrackingConditionMonitor(InstrumentMonitor):
         """Say how often the condition held."""
         super().on_train_end(trainer, pl_module)
         if self.counts:
-            said = ", ".join(f"{held} of {of} at {name!r}" for name, (held, of) in self.counts.items())
+            counts = self.counts.items()
+            said = ", ".join(f"{held} of {of} measured steps at {name!r}" for name, (held, of) in counts)
             rank_zero_info(
-                f"TrackingConditionMonitor: the condition of Proposition 2 held at {said} measured steps. It "
-                "is sufficient, not necessary: where it fails no guarantee holds, which does not say that "
+                f"TrackingConditionMonitor: the condition of Proposition 2 held at {said}. It is "
+                "sufficient, not necessary: where it fails no guarantee holds, which does not say that "
                 "training fails."
             )
 
@@ -112,9 +113,12 @@ class _Window:
         for name, gradient in weights.items():
             self._weights[name] = self._weights[name] + gradient if name in self._weights else gradient
 
-    def total(self, replicas: Replicas | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def total(
+        self, replicas: Replicas | None, processes: int
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Figures and weights' gradients, of all processes if there are others."""
         if replicas is None:
             return self._measured, self._weights
         squares = {n: replicas.total(v) for n, v in self._measured.items() if n != "scale"}
-        return {**squares, "scale": self._measured["scale"]}, replicas.totals(self._weights)
+        scale = self._measured["scale"] * processes  # the joint loss is the mean of theirs
+        return {**squares, "scale": scale}, replicas.totals(self._weights)

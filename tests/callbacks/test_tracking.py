@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from callbacks.runs import csv_rows, rows_with
-from fits import BOUNDARIES, LINEAR, AtBatchStart, dni, fit, loader, net, weights
+from ddp_fits import ddp, fit_on_rank, trainers
+from fits import BOUNDARIES, LINEAR, AtBatchEnd, AtBatchStart, dni, fit, loader, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from processes import on_ranks
@@ -99,6 +100,38 @@ def test_an_accumulated_batch_has_an_upper_bound_of_the_joint_ones_fraction():
                 assert joint[1][key] * 0.999 <= parts[1][key] <= joint[1][key] * 1.5
 
 
+def tracked(rank):
+    """Rows of a fit, in one of two processes or alone on the joint batches."""
+    rows = {}
+
+    def read(trainer, module, batch_idx):
+        if batch_idx % 2:
+            found = trainer.callback_metrics.items()
+            rows[batch_idx] = {k: v.item() for k, v in found if k.startswith("dni_tracking")}
+
+    monitor = TrackingConditionMonitor(2, iterations=1000, tolerance=1e-9)
+    strategy, devices = (dni(), 1) if rank is None else (ddp(), 2)
+    options = {"callbacks": [monitor, AtBatchEnd(read)], "devices": devices, "precision": "64-true"}
+    fit_on_rank(rank, strategy, module=net().double(), **options)
+    return rows
+
+
+def test_two_processes_have_the_same_rows_and_bound_those_of_the_joint_batch():
+    first, second = trainers(tracked)
+    joint = tracked(None)
+    assert first == second
+    assert len(joint) == len(first) == 4
+    for step, row in joint.items():
+        for name in ("net_0", "net_1"):
+            found = {
+                m: (first[step][f"dni_tracking_{m}/{name}"], row[f"dni_tracking_{m}/{name}"]) for m in METRICS
+            }
+            assert found["epsilon"][0] == pytest.approx(found["epsilon"][1], rel=1e-5)
+            for metric in ("norm", "fraction"):
+                bound, exact = found[metric]
+                assert exact * (1 - 1e-5) <= bound <= 2 * exact
+
+
 def test_exact_gradients_hold_always_and_the_text_says_what_failing_means(capsys, caplog):
     caplog.set_level("INFO")
     exact = TrackingConditionMonitor(2)
@@ -108,7 +141,7 @@ def test_exact_gradients_hold_always_and_the_text_says_what_failing_means(capsys
     monitor = TrackingConditionMonitor(2)
     watched([monitor])
     said = caplog.text + capsys.readouterr().err
-    assert "5 of 5 at 'net.0', 5 of 5 at 'net.1'" in said
+    assert "5 of 5 measured steps at 'net.0', 5 of 5 measured steps at 'net.1'" in said
     assert "where it fails no guarantee holds, which does not say that training fails" in said
 
 
