@@ -81,6 +81,7 @@ RESTRICTIONS = {
     "on probe steps, operations that cannot be differentiated twice": [
         "to be differentiable twice on a probe step, but got: …",
         "but torch.compile has made a graph that reuses its memory",
+        "to have second derivatives",
     ],
     "processes of `DNIDDPStrategy` that do not have the same parameters": ["to be the same in every process"],
     "a number of processes that is no multiple of the stages": [
@@ -184,6 +185,11 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
+    "Expected an estimator that learns the gradient itself",
+    "Expected one tensor at the boundary, but … gives",
+    "Expected one tensor to cross each boundary once for a plane of inputs",
+    "Expected a model in one process for",
+    "Expected a probe of the gradients alone in a pipeline",
 ]
 """Something was called at the wrong time, or on the wrong thing."""
 

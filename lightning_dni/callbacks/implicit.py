@@ -19,6 +19,7 @@ from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.instrument import Observation
 from lightning_dni.core.report import BoundaryReport
+from lightning_dni.errors import BoundaryError
 from lightning_dni.estimators import LinearEstimator
 
 PICTURE = "dni_implicit_loss"
@@ -74,7 +75,7 @@ class ImplicitLossMonitor(InstrumentMonitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the engine and the loggers."""
         super().on_train_start(trainer, pl_module)
-        self._wandb, self._draws = WandbReport(trainer), True
+        self._wandb, self._draws, self._plane = WandbReport(trainer), True, None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -108,15 +109,14 @@ class ImplicitLossMonitor(InstrumentMonitor):
             self._stop_drawing("the input has not two dimensions, or no estimator is told labels.")
             return None
         if self._plane is None:
-            low, high = inputs.amin(0), inputs.amax(0)
-            margin = (high - low) / 10
-            corners = [tuple((c + m).tolist()) for c, m in ((low, -margin), (high, margin))]
-            self._plane = plane(corners[0], corners[1], self._side)
+            self._plane = plane(*_corners(inputs), self._side)
         try:
             return loss_surfaces(pl_module, estimators, self._plane.to(inputs), classes, self._loss)
         except NotImplementedError:
             self._stop_drawing(f"{type(pl_module).__name__} has no `forward`.")
-            return None
+        except BoundaryError as error:
+            self._stop_drawing(str(error))
+        return None
 
     def _stop_drawing(self, why: str) -> None:
         self._draws = False
@@ -150,6 +150,12 @@ class _Conservation:
         context = None if first.context is None else first.context[: self._rows]
         found = conservation_of(first.estimator, first.h[0][: self._rows], context)
         return {"curl": found.curl, "smallest_eigenvalue": found.smallest_eigenvalue}
+
+
+def _corners(inputs: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Those of a plane that holds all inputs and a tenth more on each side."""
+    (a, b), (c, d) = inputs.amin(0).tolist(), inputs.amax(0).tolist()
+    return (a - (c - a) / 10, b - (d - b) / 10), (c + (c - a) / 10, d + (d - b) / 10)
 
 
 def _inputs(batch: Any) -> Tensor | None:

@@ -19,7 +19,7 @@ from lightning_dni.analysis import (
 from lightning_dni.errors import StageError
 
 NAMES = ["0", "1"]
-SHARP = TrackingInstrument(iterations=2000, tolerance=1e-12)
+SHARP = TrackingInstrument(iterations=500, tolerance=1e-10)
 
 
 def dense(outputs, inputs):
@@ -93,7 +93,7 @@ def probed(bp_lambda=0.0, scale=None, instrument=SHARP):
     torch.manual_seed(0)
     model, batch = mlp((5, 6, 7, CLASSES)), blobs()
     engine = attached(model, NAMES, VECTOR_ESTIMATORS["linear"], bp_lambda=bp_lambda)
-    for _ in range(20):
+    for _ in range(5):
         run_step(engine, model, batch)
         engine.update_estimators()
     model.zero_grad()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dni.analysis import GradientField, conservation
 from lightning_dni.callbacks import ImplicitLossMonitor
-from lightning_dni.estimators import MLPEstimator
+from lightning_dni.estimators import LinearEstimator, MLPEstimator
 
 LOSS = partial(F.cross_entropy, reduction="none")
 KINDS = {"net.0": partial(MLPEstimator, hidden_sizes=(8,), num_classes=3), "net.1": LINEAR}
@@ -57,9 +57,9 @@ def flat(seed=0):
     return Flat()
 
 
-def points(rows=80):
-    generator = torch.Generator().manual_seed(1)
-    return DataLoader(TensorDataset(torch.randn(rows, 2, generator=generator), torch.arange(rows) % 3), 8)
+def points(rows=80, classes=3):
+    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, torch.arange(rows) % classes), 8)
 
 
 def test_rows_hold_curl_and_curvature_of_every_estimator_as_it_was_asked():
@@ -88,7 +88,7 @@ def test_the_run_is_the_same_to_the_bit_with_pictures_and_without():
     plain, watched = flat(), flat()
     fit(plain, dni(estimator=KINDS), points())
     rng = torch.get_rng_state()
-    fit(watched, dni(estimator=KINDS), points(), callbacks=[ImplicitLossMonitor(5, loss=LOSS, side=5)])
+    fit(watched, dni(estimator=KINDS), points(), callbacks=[ImplicitLossMonitor(10, loss=LOSS, side=5)])
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(t, weights(plain)[n]) for n, t in weights(watched).items())
     assert watched.net[0][1].running_mean.any()
@@ -99,15 +99,15 @@ def test_pictures_reach_wandb_and_files_and_correlations_the_rows():
     logger = WandbLogger(project="test", save_dir=Path.cwd(), offline=True)
     csv = CSVLogger(".")
     monitor = ImplicitLossMonitor(5, loss=LOSS, side=6)
+    strategy = dni(boundaries=["net.1"], estimator=partial(LinearEstimator, num_classes=2))
     options = {"callbacks": [monitor], "logger": [logger, csv], "log_every_n_steps": 5}
-    fit(flat(), dni(estimator=KINDS), points(), **options)
+    fit(flat(), strategy, points(classes=2), **options)
     file = logger.experiment.settings.sync_file
     wandb.finish()
     run, rows = read_run(file), csv_rows(csv)
-    for name in ("net_0", "net_1"):
-        key = f"dni_implicit_correlation/{name}"
-        assert rows_with(rows, key) == [4, 9]
-        assert -1 <= rows[9][key] <= 1
+    key = "dni_implicit_correlation/net_1"
+    assert rows_with(rows, key) == [4, 9]
+    assert -1 <= rows[9][key] <= 1
     images = [row for row in run.rows if "dni_implicit_loss.path" in row]
     assert [row["trainer/global_step"] for row in images] == [4, 9]
     files = Path(next(Path("wandb").glob("offline-run-*"))) / "files"
@@ -124,11 +124,24 @@ class Backwards(Flat):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
+class Twice(Flat):
+    """Its first stage runs twice in a forward pass."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.net[0] = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        self.net[1] = nn.Linear(2, 8)
+
+    def forward(self, x):
+        return self.net[2](self.net[1](self.net[0](self.net[0](x))))
+
+
 @pytest.mark.parametrize(
     ("module", "train", "why"),
     [
         (net, loader, "the input has not two dimensions"),
         (Backwards, points, "Backwards has no `forward`"),
+        (Twice, points, "Expected one tensor to cross each boundary once for a plane of inputs"),
     ],
 )
 def test_where_nothing_can_be_drawn_it_says_so_once_and_measures_on(module, train, why, capsys, caplog):
