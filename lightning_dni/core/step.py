@@ -176,7 +176,7 @@ class Step:
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
-        record = synthesize(crossing, self._context_for(crossing), self.settings)
+        record = synthesize(crossing, self.context_for(crossing), self.settings)
         if record.gradient is not None:
             crossing.synthetic = tuple(g.detach() for g in record.gradient)
         if crossing.installed.parameters or crossing.waits:
@@ -184,7 +184,12 @@ class Step:
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
 
-    def _context_for(self, crossing: Cut) -> Context:
+    def context_for(self, crossing: Cut) -> Context:
+        """The context that the estimator of `crossing` asks for, checked.
+
+        Raises:
+            EstimatorError: There is none, or it does not fit.
+        """
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, rows)
         if expected not in self._contexts:
