@@ -7,12 +7,14 @@ import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_dni.estimators import catalog
 from lightning_dni.study import command as study
 from lightning_dni.study import shelf
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "study": lambda words: study.main(words, build),
     "recipes": shelf.main,
+    "estimators": catalog.main,
 }
 
 

@@ -14,7 +14,7 @@ from lightning_dni.errors import BoundaryError, StageError
 Owner = TypeVar("Owner")
 
 _LEAF = torch.empty(0, requires_grad=True)
-_AccumulateGrad = type(get_gradient_edge(_LEAF).node)
+AccumulateGrad = type(get_gradient_edge(_LEAF).node)
 _ToCopy = type(_LEAF.to(torch.float64).grad_fn)
 
 _ONE_GRAPH = (
@@ -67,7 +67,7 @@ def trace_stage(
     stack: list[Node] = list(seen)
     while stack:
         node = stack.pop()
-        if type(node) is _AccumulateGrad:
+        if type(node) is AccumulateGrad:
             leaf: Tensor = cast(Any, node).variable
             owner = owner_of(leaf)
             if owner is None:
@@ -87,7 +87,7 @@ def trace_stage(
 def _casts_leaf(node: Node, owner_of: Callable[[Tensor], Owner | None]) -> bool:
     """Whether a cast is of a parameter: autocast hands one such node to every stage that uses it."""
     ((below, _),) = node.next_functions
-    return type(below) is _AccumulateGrad and owner_of(cast(Any, below).variable) is None
+    return type(below) is AccumulateGrad and owner_of(cast(Any, below).variable) is None
 
 
 def _check(node: Node, reached_from: str, closed_by: str | None) -> None:
@@ -121,6 +121,7 @@ def local_gradients(
     gradients: Sequence[Tensor] | None,
     variables: Sequence[Tensor],
     retain_graph: bool = False,
+    only: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Differentiate `outputs` into `variables` without touching what their `.grad` holds.
 
@@ -131,8 +132,9 @@ def local_gradients(
     Args:
         outputs: Tensors with a graph.
         gradients: Derivative of the loss with respect to each output; None for a scalar.
-        variables: Every leaf that the graph reaches.
+        variables: Every leaf that the graph reaches, but for boundary tensors.
         retain_graph: Keep the graph for another pass.
+        only: Whether nobody needs the gradients of other leaves, such as boundary tensors.
 
     Returns:
         Pairs of variable and gradient, without the variables that got none.
@@ -141,7 +143,8 @@ def local_gradients(
     for v in variables:
         v.grad = None
     try:
-        torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
+        inputs = list(variables) if only and variables else None
+        torch.autograd.backward(outputs, gradients, retain_graph=retain_graph, inputs=inputs)
         return [(v, v.grad) for v in variables if v.grad is not None]
     finally:
         for v, grad in zip(variables, kept, strict=True):
