@@ -114,6 +114,16 @@ class Cut:
         """Whether what comes back from above is used for anything but a report."""
         return self.bp_lambda > 0 or Signal.TARGET in self.installed.estimator.needs
 
+    def feedback(self) -> Feedback:
+        """What is there for the estimator to be told."""
+        return Feedback(
+            target=self.target,
+            output=self.output,
+            output_gradient=self.output_gradient,
+            consumer=self.swaps[0].layer if self.swaps else None,
+            above=self.above,
+        )
+
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
         self.delivered = True

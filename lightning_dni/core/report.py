@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.figures import Figures
-from lightning_dni.core.probe import Truth, true_gradients
+from lightning_dni.core.instrument import Instrument
+from lightning_dni.core.probe import Truth, observe, run_instruments, true_gradients
 from lightning_dni.core.step import Profile, Step, no_profile
 
 
@@ -30,6 +31,7 @@ class BoundaryReport:
         regresses: Whether that loss is the SG loss, whose scale is the variance of the target.
         applied_weights: Gradients that the stage's weights were given, on probe steps.
         true_weights: Their true gradients, on probe steps.
+        measured: What each instrument that was asked for has measured, by name.
     """
 
     synthetic: Tensor
@@ -39,6 +41,7 @@ class BoundaryReport:
     regresses: bool
     applied_weights: Mapping[str, Tensor]
     true_weights: Mapping[str, Tensor]
+    measured: Mapping[Instrument, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class Utilization(NamedTuple):
@@ -83,8 +86,8 @@ class Observable(Protocol):
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
 
-    def request_probe(self) -> None:
-        """Have the next training step measure the true gradients too."""
+    def request_probe(self, instrument: Instrument | None = None) -> None:
+        """Have the next training step measure the true gradients too, and what `instrument` measures."""
 
     @property
     def last_report(self) -> StepReport | None:
@@ -141,20 +144,37 @@ def report_step(
         profile: Times the measurement.
     """
     truths: Mapping[Cut, Truth] = {}
-    if step.settings.probe:
-        with profile("dni.probe"):
-            truths = true_gradients(cuts, step.top)
-    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     crossings: dict[str, list[Cut]] = {}
     for cut in reversed(cuts):
         crossings.setdefault(cut.boundary, []).append(cut)
-    boundaries = {name: report_boundary(found, truths, names) for name, found in crossings.items()}
+    measured: dict[str, dict[Instrument, dict[str, Tensor]]] = {}
+    if step.settings.probe:
+        with profile("dni.probe"):
+            truths = true_gradients(cuts, step.top, retain_graph=bool(step.settings.instruments))
+            measured = {name: _measure(step, found, truths) for name, found in crossings.items()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+    boundaries = {
+        name: report_boundary(found, truths, names, measured.get(name)) for name, found in crossings.items()
+    }
     earlier = {} if before is None else before.boundaries
     return StepReport(step=number, probed=step.settings.probe, boundaries={**earlier, **boundaries})
 
 
+def _measure(
+    step: Step, cuts: Sequence[Cut], truths: Mapping[Cut, Truth]
+) -> dict[Instrument, dict[str, Tensor]]:
+    if not step.settings.instruments:
+        return {}
+    scale = step.settings.loss_scale
+    seen = [observe(cut, truths[cut], step.context_for, scale) for cut in cuts]
+    return run_instruments(step.settings.instruments, seen)
+
+
 def report_boundary(
-    cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]
+    cuts: Sequence[Cut],
+    truths: Mapping[Cut, Truth],
+    names: Mapping[Tensor, str],
+    measured: Mapping[Instrument, Mapping[str, Tensor]] | None = None,
 ) -> BoundaryReport:
     """Gather what the crossings of one boundary have kept.
 
@@ -162,6 +182,7 @@ def report_boundary(
         cuts: The crossings.
         truths: True gradients of each of them; empty where none were measured.
         names: The names of parameters.
+        measured: What instruments have measured.
     """
     losses = [cut.loss for cut in cuts if cut.loss is not None]
     applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
@@ -174,6 +195,7 @@ def report_boundary(
         regresses=cuts[0].installed.estimator.regresses,
         applied_weights=_sum_by_name(applied, names),
         true_weights=_sum_by_name(true, names),
+        measured=measured or {},
     )
 
 

@@ -201,7 +201,7 @@ class Step:
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
-        record = synthesize(crossing, self._context_for(crossing), self.settings)
+        record = synthesize(crossing, self.context_for(crossing), self.settings)
         if record.gradient is not None:
             crossing.synthetic = tuple(g.detach() for g in record.gradient)
         if crossing.installed.parameters or crossing.waits:
@@ -212,7 +212,12 @@ class Step:
             below.above = estimator, record
             self._told(below, Signal.ESTIMATOR_ABOVE)
 
-    def _context_for(self, crossing: Cut) -> Context:
+    def context_for(self, crossing: Cut) -> Context:
+        """The context that the estimator of `crossing` asks for, checked.
+
+        Raises:
+            EstimatorError: There is none, or it does not fit.
+        """
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, rows)
         if expected not in self._contexts:
@@ -237,7 +242,7 @@ class Step:
     def _differentiate(self, crossing: Cut) -> None:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
-            correct(crossing, crossing.record, self._feedback(crossing))
+            correct(crossing, crossing.record, crossing.feedback())
         parents = [] if self.settings.report else crossing.stage.parents
         deaf = bool(parents) and not any(parent.hears_from_above for parent in parents)
         gradients = crossing.applied_gradient()
@@ -281,21 +286,12 @@ class Step:
         if crossing.elements_unknown and crossing.leaves:
             crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
 
-    def _feedback(self, crossing: Cut) -> Feedback:
-        return Feedback(
-            target=crossing.target,
-            output=crossing.output,
-            output_gradient=crossing.output_gradient,
-            consumer=crossing.swaps[0].layer if crossing.swaps else None,
-            above=crossing.above,
-        )
-
     def _told(self, crossing: Cut, signal: Signal | None = None) -> None:
         """Let the estimator learn once it has been told all that it asked for."""
         crossing.awaited.discard(signal)
         if crossing.record is not None and not crossing.awaited and not crossing.learned:
             crossing.learned = True
-            self._learn(crossing, self._feedback(crossing))
+            self._learn(crossing, crossing.feedback())
         self._let_go(crossing)
 
     def _learn(self, crossing: Cut, feedback: Feedback) -> None:

@@ -16,6 +16,7 @@ from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch import nn
 
 from lightning_dni import DNIPipelineStrategy
+from lightning_dni.core import Lock
 from lightning_dni.estimators import FeedbackAlignmentEstimator
 from lightning_dni.strategies._compat import MisconfigurationException
 from lightning_dni.strategies.refusals import refuse_nodes_apart, warn_of_waits
@@ -65,7 +66,7 @@ class Unused(Net):
 class Locked(LINEAR.func):
     """Says nothing before it is told."""
 
-    locks = frozenset({"target"})
+    locks = frozenset({Lock.UPDATE})
 
 
 def averaging(kind):
