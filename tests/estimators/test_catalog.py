@@ -64,8 +64,16 @@ def test_an_estimator_without_facts_is_noticed(monkeypatch):
 def test_the_command_prints_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-dni", "estimators"])
     monkeypatch.setenv("COLUMNS", "200")
-    cli.main()
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
     printed = capsys.readouterr().out
     for row in catalog.catalog():
         assert row[0].replace("Estimator", "").split(",")[0] in printed
     assert "forward, update, backward" in printed
+
+
+def test_the_command_takes_no_words(capsys):
+    assert catalog.main(["--help"]) == 0
+    assert catalog.main(["Linear"]) == 2
+    assert capsys.readouterr().out.count("usage: lightning-dni estimators") == 2
