@@ -1,10 +1,13 @@
 """`lightning-dni`: LightningCLI with recipes in mind; nothing else parses arguments."""
 
+import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lightning_dni.estimators.catalog import print_catalog
 
 
 def run(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> LightningCLI:
@@ -35,4 +38,7 @@ def run(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> Lightni
 
 def main() -> None:
     """The command."""
+    if sys.argv[1:2] == ["estimators"]:
+        print_catalog()
+        return
     run()

@@ -142,3 +142,70 @@ def head_by_hand(estimator):
         twin.load_state_dict(layer.state_dict())
         layers += [nn.ReLU(), twin]
     return nn.Sequential(*layers[1:])
+
+
+class FeedbackByHand:
+    """Backprop, FA, DFA and Kickback of a chain of layers with ReLU between them, without autograd.
+
+    Args:
+        layers: nn.Linear or nn.Conv2d, whose weights and biases are trained by plain SGD.
+        rule: "backprop", "fa", "dfa" or "kickback".
+        error: The derivative of the batch's loss with respect to the output, from output and targets.
+        matrices: For every layer but the first, what replaces its weight ("fa"); for every layer but the
+            last, what takes the output's error to its activation ("dfa").
+        before_relu: Whether the direct rules give their gradient to what goes into ReLU, not to what comes
+            out.
+        lr: Learning rate.
+    """
+
+    def __init__(self, layers, rule, error, matrices=None, before_relu=False, lr=0.1):
+        self.layers, self.rule, self.error = layers, rule, error
+        self.before_relu = before_relu and rule in ("dfa", "kickback")
+        self.matrices, self.lr = matrices, lr
+        self.sent = []
+
+    def step(self, x, y):
+        """One step of SGD; returns the output. `sent` holds what each activation was given, lowest first."""
+        inputs, outputs = [], []
+        with torch.no_grad():
+            for k, layer in enumerate(self.layers):
+                x = x.flatten(1) if isinstance(layer, nn.Linear) else x
+                inputs.append(x)
+                outputs.append(self._forward(layer, x))
+                x = outputs[-1].clamp(min=0) if k < len(self.layers) - 1 else outputs[-1]
+            error = self.error(x, y)
+            given, made, self.sent = error, [], []
+            for k in reversed(range(len(self.layers))):
+                made.append(self._weight_gradient(self.layers[k], inputs[k], given))
+                if k == 0:
+                    break
+                arrived = self._to_activation(k, inputs[k], given, error).view_as(outputs[k - 1])
+                self.sent.insert(0, arrived)
+                given = arrived if self.before_relu else arrived * (outputs[k - 1] > 0)
+            for layer, (weight, bias) in zip(reversed(self.layers), made, strict=True):
+                layer.weight -= self.lr * weight
+                layer.bias -= self.lr * bias
+        return x
+
+    def _forward(self, layer, x):
+        if isinstance(layer, nn.Linear):
+            return x @ layer.weight.t() + layer.bias
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+    def _weight_gradient(self, layer, x, given):
+        if isinstance(layer, nn.Linear):
+            return given.t() @ x, given.sum(0)
+        weight = nn.grad.conv2d_weight(x, layer.weight.shape, given, layer.stride, layer.padding)
+        return weight, given.sum((0, 2, 3))
+
+    def _to_activation(self, k, below, given, error):
+        """What the activation under layer `k` is given, of the shape of `below`."""
+        if self.rule == "kickback":
+            return error.sum(1, keepdim=True).expand(-1, below[0].numel())
+        if self.rule == "dfa":
+            return error @ self.matrices[k - 1]
+        layer = self.layers[k]
+        weight = self.matrices[k - 1] if self.rule == "fa" else layer.weight
+        if isinstance(layer, nn.Linear):
+            return given @ weight
+        return nn.grad.conv2d_input(below.shape, weight, given, layer.stride, layer.padding)

@@ -10,13 +10,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Record, Signal
+from lightning_dni.core import BoundarySpec, Feedback, GradientEstimator, LeafSpec, Lock, Record, Signal
 from lightning_dni.estimators import (
+    BackpropEstimator,
     ConvEstimator,
     CriticEstimator,
+    DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
+    KickbackEstimator,
     LinearEstimator,
     LocalLossEstimator,
     MLPEstimator,
+    ProbeEstimator,
     ZeroEstimator,
 )
 
@@ -45,6 +50,8 @@ class Row:
         learns_from_network: Whether anything of the network above ever reaches it.
         rowwise: Whether a row's gradient depends on that row alone (no batch norm).
         positionwise: Whether a position's gradient depends on that position alone.
+        locks: What the stage below waits for.
+        squared: Whether the network's loss is a squared error, not a cross-entropy.
     """
 
     id: str
@@ -55,6 +62,8 @@ class Row:
     learns_from_network: bool = True
     rowwise: bool = True
     positionwise: bool = True
+    locks: frozenset[Lock] = frozenset()
+    squared: bool = False
 
     @property
     def spec(self):
@@ -87,7 +96,8 @@ class Row:
         elif self.context.endswith("vectors"):
             context = draw(*rows, CONTEXT_SIZE)
         target = tuple(draw(leaf.shape) for leaf in h)
-        return h, context, Feedback(target=target, output=draw(*rows, CLASSES))
+        output, output_gradient = draw(*rows, CLASSES), draw(*rows, CLASSES)
+        return h, context, Feedback(target=target, output=output, output_gradient=output_gradient)
 
     def is_regressor(self):
         return Signal.TARGET in self.build().needs
@@ -98,6 +108,15 @@ def record_of(estimator, h, context, graph=None):
     with torch.set_grad_enabled(estimator.keeps_graph if graph is None else graph):
         gradient, state = estimator.synthesize(h, context, None)
     return Record(h, context, gradient, state)
+
+
+def given(estimator, h, context, feedback):
+    """What the stage is given in the end: what was said, or what replaces it once feedback is there."""
+    record = record_of(estimator, h, context)
+    with torch.no_grad():
+        corrected = estimator.correct(record, feedback) if estimator.locks else None
+    said = record.gradient if corrected is None else corrected
+    return None if said is None else tuple(g.detach() for g in said)
 
 
 def gradients_of(estimator, loss):
@@ -115,11 +134,17 @@ plain_mlp = partial(mlp, batch_norm=False)
 conv = partial(ConvEstimator, hidden_channels=(4,), kernel_size=3)
 local_loss = partial(LocalLossEstimator, num_classes=CLASSES)
 critic = partial(CriticEstimator, num_classes=CLASSES)
+backprop, fa, dfa = BackpropEstimator, FeedbackAlignmentEstimator, DirectFeedbackAlignmentEstimator
+kickback = KickbackEstimator
 labels, vectors = {"num_classes": CLASSES}, {"context_size": CONTEXT_SIZE}
 
 
-def head_rows(name, make, learns_from_network):
-    """A head on every kind of activation, with hidden layers and without."""
+UPDATE, BOTH = frozenset({Lock.UPDATE}), frozenset({Lock.UPDATE, Lock.BACKWARD})
+FIXED = {"learned": False, "positionwise": False}
+
+
+def head_rows(name, make, learns_from_network, hidden=True):
+    """A head on every kind of activation, with hidden layers and without (or only so)."""
     variants = [
         ("", (), "vector", "labels", True),
         ("-hidden", (8,), "vector", "labels", True),
@@ -133,13 +158,14 @@ def head_rows(name, make, learns_from_network):
     return [
         Row(
             name + suffix,
-            partial(make, hidden_sizes=sizes),
+            partial(make, hidden_sizes=sizes) if hidden else make,
             kind,
             context,
             learns_from_network=learns_from_network,
             positionwise=positionwise,
         )
         for suffix, sizes, kind, context, positionwise in variants
+        if hidden or not sizes
     ]
 
 
@@ -175,6 +201,28 @@ ESTIMATORS = [
     Row("conv2d-shallow-labels", partial(conv, hidden_channels=(), **labels), "map", "labels"),
     *head_rows("local_loss", local_loss, learns_from_network=False),
     *head_rows("critic", critic, learns_from_network=True),
+    *head_rows("probe", partial(ProbeEstimator, num_classes=CLASSES), False, hidden=False),
+    Row("linear-prop", partial(linear, prop_alpha=0.3), locks=BOTH),
+    Row("linear-prop-labels", partial(linear, prop_alpha=0.3, **labels), context="labels", locks=BOTH),
+    Row("linear-prop-leaves", partial(linear, prop_alpha=0.3, **labels), "leaves", "labels", locks=BOTH),
+    Row(
+        "linear-prop-tokens",
+        partial(linear, prop_alpha=2.0, **labels),
+        "sequence",
+        "token labels",
+        locks=BOTH,
+    ),
+    Row("mlp-plain-prop-labels", partial(plain_mlp, prop_alpha=0.3, **labels), context="labels", locks=BOTH),
+    Row("mlp-prop", partial(mlp, prop_alpha=0.3), rowwise=False, locks=BOTH),
+    Row("conv2d-prop", partial(conv, prop_alpha=0.3, **labels), "map", "labels", rowwise=False, locks=BOTH),
+    *(Row(f"backprop-{kind}", backprop, kind, **FIXED, locks=BOTH) for kind in SHAPES),
+    *(Row(f"fa-{kind}", fa, kind, **FIXED, locks=BOTH) for kind in SHAPES),
+    *(Row(f"dfa-{kind}", dfa, kind, **FIXED, locks=UPDATE) for kind in SHAPES),
+    *(Row(f"kickback-{kind}", kickback, kind, **FIXED, locks=UPDATE, squared=True) for kind in SHAPES),
+    *(
+        Row(f"kickback-{kind}-{context}", partial(kickback, **labels), kind, context, **FIXED, locks=UPDATE)
+        for kind, context in (("vector", "labels"), ("sequence", "token labels"), ("map", "labels"))
+    ),
 ]
 
 
@@ -255,14 +303,18 @@ def _pooling(row):
 
 
 def batch_for(row, inputs, batch=6, seed=0, dtype=torch.float32):
-    """A batch (x, context, classes) for `network`; the context is what the estimator sees."""
+    """A batch (x, context, classes or what else the loss takes) for `network`; estimators see the context."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *inputs, generator=generator, dtype=dtype)
     _, context, feedback = row.sample(batch, seed, dtype)
+    if row.squared:
+        return x, context, feedback.output
     classes = context if row.context.endswith("labels") else feedback.output.argmax(-1)
     return x, context, classes
 
 
 def loss_of(scores, classes):
-    """Cross-entropy summed over rows and positions, over the number of rows."""
+    """Cross-entropy (or squared error) summed over rows and positions, over the number of rows."""
+    if classes.is_floating_point():
+        return 0.5 * (scores - classes).square().sum() / len(classes)
     return F.cross_entropy(scores.flatten(0, -2), classes.flatten(), reduction="sum") / len(classes)

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal, who
+from lightning_dni.core.estimator import Feedback, Gradient, Installed, Lock, Record, Signal, who
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
-from lightning_dni.errors import StageError
+from lightning_dni.errors import EstimatorError, StageError
+
+if TYPE_CHECKING:
+    from lightning_dni.core.consumer import Swap
 
 Lesson = tuple[Installed, Record, Feedback, float]
 """What an estimator learns from and with what share, kept where it takes several steps on it."""
@@ -40,6 +44,8 @@ class Cut:
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
+        output_gradient: The gradient there, in the estimator's units.
+        swaps: The calls of layers whose vector-Jacobian product the estimator gives.
         loss: The estimator's loss, for reports.
         said: A scalar that is finite if the synthetic gradient is.
         applied: A scalar that is finite if what was mixed from it is; None where that is not asked.
@@ -69,6 +75,8 @@ class Cut:
     arrived: list[Tensor] | None = None
     target: Gradient | None = None
     output: Tensor | None = None
+    output_gradient: Tensor | None = None
+    swaps: "list[Swap]" = field(default_factory=list)
     loss: Tensor | None = None
     said: Tensor | None = None
     applied: Tensor | None = None
@@ -85,8 +93,10 @@ class Cut:
     @property
     def due(self) -> bool:
         """Whether a stage that waited can be differentiated now."""
-        hears_first = bool(self.installed.estimator.locks)
-        return self.waits and self.delivered and not self.closed and not (hears_first and self.awaited)
+        locks = self.installed.estimator.locks
+        direct = Lock.UPDATE in locks and Lock.BACKWARD not in locks and self.bp_lambda == 0
+        arrived = self.delivered or direct
+        return self.waits and arrived and not self.closed and not (locks and self.awaited)
 
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
@@ -162,6 +172,32 @@ def refuse_no_gradient(cut: Cut) -> None:
         raise StageError(
             f"Expected the loss to come back to boundary {cut.boundary!r}, but nothing did: it was "
             "differentiated for other tensors only. Call backward without `inputs`."
+        )
+
+
+def refuse_untold(cut: Cut) -> None:
+    """Refuse an estimator that counts and was not told what it asked for.
+
+    Raises:
+        EstimatorError: Something was never there.
+    """
+    if Signal.OUTPUT in cut.awaited:
+        raise EstimatorError(
+            f"Expected the network's output for {cut.who}, but the output module did not run "
+            "above it. Pass `output=` the name of the submodule whose output is the network's output."
+        )
+    if Signal.OUTPUT_GRADIENT in cut.awaited:
+        raise EstimatorError(
+            f"Expected the gradient at the network's output for {cut.who}, but the loss did not come back "
+            "through the output module. Pass `output=` the name of the submodule of whose output the loss "
+            "is computed."
+        )
+    if Signal.CONSUMER in cut.awaited:
+        raise EstimatorError(
+            f"Expected a linear layer or convolution to read the output of boundary {cut.boundary!r} for "
+            f"{cut.who}, but none did (nn.Linear and nn.Conv1d to nn.Conv3d, called as modules). Choose "
+            "another boundary or estimator; pass the estimator's class or a partial of it where "
+            "torch.compile is used."
         )
 
 

@@ -28,7 +28,8 @@ Example: a plain torch loop.
 True
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -38,7 +39,9 @@ from torch import Tensor, nn
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.boundary import device_of
+from lightning_dni.core.consumer import Layer, linear_layers
 from lightning_dni.core.cut import Cut, refuse_other_backward
+from lightning_dni.core.estimator import Signal
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
 from lightning_dni.core.settings import Scale
@@ -85,6 +88,7 @@ class DNIEngine(Engine):
         self._in_forward = False
         self._held: Past = {}
         self._named: dict[str, nn.Parameter] = {}
+        self._exact: list[str] | None = None
 
     # ---- hooks
 
@@ -97,6 +101,8 @@ class DNIEngine(Engine):
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
         self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
+        if self._pool.may_need(Signal.CONSUMER):
+            self._watch_layers()
         self._device = device_of(self._model)
         self._named = dict(self._model.named_parameters())
 
@@ -116,6 +122,8 @@ class DNIEngine(Engine):
         if self._step is None or not self._in_forward or not torch.is_grad_enabled():
             return None
         passed_on = self._step.cut(name, output)
+        if not self._taps.watches_layers and self._pool.installed_needs(name, Signal.CONSUMER):
+            self._watch_layers()  # it was made by a function
         if self._rng == "stage":
             reseed(self._stage_seed(name, self._step.fired[name]), self._device)
         return passed_on
@@ -126,6 +134,16 @@ class DNIEngine(Engine):
     def _on_output(self, output: Any) -> None:
         if self._step is not None and self._in_forward and torch.is_grad_enabled():
             self._step.see_output(output)
+
+    def _watch_layers(self) -> None:
+        self._taps.attach_layers(linear_layers(self._model), self._on_layer_input, self._on_layer_output)
+
+    def _on_layer_input(self, name: str, layer: Layer, x: Tensor) -> Tensor | None:
+        # in a backward pass too: a checkpoint runs again what it has run before
+        return None if self._step is None else self._step.read(name, layer, x, self._in_forward)
+
+    def _on_layer_output(self, name: str, layer: Layer, output: Tensor) -> Tensor | None:
+        return None if self._step is None else self._step.consumers.leave(name, layer, output)
 
     # ---- one step
 
@@ -206,12 +224,35 @@ class DNIEngine(Engine):
         if not self._in_forward:  # else the forward pass of another loss may follow
             self._step = None
         cuts, number = step.finish(), self._steps - (not self._in_forward)
+        self._warn_of_exact(step.consumers.exact)
         self._examine(step, cuts, number)
         if step.settings.report:
             self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
         self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
+
+    def _warn_of_exact(self, found: Iterable[str]) -> None:
+        """Say once what makes feedback alignment a hybrid with backprop."""
+        known = self._exact or []
+        new = [what for what in found if what not in known]
+        self._exact = known + new
+        if not new:
+            return
+        warnings.warn(
+            "Expected every linear layer and convolution but the first to read the output of a boundary with "
+            f"feedback alignment, but the gradient passes exactly through {new}: this is a hybrid with "
+            "backprop. Add the boundaries below them, or compare it as what it is.",
+            stacklevel=2,
+        )
+
+    def describe(self) -> dict[str, object]:
+        """The configuration in primitives; under feedback alignment with what makes it a hybrid."""
+        facts = super().describe()
+        if self._pool.may_need(Signal.CONSUMER):
+            known = "known after the first step" if self._exact is None else "proper"
+            facts["feedback_alignment"] = f"hybrid, exact through {self._exact}" if self._exact else known
+        return facts
 
     def _examine(self, step: Step, cuts: Sequence[Cut], number: int) -> None:
         scaled = step.settings.scale is not None

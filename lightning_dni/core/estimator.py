@@ -25,6 +25,10 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
+ONE_PROCESS = frozenset({Signal.OUTPUT_GRADIENT, Signal.CONSUMER})
+"""What an estimator can only be told where the stage above it is in the same process."""
+
+
 class Lock(Enum):
     """What a stage has to wait for under an estimator (Jaderberg et al. 2017, section 1)."""
 
@@ -56,12 +60,12 @@ class Feedback(NamedTuple):
     Attributes:
         target: The target gradient, in the estimator's units (per-row loss).
         output: The network's output for the same rows, detached.
-        output_gradient: Gradient of the loss with respect to that output.
+        output_gradient: Gradient of the loss with respect to that output, in the estimator's units.
         true_gradient: The true gradient at this boundary.
         age: Number of the stage's own updates since the synthesis.
         row_weights: Weight of each row, `[batch]`.
         mask: Which positions count.
-        consumer: The module that consumed `h`.
+        consumer: The layer that read `h`; the first, where there are several.
         network_input: The network's input.
         above: The estimator of the next boundary.
     """
@@ -78,6 +82,22 @@ class Feedback(NamedTuple):
     above: "GradientEstimator | None" = None
 
 
+class Facts(NamedTuple):
+    """An estimator as an error approximator (Czarnecki et al. 2017, section 6), in formulas for readers.
+
+    Attributes:
+        gradient: What `h` is given.
+        synthesis: The function s of `h`.
+        target: The target t of s.
+        loss: The loss on t and s.
+    """
+
+    gradient: str
+    synthesis: str
+    target: str
+    loss: str
+
+
 class GradientEstimator(nn.Module, ABC):
     """Supplies the gradient at a boundary; abstract here, final in its subclasses.
 
@@ -87,21 +107,26 @@ class GradientEstimator(nn.Module, ABC):
 
     Class facts:
         needs: What `loss` and `correct` must be told. The engine calls them when all of it is there.
-        locks: What the stage below has to wait for. Empty: the stage is differentiated at once.
+        locks: What the stage below has to wait for. Empty: the stage is differentiated at once. An option
+            may set it on the instance; `locks_with` says so beforehand.
+        relays: Whether the gradient is the target itself, which is then applied as it came, to the bit.
         keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
             Otherwise `synthesize` runs without a graph and `loss` builds it again.
         regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else.
         differentiates: Whether a regressing estimator has `parameter_gradients`; no graph of it is built
             then.
         stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.
+        facts: Its entry in the table of estimators; None for one that is not in it.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
-    locks: ClassVar[frozenset[Lock]] = frozenset()
+    locks: frozenset[Lock] = frozenset()
+    relays: ClassVar[bool] = False
     keeps_graph: ClassVar[bool] = True
     regresses: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    facts: ClassVar[Facts | None] = None
 
     num_classes: int | None = None
     """Number of classes where the context is integer labels."""
@@ -149,6 +174,25 @@ class GradientEstimator(nn.Module, ABC):
         Only asked where the stage waits for feedback: an update-locked estimator, or `bp_lambda` > 0.
         """
         return None
+
+    def pull_back(self, name: str, consumer: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+        """What `x` is given in place of the consumer's own vector-Jacobian product.
+
+        Only asked of estimators that need `Signal.CONSUMER`, for every linear layer or convolution that
+        reads `h`. The consumer's weights are given their own gradient in any case.
+
+        Args:
+            name: Name of the consumer, the same in every run.
+            consumer: The layer.
+            x: What it read: `h`, or what was made of it on the way.
+            gradient: Gradient at the consumer's output, in units of the user's loss.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs {Signal.CONSUMER} and must define this.")
+
+    @classmethod
+    def locks_with(cls, **options: Any) -> frozenset[Lock]:
+        """What the stage below has to wait for under an estimator that is built with `options`."""
+        return cls.locks
 
     @property
     def learns_from_network(self) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
 from lightning_dni.core.cut import Lesson
-from lightning_dni.core.estimator import GradientEstimator, Installed, Signal
+from lightning_dni.core.estimator import GradientEstimator, Installed, Lock, Signal
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory, ScheduleFactory
 from lightning_dni.core.randomness import RandomStream, derive_seed, seeded
@@ -19,7 +19,7 @@ from lightning_dni.errors import BoundaryError, EstimatorError
 
 EstimatorFactory = Callable[[BoundarySpec], GradientEstimator]
 
-SUPPLIED = frozenset({Signal.TARGET, Signal.OUTPUT})
+SUPPLIED = frozenset({Signal.TARGET, Signal.OUTPUT, Signal.OUTPUT_GRADIENT, Signal.CONSUMER})
 """The signals that the engine can give."""
 
 
@@ -74,6 +74,17 @@ class EstimatorPool:
             self._restored.discard(name)
             _check_width(self._specs[name], BoundarySpec.of(name, outputs))
         return self.installed[name]
+
+    def may_need(self, signal: Signal) -> bool:
+        """Whether an estimator is known to ask for `signal`, from its class or since it was built."""
+        kinds = [made_by(factory) for factory in self._factories.values()]
+        known = any(kind is not None and signal in kind.needs for kind in kinds)
+        return known or any(self.installed_needs(name, signal) for name in self.installed)
+
+    def installed_needs(self, name: str, signal: Signal) -> bool:
+        """Whether the estimator of boundary `name` is there and asks for `signal`."""
+        installed = self.installed.get(name)
+        return installed is not None and signal in installed.estimator.needs
 
     def _build(self, spec: BoundarySpec) -> None:
         with seeded(derive_seed(self.seed, "estimator", spec.name), spec.device):
@@ -237,6 +248,20 @@ class EstimatorPool:
                 f"Expected the state of a {type(estimator).__name__} at boundary {name!r}, but got one that "
                 f"does not fit: {' '.join(str(error).split())} Resume with the `estimator` of the saved run."
             ) from error
+
+
+def made_by(factory: Any) -> type[GradientEstimator] | None:
+    """The class that an estimator factory makes; None where that cannot be read off it."""
+    made = factory.func if isinstance(factory, partial) else factory
+    return made if isinstance(made, type) and issubclass(made, GradientEstimator) else None
+
+
+def locks_made_by(factory: Any) -> frozenset[Lock]:
+    """What stages wait for under what an estimator factory makes; nothing where it cannot be read off it."""
+    made = made_by(factory)
+    if made is None:
+        return frozenset()
+    return made.locks_with(**(factory.keywords if isinstance(factory, partial) else {}))
 
 
 def _check_width(saved: BoundarySpec, here: BoundarySpec) -> None:

@@ -31,7 +31,9 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
     Raises:
         StageError: A stage cannot be differentiated twice.
     """
-    true: dict[Cut, list[Tensor] | None] = {cut: cut.arrived if cut in top else None for cut in cuts}
+    true: dict[Cut, list[Tensor] | None] = {cut: _true_at_top(cut) if cut in top else None for cut in cuts}
+    for swap in (swap for cut in cuts for swap in cut.swaps):
+        swap.exact = True
     weights: dict[Cut, list[tuple[Tensor, Tensor]]] = {cut: [] for cut in cuts}
     for cut in cuts:
         gradient = true[cut]
@@ -47,6 +49,18 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
                 for leaf, g in zip(parent.leaves, found, strict=False)
             ]
     return {cut: Truth(true[cut], weights[cut]) for cut in cuts}
+
+
+def _true_at_top(cut: Cut) -> list[Tensor] | None:
+    """What the loss has left there, as if no layer's vector-Jacobian product had been an estimator's."""
+    if cut.arrived is None:
+        return None
+    true = {id(leaf): gradient for leaf, gradient in zip(cut.leaves, cut.arrived, strict=True)}
+    for swap in cut.swaps:
+        for leaf, missing in zip(swap.leaves, swap.correction, strict=False):
+            if missing is not None and id(leaf) in true:
+                true[id(leaf)] = true[id(leaf)] + missing
+    return list(true.values())
 
 
 def differentiate_again(

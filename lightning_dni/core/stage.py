@@ -14,7 +14,7 @@ from lightning_dni.errors import BoundaryError, StageError
 Owner = TypeVar("Owner")
 
 _LEAF = torch.empty(0, requires_grad=True)
-_AccumulateGrad = type(get_gradient_edge(_LEAF).node)
+AccumulateGrad = type(get_gradient_edge(_LEAF).node)
 _ToCopy = type(_LEAF.to(torch.float64).grad_fn)
 
 _ONE_GRAPH = (
@@ -67,7 +67,7 @@ def trace_stage(
     stack: list[Node] = list(seen)
     while stack:
         node = stack.pop()
-        if type(node) is _AccumulateGrad:
+        if type(node) is AccumulateGrad:
             leaf: Tensor = cast(Any, node).variable
             owner = owner_of(leaf)
             if owner is None:
@@ -87,7 +87,7 @@ def trace_stage(
 def _casts_leaf(node: Node, owner_of: Callable[[Tensor], Owner | None]) -> bool:
     """Whether a cast is of a parameter: autocast hands one such node to every stage that uses it."""
     ((below, _),) = node.next_functions
-    return type(below) is _AccumulateGrad and owner_of(cast(Any, below).variable) is None
+    return type(below) is AccumulateGrad and owner_of(cast(Any, below).variable) is None
 
 
 def _check(node: Node, reached_from: str, closed_by: str | None) -> None:

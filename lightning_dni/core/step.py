@@ -24,16 +24,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
+from lightning_dni.core.consumer import Consumers, Layer, asks_for_consumer, look_down
 from lightning_dni.core.context import check_context
-from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient
+from lightning_dni.core.coverage import refuse_absent
+from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient, refuse_untold
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.probe import donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import check_shapes, differentiate_loss, observed, synthesize
+from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
-from lightning_dni.errors import BoundaryError, EstimatorError
+from lightning_dni.errors import BoundaryError
 
 Context = Tensor | None
 Past = dict[int, tuple[TensorWeakRef, str]]
@@ -41,6 +43,7 @@ Past = dict[int, tuple[TensorWeakRef, str]]
 Profile = Callable[[str], AbstractContextManager[object]]
 """Times what runs inside it, under a name."""
 
+_OF_OUTPUT = {Signal.OUTPUT, Signal.OUTPUT_GRADIENT}
 _UNTIMED: AbstractContextManager[object] = nullcontext()
 
 
@@ -78,6 +81,8 @@ class Step:
         self._past = {key: entry for key, entry in (past or {}).items() if entry[0]() is not None}
         self._contexts: dict[tuple[int | None, int | None, int], Context] = {}
         self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
+        self._errors: list[tuple[list[Cut], list[Tensor]]] = []
+        self.consumers = Consumers(settings.probe)
 
     # ---- on the way up
 
@@ -112,9 +117,15 @@ class Step:
         if not tensors or not tensors[0].ndim:
             return
         self.elements_per_row = tensors[0].numel() // max(1, tensors[0].shape[0])
-        if not any(Signal.OUTPUT in crossing.awaited for crossing in self.cuts):
+        if not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
             return
-        for crossing in self._counted(trace_stage(tensors, self._owner_of).parents):
+        below = self._counted(trace_stage(tensors, self._owner_of).parents)
+        asking = [crossing for crossing in below if Signal.OUTPUT_GRADIENT in crossing.awaited]
+        if asking:
+            gradients: list[Tensor] = []
+            tensors[0].register_hook(gradients.append)  # type: ignore[no-untyped-call]
+            self._errors.append((asking, gradients))
+        for crossing in below:
             if Signal.OUTPUT in crossing.awaited:
                 crossing.output = tensors[0].detach()
                 self._told(crossing, Signal.OUTPUT)
@@ -123,9 +134,9 @@ class Step:
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
-        self._consume(stage, f"boundary {boundary!r}")
+        self._consume(stage, f"boundary {boundary!r}", outputs)
         installed = self._install(boundary, outputs)
-        bp_lambda = self.settings.bp_lambda[boundary]
+        bp_lambda = 1.0 if installed.estimator.relays else self.settings.bp_lambda[boundary]
         crossing = Cut(
             boundary=boundary,
             installed=installed,
@@ -158,7 +169,7 @@ class Step:
         """The boundary tensors of this step and of earlier ones, for the next step to look after."""
         return self._past | {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
 
-    def _consume(self, stage: Stage[Cut], consumer: str) -> None:
+    def _consume(self, stage: Stage[Cut], consumer: str, outputs: Sequence[Tensor]) -> None:
         for parent in stage.parents:
             if parent.consumed:
                 raise BoundaryError(
@@ -173,6 +184,18 @@ class Step:
                     "a module that contains both ways, so that one output carries everything upwards."
                 )
             parent.consumer = consumer
+        if any(map(asks_for_consumer, stage.parents)):
+            self.consumers.end_stage(look_down(outputs, self._owner_of))
+
+    def read(self, name: str, layer: Layer, x: Tensor, notes: bool) -> Tensor | None:
+        """What `layer` shall read instead of `x`, None for `x` itself; see `Consumers.enter`."""
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return None
+        reach = look_down([x], self._owner_of)
+        for crossing in reach.cuts:
+            if Signal.CONSUMER in crossing.awaited:
+                self._told(crossing, Signal.CONSUMER)
+        return self.consumers.enter(name, layer, x, reach, notes)
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
@@ -209,11 +232,7 @@ class Step:
     def _differentiate(self, crossing: Cut) -> None:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
-            record = crossing.record
-            corrected = crossing.installed.estimator.correct(record, self._feedback(crossing))
-            if corrected is not None:
-                check_shapes(corrected, record.h, crossing)
-                crossing.synthetic, crossing.said = corrected, observed(corrected)
+            correct(crossing, crossing.record, self._feedback(crossing))
         gradients = crossing.applied_gradient()
         if crossing.waits and self.settings.skips and gradients is not None:
             crossing.applied = observed(gradients)
@@ -237,9 +256,9 @@ class Step:
     def _deliver(self, crossing: Cut) -> None:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
-        if crossing.elements_unknown:
-            crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
-        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons
+        self._complete_factor(crossing)
+        hears_first = bool(crossing.installed.estimator.locks)
+        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons and not hears_first
         needed = Signal.TARGET in crossing.awaited and not makes_none
         if self.settings.report or needed:
             crossing.target = crossing.target_gradient()
@@ -247,8 +266,17 @@ class Step:
         if not self.settings.report:
             crossing.leaves = []
 
+    def _complete_factor(self, crossing: Cut) -> None:
+        if crossing.elements_unknown:
+            crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
+
     def _feedback(self, crossing: Cut) -> Feedback:
-        return Feedback(target=crossing.target, output=crossing.output)
+        return Feedback(
+            target=crossing.target,
+            output=crossing.output,
+            output_gradient=crossing.output_gradient,
+            consumer=crossing.swaps[0].layer if crossing.swaps else None,
+        )
 
     def _told(self, crossing: Cut, signal: Signal | None = None) -> None:
         """Let the estimator learn once it has been told all that it asked for."""
@@ -274,7 +302,7 @@ class Step:
     def _let_go(self, crossing: Cut) -> None:
         """Drop what neither the estimator nor the stage needs any more."""
         if crossing.learned and (crossing.closed or not crossing.waits):
-            crossing.record = crossing.output = None
+            crossing.record = crossing.output = crossing.output_gradient = None
         if self.settings.report:
             return
         if crossing.closed:
@@ -296,47 +324,9 @@ class Step:
         if not loss.requires_grad:
             return
         stage = trace_stage([loss], self._owner_of, "the loss")
-        self._consume(stage, "the loss")
-        absent = [name for name in self.settings.bp_lambda if name not in self.fired]
-        if self.settings.own_parameters is not None:
-            absent = self._reached_uncut(absent, stage)
-        absent += self._bypassed(stage)
-        if absent:
-            raise BoundaryError(
-                f"Expected every boundary to run in the forward pass that reached the loss, but "
-                f"{absent} did not (ran: {sorted(self.fired)}). Call the module itself, not its "
-                "`forward`, with gradients enabled; or leave it out of `boundaries`. Where torch.compile had "
-                "compiled what contains it before the engine was attached, compile submodules of the model "
-                "instead, or call torch.compiler.reset() once the engine is attached."
-            )
+        self._consume(stage, "the loss", [loss])
+        refuse_absent(self.settings, self.fired, self.cuts, stage)
         self.top, self._last = stage.parents, stage.variables
-
-    def _reached_uncut(self, absent: list[str], last: Stage[Cut]) -> list[str]:
-        """Those of the boundaries `absent` whose own parameters the loss came to all the same."""
-        assert self.settings.own_parameters is not None
-        stages = (last, *(c.stage for c in lineage(last.parents))) if absent else ()
-        variables = {id(v) for stage in stages for v in stage.variables}
-        return [
-            name for name in absent if any(id(p) in variables for p in self.settings.own_parameters(name))
-        ]
-
-    def _bypassed(self, last: Stage[Cut]) -> list[str]:
-        """Boundaries that only ran in a forward pass for nothing, while the loss came past them.
-
-        It did where it came through a boundary that lies below them, or to the variables of their stage.
-        """
-        counted = lineage(last.parents)
-        reached = {crossing.boundary for crossing in counted}
-        dropped = {c.boundary: c for c in self.cuts if c.boundary not in reached}
-        if not dropped:
-            return []
-        variables = {id(v) for stage in (last, *(c.stage for c in counted)) for v in stage.variables}
-        return [
-            name
-            for name, crossing in dropped.items()
-            if any(parent.boundary in reached for parent in crossing.stage.parents)
-            or any(id(v) in variables for v in crossing.stage.variables)
-        ]
 
     def finish(self) -> list[Cut]:
         """Settle what the differentiated loss left at the topmost cuts.
@@ -345,10 +335,11 @@ class Step:
             The cuts that count, topmost first.
 
         Raises:
-            EstimatorError: An estimator that counts was never told the network's output.
+            EstimatorError: An estimator that counts was not told what it asked for.
         """
         if self.settings.exchange is not None:
             self.settings.exchange.offer_accumulated(self._last)
+        self._hear_errors()
         for crossing in self.top:
             refuse_no_gradient(crossing)
             self._deliver(crossing)
@@ -358,12 +349,20 @@ class Step:
         self.cuts = [crossing for crossing in self.cuts if crossing not in counted]
         for crossing in counted:
             crossing.consumed = True
-            if Signal.OUTPUT in crossing.awaited:
-                raise EstimatorError(
-                    f"Expected the network's output for {crossing.who}, but the output module did not run "
-                    "above it. Pass `output=` the name of the submodule whose output is the network's output."
-                )
+            refuse_untold(crossing)
         return counted
+
+    def _hear_errors(self) -> None:
+        """Tell the estimators the gradient at the network's output that the loss has left."""
+        for asking, gradients in self._errors:
+            for crossing in asking if gradients else ():
+                self._complete_factor(crossing)
+                dtype = torch.promote_types(gradients[-1].dtype, torch.float32)
+                crossing.output_gradient = gradients[-1].detach().to(dtype) / crossing.factor
+                self._told(crossing, Signal.OUTPUT_GRADIENT)
+                if crossing.due:
+                    self._settle(crossing)
+        self._errors = [entry for entry in self._errors if not entry[1]]
 
     def merge(self, counted: Sequence[Cut], named: Named) -> list[Lesson]:
         """Add the gradients of the cuts that count to `.grad`, averaged over replicas where there are any.

@@ -34,6 +34,19 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     return Record(h, context, gradient, state)
 
 
+def correct(cut: Cut, record: Record, feedback: Feedback) -> None:
+    """Let an estimator that was told first say something else.
+
+    Raises:
+        EstimatorError: The gradient has the wrong shape.
+    """
+    with estimating(cut.installed, record.h[0], grad=False):
+        corrected = cut.installed.estimator.correct(record, feedback)
+    if corrected is not None:
+        check_shapes(corrected, record.h, cut)
+        cut.synthetic, cut.said = corrected, observed(corrected)
+
+
 def learn(installed: Installed, record: Record, feedback: Feedback, share: float) -> Tensor | None:
     """The estimator's loss, times the `share` of this forward pass in the user's step."""
     with estimating(installed, record.h[0], grad=True):

@@ -6,17 +6,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_dni.core.boundary import COMPILED, named_submodules, resolve_output
+from lightning_dni.core.consumer import Layer
 from lightning_dni.errors import BoundaryError, StageError
 
 OnOutput = Callable[[Any], Any]
 """Receives a module's output; returns what to pass on instead, or None for the output itself."""
+OnLayer = Callable[[str, Layer, Tensor], Tensor | None]
+"""The same for the input or output of the layer of that name."""
 
 
-def inert(module: nn.Module, args: Any, output: Any) -> None:
+def inert(module: nn.Module, args: Any, output: Any = None) -> None:
     """What a tap becomes on a copied or pickled module."""
 
 
@@ -36,6 +39,15 @@ class Tap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()
+
+
+class InputTap(Tap):
+    """The same on what goes into a module, as its first argument."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        """Hand the first argument over; its replacement goes in."""
+        given = self._on_output(args[0]) if args and isinstance(args[0], Tensor) else None
+        return None if given is None else (given, *args[1:])
 
 
 def _inert() -> Callable[..., None]:
@@ -81,6 +93,7 @@ class Taps:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._busy = False
+        self.watches_layers = False
 
     @property
     def installed(self) -> bool:
@@ -112,6 +125,22 @@ class Taps:
         self._install(resolve_output(model, output), on_output)
         drop_compiled(model)
 
+    def attach_layers(self, layers: Mapping[str, Layer], enter: OnLayer, leave: OnLayer) -> None:
+        """Hook linear layers, so that they may read something else and have something else made of it.
+
+        Args:
+            layers: The layers by name.
+            enter: Is called with name, layer and what it is about to read.
+            leave: Is called with name, layer and its output, before any other hook.
+        """
+        if self.watches_layers:
+            return
+        self.watches_layers = True
+        for name, layer in layers.items():
+            self._handles.append(layer.register_forward_pre_hook(InputTap(partial(enter, name, layer))))
+            tap = Tap(partial(leave, name, layer))
+            self._handles.append(layer.register_forward_hook(tap, prepend=True))
+
     def _install(self, module: nn.Module, on_output: OnOutput) -> None:
         self._handles.append(module.register_forward_hook(Tap(partial(self._once, on_output))))
 
@@ -127,5 +156,6 @@ class Taps:
 
     def remove(self) -> None:
         """Take every hook off again; harmless where none is installed."""
+        self.watches_layers = False
         while self._handles:
             self._handles.pop().remove()

@@ -1,17 +1,27 @@
 """Gradient estimators: one contract, many small finals."""
 
+from lightning_dni.estimators.backprop import BackpropEstimator
 from lightning_dni.estimators.conv import ConvEstimator
 from lightning_dni.estimators.critic import CriticEstimator
+from lightning_dni.estimators.direct_feedback_alignment import DirectFeedbackAlignmentEstimator
+from lightning_dni.estimators.feedback_alignment import FeedbackAlignmentEstimator
+from lightning_dni.estimators.kickback import KickbackEstimator
 from lightning_dni.estimators.linear import LinearEstimator
 from lightning_dni.estimators.local_loss import LocalLossEstimator
 from lightning_dni.estimators.mlp import MLPEstimator
+from lightning_dni.estimators.probe import ProbeEstimator
 from lightning_dni.estimators.zero import ZeroEstimator
 
 __all__ = [
+    "BackpropEstimator",
     "ConvEstimator",
     "CriticEstimator",
+    "DirectFeedbackAlignmentEstimator",
+    "FeedbackAlignmentEstimator",
+    "KickbackEstimator",
     "LinearEstimator",
     "LocalLossEstimator",
     "MLPEstimator",
+    "ProbeEstimator",
     "ZeroEstimator",
 ]

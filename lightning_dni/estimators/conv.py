@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
+from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators.conditioning import check_aligned
 from lightning_dni.estimators.layers import Stack, check_sizes
 from lightning_dni.estimators.normalization import BatchNorm
-from lightning_dni.estimators.regression import regression_loss
+from lightning_dni.estimators.regression import prop_locks, propagated, regression_loss
 
 _CONVOLUTIONS = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
 
@@ -32,6 +32,8 @@ class ConvEstimator(GradientEstimator):
         kernel_size: An odd number.
         num_classes: Number of classes where labels `[batch]` are the context: one plane per class,
             ones for the sample's own.
+        prop_alpha: Weight of the derivative of the SG loss with respect to `h`, which is added to what the
+            stage below is given; that has to wait for the target then.
 
     Raises:
         EstimatorError: The activation is no feature map, or a size is out of range.
@@ -39,6 +41,9 @@ class ConvEstimator(GradientEstimator):
 
     needs = frozenset({Signal.TARGET})
     regresses = True
+    facts = Facts(
+        gradient="SG(h, y)", synthesis="convolutions of h and y", target="dL/dh", loss="squared distance"
+    )
     keeps_graph = False
 
     def __init__(
@@ -47,8 +52,10 @@ class ConvEstimator(GradientEstimator):
         hidden_channels: Sequence[int] = (64, 64),
         kernel_size: int = 5,
         num_classes: int | None = None,
+        prop_alpha: float = 0.0,
     ) -> None:
         super().__init__()
+        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
         check_sizes("hidden_channels", hidden_channels)
         check_sizes("num_classes", [] if num_classes is None else [num_classes])
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -88,3 +95,12 @@ class ConvEstimator(GradientEstimator):
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """SG loss: squared distance to the target per row, averaged over rows."""
         return regression_loss(self._predict, record, feedback)
+
+    def correct(self, record: Record, feedback: Feedback) -> Gradient | None:
+        """With `prop_alpha`, the prediction and what the SG loss adds to it."""
+        return propagated(self._predict, record, feedback, self.prop_alpha)
+
+    @classmethod
+    def locks_with(cls, **options: Any) -> frozenset[Lock]:
+        """The target is waited for with `prop_alpha`."""
+        return prop_locks(options)

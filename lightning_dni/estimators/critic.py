@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
+from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Record, Signal
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators.head import ClassHead
 
@@ -32,6 +32,13 @@ class CriticEstimator(GradientEstimator):
     """
 
     needs = frozenset({Signal.OUTPUT})
+
+    facts = Facts(
+        gradient="d CE(s, y)/dh",
+        synthesis="linear or MLP of h",
+        target="softmax(p), p the network's output",
+        loss="cross-entropy",
+    )
 
     def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
         super().__init__()

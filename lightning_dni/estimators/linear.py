@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record, Signal
+from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.estimators.conditioning import Conditioning, join, joint_width, split
 from lightning_dni.estimators.layers import start_at_zero
-from lightning_dni.estimators.regression import regression_loss
+from lightning_dni.estimators.regression import prop_locks, propagated, regression_loss
 
 
 @final
@@ -24,6 +24,8 @@ class LinearEstimator(GradientEstimator):
             maps `[batch, channels, ...]` there is ConvEstimator.
         num_classes: Number of classes where labels are the context.
         context_size: Width of a continuous context.
+        prop_alpha: Weight of the derivative of the SG loss with respect to `h`, which is added to what the
+            stage below is given; that has to wait for the target then.
 
     Raises:
         EstimatorError: The activations have no common feature dimension, or a context does not fit.
@@ -31,12 +33,18 @@ class LinearEstimator(GradientEstimator):
 
     needs = frozenset({Signal.TARGET})
     regresses = True
+    facts = Facts(gradient="SG(h, y)", synthesis="hA + yB + C", target="dL/dh", loss="squared distance")
     differentiates = True
 
     def __init__(
-        self, spec: BoundarySpec, num_classes: int | None = None, context_size: int | None = None
+        self,
+        spec: BoundarySpec,
+        num_classes: int | None = None,
+        context_size: int | None = None,
+        prop_alpha: float = 0.0,
     ) -> None:
         super().__init__()
+        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
         self.num_classes, self.context_size = num_classes, context_size
         width = joint_width(spec)
         self.map = nn.Linear(width, width)
@@ -61,6 +69,15 @@ class LinearEstimator(GradientEstimator):
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
         """SG loss: squared distance to the target per row, averaged over rows."""
         return regression_loss(self._predict, record, feedback)
+
+    def correct(self, record: Record, feedback: Feedback) -> Gradient | None:
+        """With `prop_alpha`, the prediction and what the SG loss adds to it."""
+        return propagated(self._predict, record, feedback, self.prop_alpha)
+
+    @classmethod
+    def locks_with(cls, **options: Any) -> frozenset[Lock]:
+        """The target is waited for with `prop_alpha`."""
+        return prop_locks(options)
 
     def parameter_gradients(
         self, record: Record, derivative: Gradient, scale: float

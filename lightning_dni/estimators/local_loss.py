@@ -6,7 +6,7 @@ from typing import Any, final
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Record
+from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Record
 from lightning_dni.estimators.head import ClassHead
 
 
@@ -26,6 +26,13 @@ class LocalLossEstimator(GradientEstimator):
     Raises:
         EstimatorError: The activation, the labels or a size does not fit.
     """
+
+    facts = Facts(
+        gradient="dl/dh",
+        synthesis="linear or MLP of h",
+        target="label y",
+        loss="cross-entropy",
+    )
 
     def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
         super().__init__()

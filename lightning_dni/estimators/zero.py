@@ -5,7 +5,7 @@ from typing import Any, final
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
-from lightning_dni.core.estimator import Gradient, GradientEstimator
+from lightning_dni.core.estimator import Facts, Gradient, GradientEstimator
 
 
 @final
@@ -15,6 +15,8 @@ class ZeroEstimator(GradientEstimator):
     Args:
         spec: The boundary's spec.
     """
+
+    facts = Facts(gradient="0", synthesis="0", target="none", loss="none")
 
     def __init__(self, spec: BoundarySpec) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from lightning_dni.core.estimator import Feedback, Installed, Signal
 from lightning_dni.core.probe import Truth, differentiate_again, donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, local_gradients, trace_stage
-from lightning_dni.core.synthesis import check_shapes, differentiate_loss, estimating, observed, synthesize
+from lightning_dni.core.synthesis import correct, differentiate_loss, estimating, synthesize
 from lightning_dni.errors import BoundaryError
 from lightning_dni.pipeline.pending import Pending
 
@@ -49,7 +49,7 @@ def open_cut(
     variables = [v for v in found.variables if id(v) not in below]
     refuse_foreign(variables, own, f"the stage below boundary {boundary!r}")
     installed = install(boundary, outputs)
-    bp_lambda = settings.bp_lambda[boundary]
+    bp_lambda = 1.0 if installed.estimator.relays else settings.bp_lambda[boundary]
     return Cut(
         boundary=boundary,
         installed=installed,
@@ -167,15 +167,10 @@ def differentiate_truly(
     return Truth(gradient, weights), tuple(found[len(variables) :])
 
 
-def correct(pending: Pending) -> None:
+def say_again(pending: Pending) -> None:
     """Let an estimator that was told first say something else."""
-    cut = pending.cut
-    if cut.record is None:
-        return
-    corrected = cut.installed.estimator.correct(cut.record, _feedback(pending, 0))
-    if corrected is not None:
-        check_shapes(corrected, cut.record.h, cut)
-        cut.synthetic, cut.said = corrected, observed(corrected)
+    if pending.cut.record is not None:
+        correct(pending.cut, pending.cut.record, _feedback(pending, 0))
 
 
 def gradients_at(received: Received) -> tuple[Tensor | None, ...]:

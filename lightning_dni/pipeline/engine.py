@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.estimator import ONE_PROCESS, rows_of
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
@@ -33,12 +33,12 @@ from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
     ask,
-    correct,
     differentiate,
     differentiate_truly,
     gradients_at,
     learn,
     open_cut,
+    say_again,
 )
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.message import Kind, Message
@@ -140,7 +140,7 @@ class StageEngine(StagedEngine):
             return
         received = self._placed().received
         cut = open_cut(self._boundary, outputs, received, self._own, self._pool.install, self._step, value)
-        self._refuse_what_waits(cut)
+        self._refuse_what_is_told(cut)
         estimator = cut.installed.estimator
         context = check_context(
             self._step.context,
@@ -155,7 +155,13 @@ class StageEngine(StagedEngine):
         if not cut.waits:
             self._differentiate(cut)
 
-    def _refuse_what_waits(self, cut: Cut) -> None:
+    def _refuse_what_is_told(self, cut: Cut) -> None:
+        alone = sorted(s.value for s in cut.installed.estimator.needs & ONE_PROCESS)
+        if alone:
+            raise EstimatorError(
+                "Expected estimators that stages in processes of their own can tell all they ask for, but "
+                f"got {cut.who}, which needs {alone}. Train in one process: strategy='dni' or 'dni_ddp'."
+            )
         if cut.waits and self._staleness:
             what = f"bp_lambda={cut.bp_lambda}" if cut.bp_lambda else f"{cut.who}, which is told first,"
             raise EstimatorError(
@@ -207,7 +213,7 @@ class StageEngine(StagedEngine):
         if crossing is not None:
             if crossing.cut.waits:
                 self._inbox.take_gradient(crossing)
-                correct(crossing)
+                say_again(crossing)
                 self._differentiate(crossing.cut)
             if self._step is not None and self._step.probe:
                 self._probe(crossing)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
@@ -14,7 +13,7 @@ from lightning_dni.core.context import Labels
 from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
-from lightning_dni.core.pool import EstimatorFactory
+from lightning_dni.core.pool import EstimatorFactory, made_by
 from lightning_dni.core.target import Denominator
 from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies._compat import MisconfigurationException
@@ -117,8 +116,7 @@ def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
 def hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
     """Whether an estimator may ask for the network's output; one that a function makes may."""
     for name in boundaries:
-        factory: Any = choose_by_pattern(name, options.estimator, "estimator")
-        made = factory.func if isinstance(factory, partial) else factory
-        if Signal.OUTPUT in getattr(made, "needs", {Signal.OUTPUT}):
+        made = made_by(choose_by_pattern(name, options.estimator, "estimator"))
+        if made is None or Signal.OUTPUT in made.needs:
             return True
     return False

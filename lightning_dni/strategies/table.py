@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
-from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.core.pool import locks_made_by, made_by
 from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies.options import DNIOptions
 
@@ -52,11 +52,12 @@ def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, .
 
 
 def _facts(factory: Any, bp_lambda: float) -> tuple[str, str, str]:
-    made = factory.func if isinstance(factory, partial) else factory
-    if made is no_estimator:
+    called = factory.func if isinstance(factory, partial) else factory
+    if called is no_estimator:
         return "none (exact)", "", "the loss"
-    if not (isinstance(made, type) and issubclass(made, GradientEstimator)):
-        return (getattr(made, "__name__", type(made).__name__), "known on the first batch", "")
-    locks = sorted(lock.value for lock in made.locks)
+    made = made_by(factory)
+    if made is None:
+        return getattr(called, "__name__", type(called).__name__), "known on the first batch", ""
+    locks = sorted(lock.value for lock in locks_made_by(factory))
     waits = "the loss (bp_lambda > 0)" if bp_lambda > 0 else ", ".join(locks) or "nothing"
     return made.__name__, "yes" if made.needs else "no", waits

@@ -11,13 +11,13 @@ from tables import (
     batch_for,
     each,
     exact,
+    given,
     loss_of,
     network,
-    synthesize,
 )
 from torch.testing import assert_close
 
-from lightning_dni.core import DNIEngine
+from lightning_dni.core import DNIEngine, Feedback, Signal
 
 
 def engine_for(row, dtype=torch.float32, stirred=False, **options):
@@ -26,6 +26,70 @@ def engine_for(row, dtype=torch.float32, stirred=False, **options):
     factory = (lambda spec: row.stirred()) if stirred else row.make
     engine = DNIEngine(model, ["0", "1"], factory, labels=1, **options)
     return model, engine, batch_for(row, inputs, dtype=dtype)
+
+
+def leaves_of(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def gradients_by_hand(row, model, twins, batch):
+    """Gradients of the weights, where each stage is given what its estimator says of what came back to it."""
+    names, context = list(twins), batch[1] if row.context != "none" else None
+    runs, below = [], batch[0]
+    for stage in model:
+        runs.append(Run(stage, below))
+        below = runs[-1].cut
+    output, summed = runs[-1].outputs[0], loss_of(runs[-1].outputs[0], batch[2]) * len(batch[0])
+    (error,) = torch.autograd.grad(summed, output, retain_graph=True)
+    arriving, found = (error,), {}
+    for k in reversed(range(len(runs))):
+        for name, parameter in runs[k].stage.named_parameters():
+            whole = f"{names[k] if k < len(names) else k}.{name}"
+            found[whole] = None if arriving is None else runs[k].pull(arriving, parameter)[0] / len(batch[0])
+        if k:
+            twin = twins[names[k - 1]]
+            target = runs[k].target(arriving, twin)
+            told = Feedback(target=target, output=output.detach(), output_gradient=error)
+            arriving = given(twin, tuple(h.detach() for h in leaves_of(runs[k - 1].cut)), context, told)
+    return found
+
+
+class Run:
+    """One stage, run on what was cut below it, with what its layers have read and made."""
+
+    def __init__(self, stage, below):
+        self.stage, self.below, self.calls = stage, leaves_of(below), []
+        layers = [(n, m) for n, m in stage.named_modules() if hasattr(m, "weight")]
+        handles = [
+            m.register_forward_hook(lambda m, args, z, n=n: self.calls.append((n, m, args[0], z)))
+            for n, m in layers
+        ]
+        made = stage(below)
+        for handle in handles:
+            handle.remove()
+        self.outputs = leaves_of(made)
+        cut = tuple(h.detach().requires_grad_() for h in self.outputs)
+        self.cut = cut if isinstance(made, tuple) else cut[0]
+
+    def pull(self, arriving, *inputs, of=None):
+        """What `inputs` are given by what arrives at the outputs (or at `of`)."""
+        of = self.outputs if of is None else of
+        return torch.autograd.grad(of, inputs, arriving, retain_graph=True, allow_unused=True)
+
+    def target(self, arriving, twin):
+        """What comes back to the cut below: under feedback alignment by way of each layer's fixed matrix."""
+        arriving = tuple(map(torch.zeros_like, self.outputs)) if arriving is None else arriving
+        if Signal.CONSUMER not in twin.needs:
+            return self.pull(arriving, *self.below)
+        total = [torch.zeros_like(h) for h in self.below]
+        for name, layer, x, z in self.calls:
+            (matrix,) = [m for n, m in twin.matrices.drawn.items() if n.endswith(f".{name}")]
+            again = x.detach().requires_grad_()
+            made = torch.func.functional_call(layer, {"weight": matrix}, (again,))
+            (back,) = torch.autograd.grad(made, again, self.pull(arriving, z)[0])
+            for h, more in zip(total, self.pull((back,), *self.below, of=(x,)), strict=True):
+                h += more
+        return tuple(total)
 
 
 def step(model, engine, batch, accumulate=1):
@@ -70,30 +134,18 @@ def test_takes_several_steps_on_one_lesson(row):
 
 @each(ESTIMATORS)
 def test_nothing_but_the_synthetic_gradient_reaches_the_stage(row):
+    """Nor, where the stage waits, anything but what the estimator makes of what it was told."""
     model, engine, batch = engine_for(row, torch.float64, stirred=True)
     with engine:
         step(model, engine, batch)
         model.zero_grad()
         twins = copy.deepcopy(engine.estimators)
         step(model, engine, batch)
-    engine_gradients = {n: p.grad for n, p in model.named_parameters()}
-    below = batch[0]
-    for name, twin in twins.items():
-        stage = model.get_submodule(name)
-        outputs = stage(below)
-        leaves = outputs if isinstance(outputs, tuple) else (outputs,)
-        h = tuple(leaf.detach() for leaf in leaves)
-        synthetic = synthesize(twin, h, batch[1] if row.context != "none" else None)
-        for parameter_name, parameter in stage.named_parameters():
-            given = engine_gradients[f"{name}.{parameter_name}"]
-            if synthetic is None:
-                assert given is None
-                continue
-            expected = torch.autograd.grad(
-                leaves, parameter, [g / len(h[0]) for g in synthetic], retain_graph=True, allow_unused=True
-            )
-            assert_close(given, expected[0])
-        below = h if isinstance(outputs, tuple) else h[0]
+    expected = gradients_by_hand(row, model, twins, batch)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (expected[name] is None), name
+        if parameter.grad is not None:
+            assert_close(parameter.grad, expected[name])
 
 
 @each(ROWWISE)
