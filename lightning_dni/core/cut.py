@@ -39,7 +39,8 @@ class Cut:
         awaited: What the estimator still has to be told.
         learned: Whether its loss was taken.
         delivered: Whether the stage above was differentiated.
-        closed: Whether the stage below was differentiated.
+        closed: Whether the stage below was differentiated, or sits this step out.
+        asleep: Whether it sits this step out.
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
@@ -71,6 +72,7 @@ class Cut:
     learned: bool = False
     delivered: bool = False
     closed: bool = False
+    asleep: bool = False
     synthetic: Gradient | None = None
     arrived: list[Tensor] | None = None
     target: Gradient | None = None

@@ -18,7 +18,9 @@ class Truth(NamedTuple):
     weights: Sequence[tuple[Tensor, Tensor]]
 
 
-def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Truth]:
+def true_gradients(
+    cuts: Sequence[Cut], top: Sequence[Cut], unspent: Tensor | None = None
+) -> Mapping[Cut, Truth]:
     """Chain vector-Jacobian products through the stages, from the loss down.
 
     The graphs are those of the training forward pass, so dropout masks, batch statistics and
@@ -27,6 +29,7 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
     Args:
         cuts: The cuts that count, topmost first, with their graphs retained.
         top: Those whose gradient came from the loss itself.
+        unspent: The loss, where the last stage sat the step out and nothing came from it.
 
     Raises:
         StageError: A stage cannot be differentiated twice.
@@ -34,6 +37,8 @@ def true_gradients(cuts: Sequence[Cut], top: Sequence[Cut]) -> Mapping[Cut, Trut
     true: dict[Cut, list[Tensor] | None] = {cut: _true_at_top(cut) if cut in top else None for cut in cuts}
     for swap in (swap for cut in cuts for swap in cut.swaps):
         swap.exact = True
+    if unspent is not None:
+        true |= _ask_loss(top, unspent)
     weights: dict[Cut, list[tuple[Tensor, Tensor]]] = {cut: [] for cut in cuts}
     for cut in cuts:
         gradient = true[cut]
@@ -61,6 +66,18 @@ def _true_at_top(cut: Cut) -> list[Tensor] | None:
             if missing is not None and id(leaf) in true:
                 true[id(leaf)] = true[id(leaf)] + missing
     return list(true.values())
+
+
+def _ask_loss(top: Sequence[Cut], loss: Tensor) -> dict[Cut, list[Tensor] | None]:
+    """What a loss that was not differentiated would leave at the topmost cuts."""
+    leaves = [leaf for cut in top for leaf in cut.leaves]
+    found = iter(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else [])
+    return {
+        cut: [
+            leaf.new_zeros(leaf.shape) if g is None else g for leaf, g in zip(cut.leaves, found, strict=False)
+        ]
+        for cut in top
+    }
 
 
 def differentiate_again(

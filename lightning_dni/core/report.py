@@ -28,7 +28,8 @@ class BoundaryReport:
         true: The true gradient, on probe steps.
         loss: The estimator's training loss; None where it learns nothing.
         regresses: Whether that loss is the SG loss, whose scale is the variance of the target.
-        applied_weights: Gradients that the stage's weights were given, on probe steps.
+        applied_weights: Gradients that the stage's weights were given, on probe steps; empty where it sat
+            the step out.
         true_weights: Their true gradients, on probe steps.
     """
 
@@ -143,7 +144,7 @@ def report_step(
     truths: Mapping[Cut, Truth] = {}
     if step.settings.probe:
         with profile("dni.probe"):
-            truths = true_gradients(cuts, step.top)
+            truths = true_gradients(cuts, step.top, step.unspent)
     names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     crossings: dict[str, list[Cut]] = {}
     for cut in reversed(cuts):
@@ -164,17 +165,23 @@ def report_boundary(
         names: The names of parameters.
     """
     losses = [cut.loss for cut in cuts if cut.loss is not None]
-    applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
-    true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]
+    ran = [cut for cut in cuts if cut.closed and not cut.asleep] if truths else []
+    applied = [(v, g) for cut in ran for v, g in cut.param_grads]
+    true = [(v, g) for cut in ran if cut in truths for v, g in truths[cut].weights]
     return BoundaryReport(
         synthetic=_below([_rows(cut, cut.synthetic) for cut in cuts]),
-        target=_below([_rows(cut, cut.target) for cut in cuts]),
+        target=_below([_rows(cut, cut.target) for cut in cuts]) if _heard(cuts) else None,
         true=_below([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
         loss=torch.stack(losses).mean() if losses else None,
         regresses=cuts[0].installed.estimator.regresses,
         applied_weights=_sum_by_name(applied, names),
         true_weights=_sum_by_name(true, names),
     )
+
+
+def _heard(cuts: Sequence[Cut]) -> bool:
+    """Whether the stages above have left a target, be it zero, at every crossing."""
+    return all(cut.delivered or cut.target is not None for cut in cuts)
 
 
 def _unscaled(cut: Cut, truth: Truth) -> Sequence[Tensor] | None:
