@@ -130,6 +130,16 @@ class Engine(ABC):
         return dict(self._bp_lambda)
 
     @property
+    def update_probability(self) -> dict[str, float]:
+        """With which probability the stage below each boundary, and the last one, updates in a step."""
+        return dict(self._update_probability)
+
+    @property
+    def updates_immediately(self) -> bool:
+        """Whether stages step as soon as their gradient is there."""
+        return self._update == "immediate"
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Number of estimator updates so far that left out something that was not finite, by boundary."""
         return dict(self._health.skipped)
@@ -173,7 +183,7 @@ class Engine(ABC):
             "boundaries": list(self._modules),
             **self._pool.describe(),
             "bp_lambda": self.bp_lambda,
-            "update_probability": dict(self._update_probability),
+            "update_probability": {n.strip("()"): p for n, p in self._update_probability.items()},
             "update": self._update,
             "loss_denominator": str(self._loss_denominator),
             "rng": self._rng,

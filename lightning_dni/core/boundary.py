@@ -191,8 +191,8 @@ def choose_by_pattern(name: str, choice: T | Mapping[str, T], argument: str) -> 
     )
 
 
-def attribute_modules(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """The boundary below which each submodule runs (`LAST_STAGE` for none), as far as names tell.
+def modules_by_stage(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """The submodules of each stage, by the boundary above it, upwards; `LAST_STAGE` is the last.
 
     A stage is what the model registers after the boundary below and up to its own, which is the forward
     order of most modules; training itself follows autograd's graph.
@@ -204,7 +204,10 @@ def attribute_modules(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> 
     order = {module: place for place, module in enumerate(model.modules())}
     ends = {name: max(order[m] for m in module.modules()) for name, module in boundaries.items()}
     upwards = sorted(ends, key=lambda name: ends[name])
-    return {m: next((n for n in upwards if ends[n] >= place), LAST_STAGE) for m, place in order.items()}
+    found: dict[str, list[nn.Module]] = {name: [] for name in [*upwards, LAST_STAGE]}
+    for module, place in order.items():
+        found[next((name for name in upwards if ends[name] >= place), LAST_STAGE)].append(module)
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

