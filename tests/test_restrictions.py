@@ -45,6 +45,7 @@ RESTRICTIONS = {
         "to give one gradient per activation",
         "Expected labels or a context for",
         "Expected the network's output for …, but the output module",
+        "Expected the gradient at the network's output for …, but the loss did not come back",
         "Expected the network's output for the estimators of the stages below",
         "Expected the network's output to be seen before",
         "to need only …, but it needs",
@@ -52,6 +53,7 @@ RESTRICTIONS = {
     "an estimator for activations of another kind": [
         "Expected one tensor at boundary",
         "Expected activations with features on the last dimension",
+        "Expected a linear layer or convolution to read the output of boundary",
         "Expected feature maps [batch, channels, ...]",
         "Expected vectors, sequences or two-dimensional feature maps",
         "to be class scores of shape",
@@ -142,6 +144,7 @@ RESTRICTIONS = {
     "`bp_lambda` above 0, or an estimator that is told first, with a `staleness` other than 0": [
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
+        "Expected estimators that stages in processes of their own can tell all they ask for",
     ],
     "stages with other data or another module": [
         "Expected all stages to read the same first batch",

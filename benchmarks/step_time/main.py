@@ -29,8 +29,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dni import DNIStrategy
-from lightning_dni.core import BoundarySpec, DNIEngine, LeafSpec
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.core import BoundarySpec, DNIEngine, EstimatorFactory, LeafSpec
+from lightning_dni.estimators import (
+    BackpropEstimator,
+    DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
+    LinearEstimator,
+)
 
 WIDTHS = (64, 256, 256, 256, 256)
 CLASSES = 10
@@ -117,11 +122,11 @@ def learn(synthetic: Tensor, h: Tensor, rows: int) -> None:
     (F.mse_loss(synthetic, h.grad * rows, reduction="sum") / rows).backward()
 
 
-def engine(steps: int) -> Iterator[None]:
+def engine(steps: int, factory: EstimatorFactory = FACTORY) -> Iterator[None]:
     """The engine in a plain torch loop."""
     model = Net()
     optimizer = model.configure_optimizers()
-    dni = DNIEngine(model, BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM)
+    dni = DNIEngine(model, BOUNDARIES, factory, estimator_optimizer=ESTIMATOR_ADAM)
     with dni:
         for batch in batches(steps):
             optimizer.zero_grad()
@@ -208,6 +213,9 @@ CONTENDERS: dict[str, Callable[[int, Callable[[], None]], None]] = {
     "backprop loop": partial(in_loop, backprop),
     "DNI loop by hand": partial(in_loop, by_hand),
     "engine loop": partial(in_loop, engine),
+    "engine, backprop": partial(in_loop, partial(engine, factory=BackpropEstimator)),
+    "engine, FA": partial(in_loop, partial(engine, factory=FeedbackAlignmentEstimator)),
+    "engine, DFA": partial(in_loop, partial(engine, factory=DirectFeedbackAlignmentEstimator)),
     "plain Trainer": partial(in_trainer, lambda: "auto"),
     "Trainer, DNIStrategy": partial(
         in_trainer, lambda: DNIStrategy(BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM)
@@ -226,6 +234,9 @@ def ratios(turns: list[dict[str, float]]) -> dict[str, float]:
         "engine / by hand (at most 1.10)": median(t["engine loop"] / t["DNI loop by hand"] for t in turns),
         "engine / backprop (at most 2.1)": median(t["engine loop"] / t["backprop loop"] for t in turns),
         "by hand / backprop": median(t["DNI loop by hand"] / t["backprop loop"] for t in turns),
+        "engine, backprop / backprop": median(t["engine, backprop"] / t["backprop loop"] for t in turns),
+        "engine, FA / backprop (at most 1.25)": median(t["engine, FA"] / t["backprop loop"] for t in turns),
+        "engine, DFA / backprop (at most 1.25)": median(t["engine, DFA"] / t["backprop loop"] for t in turns),
         "what the Trainer adds, DNI / plain (at most 1.1)": added[0] / added[1],
     }
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.cut import Cut
@@ -132,28 +132,24 @@ class Reach(NamedTuple):
 
 def look_down(tensors: Iterable[Tensor], owner_of: Callable[[Tensor], Cut | None]) -> Reach:
     """Walk down from `tensors` to the nearest outputs of layers and leaf tensors."""
-    cuts: list[Cut] = []
-    variables: list[Tensor] = []
-    layers = False
-    seen: set[Node] = {t.grad_fn or get_gradient_edge(t).node for t in tensors}
-    stack = list(seen)
+    tensors = list(tensors)
+    leaves = [t for t in tensors if t.grad_fn is None]
+    stack: list[Node] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen, layers = set(stack), False
     while stack:
         node = stack.pop()
         if READ_BY in cast(Mapping[str, str], node.metadata):
             layers = True
             continue
         if type(node) is AccumulateGrad:
-            leaf: Tensor = cast(Any, node).variable
-            owner = owner_of(leaf)
-            if owner is None:
-                variables.append(leaf)
-            elif owner not in cuts:
-                cuts.append(owner)
+            leaves.append(cast(Any, node).variable)
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Reach(cuts, layers, variables)
+    owners = [owner_of(leaf) for leaf in leaves]
+    cuts = list(dict.fromkeys(owner for owner in owners if owner is not None))
+    return Reach(cuts, layers, [leaf for leaf, owner in zip(leaves, owners, strict=True) if owner is None])
 
 
 class Consumers:

@@ -100,6 +100,11 @@ class Cut:
         arrived = self.delivered or direct
         return self.waits and arrived and not self.closed and not (locks and self.awaited)
 
+    @property
+    def hears_from_above(self) -> bool:
+        """Whether what comes back from above is used for anything but a report."""
+        return self.bp_lambda > 0 or Signal.TARGET in self.installed.estimator.needs
+
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
         self.delivered = True

@@ -270,8 +270,13 @@ class DNIEngine(Engine):
         """Last third of `backward`: settle what came back and merge it into `.grad`."""
         assert self._step is not None
         step = self._step
-        if not self._in_forward:  # else the forward pass of another loss may follow
-            self._step = None
+        try:
+            self._finish(step)
+        finally:
+            if not self._in_forward:  # else the forward pass of another loss may follow
+                self._step = None
+
+    def _finish(self, step: Step) -> None:
         cuts, number = step.finish(), self._steps - (not self._in_forward)
         self._warn_of_exact(step.consumers.exact)
         self._examine(step, cuts, number)

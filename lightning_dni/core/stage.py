@@ -121,6 +121,7 @@ def local_gradients(
     gradients: Sequence[Tensor] | None,
     variables: Sequence[Tensor],
     retain_graph: bool = False,
+    only: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Differentiate `outputs` into `variables` without touching what their `.grad` holds.
 
@@ -131,8 +132,9 @@ def local_gradients(
     Args:
         outputs: Tensors with a graph.
         gradients: Derivative of the loss with respect to each output; None for a scalar.
-        variables: Every leaf that the graph reaches.
+        variables: Every leaf that the graph reaches, but for boundary tensors.
         retain_graph: Keep the graph for another pass.
+        only: Whether nobody needs the gradients of other leaves, such as boundary tensors.
 
     Returns:
         Pairs of variable and gradient, without the variables that got none.
@@ -141,7 +143,8 @@ def local_gradients(
     for v in variables:
         v.grad = None
     try:
-        torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
+        inputs = list(variables) if only and variables else None
+        torch.autograd.backward(outputs, gradients, retain_graph=retain_graph, inputs=inputs)
         return [(v, v.grad) for v in variables if v.grad is not None]
     finally:
         for v, grad in zip(variables, kept, strict=True):

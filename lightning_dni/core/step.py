@@ -226,6 +226,8 @@ class Step:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
             correct(crossing, crossing.record, self._feedback(crossing))
+        parents = [] if self.settings.report else crossing.stage.parents
+        deaf = bool(parents) and not any(parent.hears_from_above for parent in parents)
         gradients = crossing.applied_gradient()
         if crossing.waits and self.settings.skips and gradients is not None:
             crossing.applied = observed(gradients)
@@ -238,7 +240,7 @@ class Step:
                 donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(
-                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe
+                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe, deaf
                 )
             if self.settings.exchange is not None:
                 self.settings.exchange.offer(crossing.param_grads)
@@ -252,17 +254,21 @@ class Step:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
         self._complete_factor(crossing)
-        hears_first = bool(crossing.installed.estimator.locks)
-        makes_none = crossing.learns_from_arrived and not self.settings.keep_lessons and not hears_first
-        needed = Signal.TARGET in crossing.awaited and not makes_none
+        needed = Signal.TARGET in crossing.awaited and not self._makes_no_target(crossing)
         if self.settings.report or needed:
             crossing.target = crossing.target_gradient()
         self._told(crossing, Signal.TARGET)
         if not self.settings.report:
             crossing.leaves = []
 
+    def _makes_no_target(self, crossing: Cut) -> bool:
+        """Whether its estimator goes without the target, though it asks for what arrives."""
+        estimator = crossing.installed.estimator
+        learns = crossing.learns_from_arrived and not self.settings.keep_lessons and not estimator.locks
+        return learns or estimator.relays
+
     def _complete_factor(self, crossing: Cut) -> None:
-        if crossing.elements_unknown:
+        if crossing.elements_unknown and crossing.leaves:
             crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
 
     def _feedback(self, crossing: Cut) -> Feedback:
@@ -359,7 +365,7 @@ class Step:
     def _hear_errors(self) -> None:
         """Tell the estimators the gradient at the network's output that the loss has left."""
         for asking, gradients in self._errors:
-            for crossing in asking if gradients else ():
+            for crossing in reversed(asking) if gradients else ():  # the lowest first: none needs another
                 self._complete_factor(crossing)
                 dtype = torch.promote_types(gradients[-1].dtype, torch.float32)
                 crossing.output_gradient = gradients[-1].detach().to(dtype) / crossing.factor

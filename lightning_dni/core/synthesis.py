@@ -30,7 +30,8 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
         check_shapes(gradient, h, cut)
         if cut.elements_unknown:
             _check_zero(gradient, cut)
-    cut.said = observed(h if gradient is None else gradient)
+    if gradient is not None or not estimator.locks:
+        cut.said = observed(h if gradient is None else gradient)
     return Record(h, context, gradient, state)
 
 
@@ -40,6 +41,9 @@ def correct(cut: Cut, record: Record, feedback: Feedback) -> None:
     Raises:
         EstimatorError: The gradient has the wrong shape.
     """
+    if cut.installed.estimator.relays and feedback.target is None:  # nobody looks at it in these units
+        cut.said = None if cut.arrived is None else observed(cut.arrived)
+        return
     with estimating(cut.installed, record.h[0], grad=False):
         corrected = cut.installed.estimator.correct(record, feedback)
     if corrected is not None:
@@ -126,7 +130,7 @@ def check_shapes(gradient: Gradient, h: Sequence[Tensor], cut: Cut) -> None:
 
 def observed(gradient: Sequence[Tensor]) -> Tensor:
     """A scalar that is finite if all of `gradient` is (its sum: one pass, nothing made on the way)."""
-    sums = [g.detach().sum() for g in gradient]
+    sums = [g.detach().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradient]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 

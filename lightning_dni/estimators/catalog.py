@@ -11,7 +11,7 @@ from lightning_dni.core.estimator import GradientEstimator, Lock, Signal
 
 HEADINGS = (
     "estimator",
-    "gradient given to h",
+    "given to h",
     "s(h, y)",
     "s learns",
     "target t",
@@ -73,9 +73,9 @@ def markdown() -> str:
 
 def print_catalog() -> None:
     """Print the table."""
-    table = Table(title="Error approximators")
+    table = Table(title="Error approximators; the classes' names end in Estimator")
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == HEADINGS[0])
     for row in catalog():
-        table.add_row(*row)
+        table.add_row(row[0].replace("Estimator", ""), *row[1:])
     Console().print(table)

@@ -55,7 +55,7 @@ class ConvEstimator(GradientEstimator):
         prop_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
+        self.locks, self.prop_alpha = self.locks_with(prop_alpha=prop_alpha), prop_alpha
         check_sizes("hidden_channels", hidden_channels)
         check_sizes("num_classes", [] if num_classes is None else [num_classes])
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -103,4 +103,4 @@ class ConvEstimator(GradientEstimator):
     @classmethod
     def locks_with(cls, **options: Any) -> frozenset[Lock]:
         """The target is waited for with `prop_alpha`."""
-        return prop_locks(options)
+        return cls.locks | prop_locks(options)

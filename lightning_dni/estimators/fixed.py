@@ -36,7 +36,9 @@ class FixedMatrices(nn.Module):
             generator = torch.Generator().manual_seed(derive_seed(self._seed, name, *shape))
             found = torch.empty(tuple(shape), device="cpu", dtype=torch.float32)
             nn.init.kaiming_uniform_(found, a=math.sqrt(5), generator=generator)
-        self.drawn[name] = found = found.to(like)
+        if found.dtype != like.dtype or found.device != like.device:
+            found = found.to(like)
+        self.drawn[name] = found
         return found
 
     def get_extra_state(self) -> Tensor:

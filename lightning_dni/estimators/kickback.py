@@ -83,7 +83,8 @@ class KickbackEstimator(GradientEstimator):
                 f"class scores of shape {(*labels.shape, self.num_classes)}, but got {tuple(scores.shape)}. "
                 "Pass `output=` the submodule that gives the scores."
             )
-        loss = F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long(), reduction="none")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        loss = F.cross_entropy(scores.flatten(0, -2), labels.flatten().long(), reduction="none")
         return -loss.exp().view(*labels.shape, 1)
 
     def _check_sums(self, error: Tensor, dtype: torch.dtype) -> None:

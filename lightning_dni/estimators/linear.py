@@ -44,7 +44,7 @@ class LinearEstimator(GradientEstimator):
         prop_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
+        self.locks, self.prop_alpha = self.locks_with(prop_alpha=prop_alpha), prop_alpha
         self.num_classes, self.context_size = num_classes, context_size
         width = joint_width(spec)
         self.map = nn.Linear(width, width)
@@ -77,7 +77,7 @@ class LinearEstimator(GradientEstimator):
     @classmethod
     def locks_with(cls, **options: Any) -> frozenset[Lock]:
         """The target is waited for with `prop_alpha`."""
-        return prop_locks(options)
+        return cls.locks | prop_locks(options)
 
     def parameter_gradients(
         self, record: Record, derivative: Gradient, scale: float

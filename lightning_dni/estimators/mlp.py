@@ -50,7 +50,7 @@ class MLPEstimator(GradientEstimator):
         prop_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        self.locks, self.prop_alpha = prop_locks({"prop_alpha": prop_alpha}), prop_alpha
+        self.locks, self.prop_alpha = self.locks_with(prop_alpha=prop_alpha), prop_alpha
         check_sizes("hidden_sizes", hidden_sizes)
         self.num_classes, self.context_size = num_classes, context_size
         sizes = [joint_width(spec), *hidden_sizes, joint_width(spec)]
@@ -80,4 +80,4 @@ class MLPEstimator(GradientEstimator):
     @classmethod
     def locks_with(cls, **options: Any) -> frozenset[Lock]:
         """The target is waited for with `prop_alpha`."""
-        return prop_locks(options)
+        return cls.locks | prop_locks(options)

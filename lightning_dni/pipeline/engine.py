@@ -163,7 +163,8 @@ class StageEngine(StagedEngine):
                 f"got {cut.who}, which needs {alone}. Train in one process: strategy='dni' or 'dni_ddp'."
             )
         if cut.waits and self._staleness:
-            what = f"bp_lambda={cut.bp_lambda}" if cut.bp_lambda else f"{cut.who}, which is told first,"
+            told = cut.installed.estimator.locks
+            what = f"{cut.who}, which is told first," if told else f"bp_lambda={cut.bp_lambda}"
             raise EstimatorError(
                 f"Expected a stage that does not wait, with staleness={self._staleness}, but got {what} at "
                 f"boundary {cut.boundary!r}. Pass staleness=0, or schedule='1f1b' for exact gradients."

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from lightning_dni.core import DNIEngine, Signal
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.estimators import (
+    BackpropEstimator,
+    DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
+    KickbackEstimator,
+    LinearEstimator,
+    MLPEstimator,
+)
 from lightning_dni.pipeline.together import StagesTogether
 
 OPTIMIZERS = {
@@ -215,6 +222,50 @@ def test_a_lag_and_a_stage_that_waits_exclude_each_other():
     model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
     staged = together(model, VECTOR_ESTIMATORS["linear"], data, staleness=1, bp_lambda=0.5)
     with pytest.raises(EstimatorError, match=r"staleness=1, but got bp_lambda=0.5 .* Pass staleness=0"):
+        staged.step([data[0]])
+
+
+WAITING = {
+    "backprop": BackpropEstimator,
+    "linear": partial(LinearEstimator, num_classes=CLASSES, prop_alpha=0.3),
+    "mlp": partial(MLPEstimator, hidden_sizes=(8,), num_classes=CLASSES, prop_alpha=0.3),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_estimators_that_are_told_first_are_those_of_one_process(name):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dropout=0.2, dtype=torch.float32), batches(20)
+    staged = together(model, WAITING[name], data)
+    losses = [staged.step([batch]) for batch in data]
+    engine, expected = one_process(model, WAITING[name], data)
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert_same_bits(staged, engine, model)
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_lag_and_an_estimator_that_is_told_first_exclude_each_other(name):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
+    staged = together(model, WAITING[name], data, staleness=1)
+    with pytest.raises(EstimatorError, match=r"Estimator at boundary '0', which is told first, .*ness=0"):
+        staged.step([data[0]])
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(
+    ("estimator", "needs"),
+    [
+        (FeedbackAlignmentEstimator, "consumer of h"),
+        (DirectFeedbackAlignmentEstimator, "gradient at the network output"),
+        (lambda spec: KickbackEstimator(spec), "gradient at the network output"),
+    ],
+)
+def test_what_needs_the_stage_above_in_its_own_process_is_refused(estimator, needs, staleness):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
+    staged = together(model, estimator, data, staleness)
+    with pytest.raises(EstimatorError, match=rf"at boundary '0', which needs \['{needs}'\].*strategy='dni'"):
         staged.step([data[0]])
 
 

@@ -16,6 +16,7 @@ from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch import nn
 
 from lightning_dni import DNIPipelineStrategy
+from lightning_dni.estimators import FeedbackAlignmentEstimator
 from lightning_dni.strategies._compat import MisconfigurationException
 from lightning_dni.strategies.refusals import refuse_nodes_apart, warn_of_waits
 
@@ -102,6 +103,18 @@ REFUSED = {
         Net,
         {"estimator": partial(Locked, num_classes=CLASSES)},
         "Locked, which is told first, at boundary 'net.0'. Pass staleness=0",
+    ),
+    "prop_alpha": (
+        {},
+        Net,
+        {"estimator": partial(LINEAR, prop_alpha=0.5)},
+        "LinearEstimator, which is told first, at boundary 'net.0'. Pass staleness=0",
+    ),
+    "feedback alignment": (
+        {},
+        Net,
+        {"estimator": FeedbackAlignmentEstimator, "staleness": 0},
+        "FeedbackAlignmentEstimator at boundary 'net.0', which needs .'consumer of h'.*strategy='dni'",
     ),
 }
 

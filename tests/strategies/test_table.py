@@ -1,5 +1,7 @@
 """`strategy.describe()` prints what is trained how, without training it."""
 
+from functools import partial
+
 import pytest
 import torch
 from fits import BOUNDARIES, FEATURES, LINEAR, AtBatchStart, Net, attributes, dni, fit, hooks_on, loader, net
@@ -9,7 +11,12 @@ from torch import nn
 from lightning_dni import DNIStrategy
 from lightning_dni.core import GradientEstimator, Lock
 from lightning_dni.errors import BoundaryError
-from lightning_dni.estimators import CriticEstimator, LocalLossEstimator, ZeroEstimator
+from lightning_dni.estimators import (
+    CriticEstimator,
+    DirectFeedbackAlignmentEstimator,
+    LocalLossEstimator,
+    ZeroEstimator,
+)
 from lightning_dni.strategies.options import DNIOptions
 from lightning_dni.strategies.table import stages
 
@@ -78,6 +85,12 @@ def test_it_says_what_each_stage_waits_for():
     assert [row[4] for row in rows(estimator=by_boundary)] == ["update", "nothing", "nothing"]
     mixed = rows(bp_lambda={"net.0": 0.0, "net.1": 0.5})
     assert [row[4] for row in mixed] == ["nothing", "the loss (bp_lambda > 0)", "nothing"]
+
+
+def test_an_option_that_makes_a_stage_wait_is_read_off_a_partial():
+    assert rows(estimator=partial(LINEAR, prop_alpha=0.5))[0][4] == "backward, update"
+    assert rows(estimator=partial(LINEAR, prop_alpha=0.0))[0][4] == "nothing"
+    assert rows(estimator=DirectFeedbackAlignmentEstimator)[0][4] == "update"
 
 
 def test_a_factory_that_cannot_be_read_is_not_guessed_at():

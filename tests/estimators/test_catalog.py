@@ -1,0 +1,71 @@
+"""The table of estimators is read off the classes, printed by the command, and the one in the guide."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_dni import cli, estimators
+from lightning_dni.core import GradientEstimator
+from lightning_dni.estimators import catalog
+
+GUIDE = Path(__file__).parents[2] / "docs/estimators.md"
+
+
+def rows():
+    return {row[0]: dict(zip(catalog.HEADINGS, row, strict=True)) for row in catalog.catalog()}
+
+
+def test_the_guide_holds_the_table_as_it_is_made():
+    assert catalog.markdown() in GUIDE.read_text()
+
+
+def test_every_estimator_is_in_it_once_with_its_option():
+    names = [row[0] for row in catalog.catalog()]
+    with_option = [f"{kind}Estimator, prop_alpha=a" for kind in ("Conv", "Linear", "MLP")]
+    assert sorted(names) == sorted([*estimators.__all__, *with_option])
+
+
+@pytest.mark.parametrize(
+    ("name", "learns", "locks", "direct"),
+    [
+        ("LinearEstimator", "yes", "forward", "no"),
+        ("LinearEstimator, prop_alpha=a", "yes", "forward, update, backward", "no"),
+        ("BackpropEstimator", "no", "forward, update, backward", "no"),
+        ("FeedbackAlignmentEstimator", "no", "forward, update, backward", "no"),
+        ("DirectFeedbackAlignmentEstimator", "no", "forward, update", "yes"),
+        ("KickbackEstimator", "no", "forward, update", "yes"),
+        ("ProbeEstimator", "yes", "forward", "yes (label)"),
+        ("LocalLossEstimator", "yes", "forward", "yes (label)"),
+        ("CriticEstimator", "yes", "forward", "yes (output, label)"),
+        ("ZeroEstimator", "no", "forward", "no"),
+    ],
+)
+def test_it_says_what_the_papers_table_says(name, learns, locks, direct):
+    row = rows()[name]
+    assert (row["s learns"], row["locks"], row["direct error"]) == (learns, locks, direct)
+
+
+def test_it_follows_the_classes(monkeypatch):
+    monkeypatch.setattr(estimators.ZeroEstimator, "locks", estimators.KickbackEstimator.locks)
+    monkeypatch.setattr(estimators.ZeroEstimator, "loss", estimators.ProbeEstimator.loss)
+    row = rows()["ZeroEstimator"]
+    assert (row["locks"], row["s learns"]) == ("forward, update", "yes")
+    assert catalog.markdown() not in GUIDE.read_text()
+
+
+def test_an_estimator_without_facts_is_noticed(monkeypatch):
+    monkeypatch.setattr(estimators, "__all__", [*estimators.__all__, "New"])
+    monkeypatch.setattr(estimators, "New", type("New", (GradientEstimator,), {}), raising=False)
+    with pytest.raises(AssertionError, match="New has no `facts`"):
+        catalog.catalog()
+
+
+def test_the_command_prints_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-dni", "estimators"])
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main()
+    printed = capsys.readouterr().out
+    for row in catalog.catalog():
+        assert row[0].replace("Estimator", "").split(",")[0] in printed
+    assert "forward, update, backward" in printed
