@@ -346,10 +346,9 @@ def test_immediate_updates_of_several_processes_are_refused():
 
 
 def test_one_process_under_ddp_updates_immediately():
-    strategy = ddp(update="immediate")
-    run = trained(strategy, devices=1, max_epochs=1)
-    assert_same_run(run, trained(dni(), max_epochs=1))
-    assert set(run[1].left) == {"2"}
+    runs = [trained(ddp(update=update), devices=1, max_epochs=1) for update in ("immediate", "step")]
+    assert_same_run(*runs)
+    assert set(runs[0][1].left) == {"2"}
 
 
 @pytest.mark.parametrize(
