@@ -284,6 +284,26 @@ def test_accumulation_steps_on_the_last_part():
     assert same_bits(*results)
 
 
+def test_under_autocast_the_step_is_apart_from_it_and_what_is_looked_at_is_new():
+    states = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None):
+            states.append(torch.is_autocast_enabled("cpu"))
+            return super().step(closure)
+
+    model = mlp(WIDTHS, dtype=torch.float32)
+    engine = immediate(model, BOUNDARIES, optimizer=Watching(model.parameters(), 10.0))
+    x, y = blobs(8, 5, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), engine.training_step((x, y)):
+        model(x)
+        with torch.no_grad():
+            looked = model[0](x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(looked, model[0](x))
+    assert states == [False] * 3
+
+
 def test_a_gradient_that_is_not_finite_is_judged_before_the_stage_steps():
     model = mlp(WIDTHS)
     start = weights(model)
