@@ -15,3 +15,7 @@ class EstimatorError(DNIError, ValueError):
 
 class StageError(DNIError, RuntimeError):
     """A stage cannot be differentiated where and when the engine has to do it."""
+
+
+class StudyError(DNIError, ValueError):
+    """A study's YAML, or the folder of an earlier one, is not what it should be."""

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from lightning_dni.cli import run
+
 SCRIPT = [str(Path(sys.executable).with_name("lightning-dni"))]
 MODULE = [sys.executable, "-m", "lightning_dni"]
 
@@ -13,6 +17,12 @@ def test_help_explains():
     assert done.returncode == 0, done.stderr
     assert "usage: lightning-dni" in done.stdout
     assert "--trainer.strategy" in done.stdout
+
+
+def test_help_names_the_commands_beside_those_of_lightning(capsys):
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    assert "with a --help of their own: study, recipes" in capsys.readouterr().out
 
 
 def test_a_run_ends_with_success():

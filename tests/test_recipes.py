@@ -5,20 +5,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+from omegaconf import OmegaConf
 
 from lightning_dni import DNIStrategy
-from lightning_dni.cli import run
+from lightning_dni.cli import build, run
+from lightning_dni.study.configuration import is_study, read_study
+from lightning_dni.study.running import run_study
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+ALL = sorted((ROOT / "recipes").rglob("*.yaml"))
+STUDIES = [path for path in ALL if is_study(OmegaConf.load(path))]
+RECIPES = [path for path in ALL if path not in STUDIES]
 GOLDEN = json.loads((ROOT / "tests/golden/losses.json").read_text())
 MNIST = Path(os.environ.get("LIGHTNING_DNI_MNIST", ROOT.parent / "shared/data/mnist"))
 PIPELINES = [path for path in RECIPES if path.stem.endswith("_pipeline")]
-each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+each_recipe = pytest.mark.parametrize("recipe", ALL, ids=lambda path: path.stem)
 each_in_one_process = pytest.mark.parametrize(
     "recipe", [path for path in RECIPES if path not in PIPELINES], ids=lambda path: path.stem
 )
@@ -40,7 +46,13 @@ def fit(recipe, *words, callbacks=()):
     return run(["fit", "--config", str(recipe), *quiet, *data, *words], callbacks=callbacks)
 
 
-def test_there_are_seven_recipes():
+def test_there_are_seven_recipes_and_these_studies():
+    assert [path.stem for path in STUDIES] == [
+        "approximators",
+        "depth_sweep",
+        "random_labels",
+        "representations",
+    ]
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",
         "digits_critic",
@@ -83,11 +95,49 @@ def test_each_pipeline_has_its_golden_losses(recipe, tmp_path):
     assert losses == pytest.approx(GOLDEN[recipe.stem], rel=1e-4)
 
 
+def covering(study):
+    """A run for every value on every axis, with the first seed."""
+    seen = set()
+    for each in study.runs:
+        new = set(each.cell.items()) - seen
+        if new or not seen:
+            seen |= new or {("seed", each.seed)}
+            yield each
+
+
+@pytest.mark.parametrize("recipe", STUDIES, ids=lambda path: path.stem)
+def test_each_study_runs_in_short(recipe, tmp_path):
+    """With the values under `quick`: every value on every axis, all metrics, and the picture."""
+    overrides = [("wandb", "null")]
+    if "MNISTDataModule" in recipe.read_text():
+        if not MNIST.exists():
+            pytest.skip(f"no MNIST files in {MNIST}; set LIGHTNING_DNI_MNIST")
+        overrides.append(("fit.data.init_args.data_dir", str(MNIST)))
+    assert OmegaConf.load(recipe).get("quick"), "say under `quick` how this study runs in seconds"
+    study = read_study(recipe, overrides, quick=True)
+    study = replace(study, runs=list(covering(study)))
+    outcome = run_study(study, tmp_path / "out", build)
+    assert outcome.failed == {}
+    assert len(outcome.results) == len(study.runs) > 0
+    assert study.picture is not None
+    logged = {name for result in outcome.results.values() for name in result.metrics}
+    assert {*study.table, *study.picture.y} <= logged
+    assert (tmp_path / "out/picture.png").exists()
+
+
 @each_recipe
-def test_each_recipe_says_how_it_is_run(recipe):
-    header = recipe.read_text().split("seed_everything")[0]
-    assert f"lightning-dni fit --config recipes/{recipe.name}" in header
-    assert f"`{recipe.stem}`" in (ROOT / "recipes/README.md").read_text()
+def test_each_recipe_says_what_it_shows_and_how_it_is_run(recipe):
+    header, _, _ = recipe.read_text().partition("recipe:\n")
+    command = "study" if recipe in STUDIES else "fit"
+    assert f"lightning-dni {command} --config recipes/{recipe.name}" in header
+    if recipe in STUDIES:
+        assert "Expected: " in header
+        assert "Measured on 20" in header
+    said = OmegaConf.load(recipe).recipe
+    readme = (ROOT / "recipes/README.md").read_text().splitlines()
+    (line,) = [line for line in readme if line.startswith(f"| `{recipe.stem}` |")]
+    assert f"| {said.claim} |" in line
+    assert line.endswith(f"| {said.minutes} |")
 
 
 def test_an_override_reaches_what_refers_to_it():

@@ -49,6 +49,7 @@ RESTRICTIONS = {
         "Expected the network's output for the estimators of the stages below",
         "Expected the network's output to be seen before",
         "to need only …, but it needs",
+        "to depend on its parameters, but got one without a graph",
     ],
     "an estimator for activations of another kind": [
         "Expected one tensor at boundary",
@@ -83,6 +84,7 @@ RESTRICTIONS = {
     "on probe steps, operations that cannot be differentiated twice": [
         "to be differentiable twice on a probe step, but got: …",
         "but torch.compile has made a graph that reuses its memory",
+        "to have second derivatives",
     ],
     "processes of `DNIDDPStrategy` that do not have the same parameters": ["to be the same in every process"],
     "with `update_probability` below 1, `16-mixed`": [
@@ -183,6 +185,11 @@ RESTRICTIONS = {
         "Expected no `clip_norm` with an exact schedule",
     ],
     "activations that are sparse, or of more dimensions": ["A message takes"],
+    "monitors that need the stages' graphs": [
+        "Expected a model in one process for",
+        "Expected a probe of the gradients alone in a pipeline",
+        "Expected a process that holds the whole model for RepresentationMonitor",
+    ],
     "with `save_sharded=True`, a `checkpoint_io`": [
         "Expected no `checkpoint_io` with save_sharded=True",
         "Expected a folder that all stages can write",
@@ -215,6 +222,11 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
+    "Expected layer … to run when the model does",
+    "Expected layer … to give a tensor with one row for each",
+    "Expected an estimator that learns the gradient itself",
+    "Expected one tensor at the boundary, but … gives",
+    "Expected one tensor to cross each boundary once for a plane of inputs",
 ]
 """Something was called at the wrong time, or on the wrong thing."""
 

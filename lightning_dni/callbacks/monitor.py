@@ -10,13 +10,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dni.callbacks._compat import forget_logged, rank_zero_info, rank_zero_warn, row_interval
+from lightning_dni.callbacks._compat import forget_logged, rank_zero_info, rank_zero_warn
 from lightning_dni.callbacks.configuration import describe_run
 from lightning_dni.callbacks.engine import engine_of, key_of
 from lightning_dni.callbacks.heatmap import FILE_NAME, Probe, write_heatmap
 from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_peak_memory, samples_in
 from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.replicas import Replicas
+from lightning_dni.callbacks.rows import check_interval, warn_of_dropped_rows
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow, add_up, metrics_of
 from lightning_dni.core.figures import Figures
@@ -71,13 +72,7 @@ class GradientMonitor(pl.Callback):
     def __init__(
         self, every_n_train_steps: int = 50, probe: bool | None = None, recipe: str | None = None
     ) -> None:
-        every_n = every_n_train_steps
-        if isinstance(every_n, bool) or not isinstance(every_n, int) or every_n < 1:
-            raise ValueError(
-                f"Expected `every_n_train_steps` to be an integer of at least 1, but got {every_n!r}. Leave "
-                "the callback out to measure nothing."
-            )
-        self._every_n = every_n
+        self._every_n = check_interval(every_n_train_steps)
         self._probe = probe
         self._recipe = recipe
         self.history: list[Probe] = []
@@ -111,7 +106,7 @@ class GradientMonitor(pl.Callback):
         self._probes = self._chooses_probes(self._engine)
         self._clock.reset()
         self._wandb = WandbReport(trainer)
-        self._warn_of_dropped_rows(trainer)
+        warn_of_dropped_rows(trainer, self, self._every_n)
         self._describe(trainer)
 
     @override
@@ -153,16 +148,6 @@ class GradientMonitor(pl.Callback):
         if path is not None:
             write_heatmap(self.history, path)
             rank_zero_info(f"GradientMonitor has drawn cosine and error of the gradients: {path}")
-
-    def _warn_of_dropped_rows(self, trainer: pl.Trainer) -> None:
-        every = row_interval(trainer)
-        if not trainer.loggers or (every and self._every_n % every == 0):
-            return
-        rank_zero_warn(
-            f"GradientMonitor(every_n_train_steps={self._every_n}) measures steps at which "
-            f"Trainer(log_every_n_steps={every}) writes no row: those measurements reach no logger. Pass "
-            f"`Trainer(log_every_n_steps={self._every_n})`, or a number that divides {self._every_n}."
-        )
 
     # ---- one step
 

@@ -1,12 +1,15 @@
-"""What Weights & Biases gets beyond a logger's rows: axes, summaries and the picture of a run."""
+"""What Weights & Biases gets beyond a logger's rows: axes, summaries, pictures and files of a run."""
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 
 from lightning_dni.callbacks.gantt import draw_timeline
 from lightning_dni.callbacks.heatmap import Probe, heatmap_pixels
@@ -41,6 +44,16 @@ class WandbReport:
         for run in self._runs:
             run.summary.update(dict(values))
 
+    def show_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Log a table at `step`."""
+        if self._runs:
+            import wandb
+
+            for run in self._runs:
+                # a table each: it belongs to the run that logs it
+                table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+                run.log({name: table, AXIS: step})
+
     def show(self, probes: Sequence[Probe], step: int) -> None:
         """Log the picture of `probes` at `step`."""
         if self._runs and probes:
@@ -53,8 +66,45 @@ class WandbReport:
         if self._runs:
             self._log(TIMELINE, pixels_of(draw_timeline(stages)), "who computed what when", step)
 
+    def show_figure(self, name: str, figure: Figure, caption: str, step: int) -> None:
+        """Log `figure` as picture `name` at `step`."""
+        if self._runs:
+            self._log(name, pixels_of(figure), caption, step)
+
     def _log(self, name: str, pixels: npt.NDArray[np.uint8], caption: str, step: int) -> None:
         import wandb  # takes a second, and only here is it needed
 
         for run in self._runs:
             run.log({name: wandb.Image(pixels, caption=caption), AXIS: step})
+
+
+def log_files(logger: WandbLogger, name: str, kind: str, files: Sequence[Path]) -> None:
+    """Log `files` as one artifact of the logger's run.
+
+    Args:
+        logger: Its run is opened if it is not open.
+        name: Of the artifact; characters that W&B does not take become underscores.
+        kind: The artifact's type.
+        files: Those that exist are added.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name), type=kind)
+    for file in files:
+        if file.exists():
+            artifact.add_file(str(file))
+    logger.experiment.log_artifact(artifact)
+
+
+def log_picture(logger: WandbLogger, name: str, file: Path) -> None:
+    """Log a PNG file as an image of the logger's run."""
+    import wandb
+
+    logger.experiment.log({name: wandb.Image(str(file))})
+
+
+def close_run(*, failed: bool = False) -> None:
+    """Close the process's open W&B run, if there is one: the next logger would take it over."""
+    import wandb
+
+    wandb.finish(exit_code=1 if failed else 0)

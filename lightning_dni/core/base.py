@@ -15,6 +15,7 @@ from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
 from lightning_dni.core.immediate import ImmediateUpdates, Updater
+from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.report import StepReport
@@ -101,6 +102,7 @@ class Engine(ABC):
         self._elements_per_row: int | None = None
         self._steps = 0
         self._requested: Literal["nothing", "report", "probe"] = "nothing"
+        self._instruments: list[Instrument] = []
         self._report: StepReport | None = None
         self._reset()
 
@@ -158,9 +160,15 @@ class Engine(ABC):
         if self._requested == "nothing":
             self._requested = "report"
 
-    def request_probe(self) -> None:
-        """Have the next training step measure the true gradients too."""
+    def request_probe(self, instrument: Instrument | None = None) -> None:
+        """Have the next training step measure the true gradients too.
+
+        Args:
+            instrument: What else to measure at every boundary; see `Observation`.
+        """
         self._requested = "probe"
+        if instrument is not None and instrument not in self._instruments:
+            self._instruments.append(instrument)
 
     @property
     def last_report(self) -> StepReport | None:
@@ -268,6 +276,7 @@ class Engine(ABC):
             scale=scale,
             report=self._requested != "nothing",
             probe=self._requested == "probe",
+            instruments=tuple(self._instruments),
             check_values=self._checks_values,
             keep_lessons=self._pool.steps > 1,
             skips=self._health.skips,

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Lock, Record, Signal, who
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
-from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 
 if TYPE_CHECKING:
     from lightning_dni.core.consumer import Swap
@@ -105,6 +105,11 @@ class Cut:
         """Whether what comes back from above is used for anything but a report."""
         return self.bp_lambda > 0 or Signal.TARGET in self.installed.estimator.needs
 
+    @property
+    def ran(self) -> bool:
+        """Whether the stage below was differentiated."""
+        return self.closed and not self.asleep
+
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
         self.delivered = True
@@ -167,6 +172,28 @@ def lineage(top: Iterable[Cut]) -> set[Cut]:
                 found.add(parent)
                 queue.append(parent)
     return found
+
+
+def claim(parents: Iterable[Cut], consumer: str) -> None:
+    """Note that `consumer` goes on from what `parents` have passed on.
+
+    Raises:
+        BoundaryError: Something else does already, or the loss has come back that way.
+    """
+    for parent in parents:
+        if parent.consumed:
+            raise BoundaryError(
+                f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
+                f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
+                "through. Add the losses up, or run the forward pass once more."
+            )
+        if parent.consumer is not None:
+            raise BoundaryError(
+                f"A path leaks around {parent.consumer}: the output of boundary "
+                f"{parent.boundary!r} goes into it and past it, to {consumer}. Choose as boundary "
+                "a module that contains both ways, so that one output carries everything upwards."
+            )
+        parent.consumer = consumer
 
 
 def refuse_no_gradient(cut: Cut) -> None:

@@ -204,7 +204,8 @@ class DNIEngine(Engine):
         self._step = Step(settings, self._pool.install, self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
-        self._report, self._requested, self._in_forward = None, "nothing", True
+        self._report, self._requested, self._instruments = None, "nothing", []
+        self._in_forward = True
         staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
             with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):

@@ -1,13 +1,14 @@
 """The true gradient, from the forward pass that was trained on: once more down the kept graphs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dni.core.cut import Cut
+from lightning_dni.core.instrument import Instrument, Observation
 from lightning_dni.errors import StageError
 
 
@@ -19,7 +20,10 @@ class Truth(NamedTuple):
 
 
 def true_gradients(
-    cuts: Sequence[Cut], top: Sequence[Cut], unspent: Tensor | None = None
+    cuts: Sequence[Cut],
+    top: Sequence[Cut],
+    retain_graph: bool = False,
+    unspent: Tensor | None = None,
 ) -> Mapping[Cut, Truth]:
     """Chain vector-Jacobian products through the stages, from the loss down.
 
@@ -29,6 +33,7 @@ def true_gradients(
     Args:
         cuts: The cuts that count, topmost first, with their graphs retained.
         top: Those whose gradient came from the loss itself.
+        retain_graph: Keep the graphs for instruments.
         unspent: The loss, where the last stage sat the step out and nothing came from it.
 
     Raises:
@@ -46,7 +51,7 @@ def true_gradients(
             continue
         below = [leaf for parent in cut.stage.parents for leaf in parent.leaves]
         variables = cut.stage.variables
-        found = iter(differentiate_again(cut, gradient, [*variables, *below]))
+        found = iter(differentiate_again(cut, gradient, [*variables, *below], retain_graph))
         weights[cut] = [(v, g) for v, g in zip(variables, found, strict=False) if g is not None]
         for parent in cut.stage.parents:
             true[parent] = [
@@ -81,7 +86,7 @@ def _ask_loss(top: Sequence[Cut], loss: Tensor) -> dict[Cut, list[Tensor] | None
 
 
 def differentiate_again(
-    cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor]
+    cut: Cut, gradient: Sequence[Tensor], inputs: Sequence[Tensor], retain_graph: bool = False
 ) -> Sequence[Tensor | None]:
     """Gradients of `inputs` through the kept graph of the stage below `cut`, given that of its output.
 
@@ -92,13 +97,56 @@ def differentiate_again(
         return []
     try:
         with _hooks_asleep(cut.stage.variables):
-            return torch.autograd.grad(cut.outputs, inputs, gradient, allow_unused=True)
+            return torch.autograd.grad(
+                cut.outputs, inputs, gradient, retain_graph=retain_graph, allow_unused=True
+            )
     except RuntimeError as error:
         raise StageError(
             f"Expected the stage below boundary {cut.boundary!r} to be differentiable twice on a probe "
             f"step, but got: {error} Train without probes (GradientMonitor(probe=False)), or replace "
             "the operation that frees its own graph."
         ) from error
+
+
+def run_instruments(
+    instruments: Sequence[Instrument], crossings: Sequence[Observation]
+) -> dict[Instrument, dict[str, Tensor]]:
+    """What each instrument measures at one boundary, detached.
+
+    Args:
+        instruments: The instruments.
+        crossings: The crossings of the boundary, in forward order.
+    """
+    with ExitStack() as stack:
+        for crossing in crossings:
+            stack.enter_context(_hooks_asleep(crossing.variables))
+        stack.enter_context(torch.enable_grad())
+        return {each: {k: v.detach() for k, v in each(crossings).items()} for each in instruments}
+
+
+def observe(
+    cut: Cut, truth: Truth, context_for: Callable[[Cut], Tensor | None], scale: float | Tensor
+) -> Observation:
+    """What instruments are shown of `cut`.
+
+    Args:
+        cut: A cut that counts, with its graph retained.
+        truth: Its true gradients.
+        context_for: Gives the context that an estimator asks for.
+        scale: What a gradient scaler has multiplied the loss with.
+    """
+    return Observation(
+        boundary=cut.boundary,
+        estimator=cut.installed.estimator,
+        h=tuple(h.detach().to(torch.promote_types(h.dtype, torch.float32)) for h in cut.leaves),
+        context=context_for(cut),
+        outputs=cut.outputs,
+        variables=cut.stage.variables,
+        applied=cut.applied_gradient() if cut.ran else None,
+        true=truth.gradient,
+        true_weights=truth.weights,
+        scale=scale,
+    )
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.figures import Figures
-from lightning_dni.core.probe import Truth, true_gradients
+from lightning_dni.core.instrument import Instrument
+from lightning_dni.core.probe import Truth, observe, run_instruments, true_gradients
 from lightning_dni.core.step import Profile, Step, no_profile
 
 
@@ -31,6 +32,7 @@ class BoundaryReport:
         applied_weights: Gradients that the stage's weights were given, on probe steps; empty where it sat
             the step out.
         true_weights: Their true gradients, on probe steps.
+        measured: What each instrument that was asked for has measured, by name.
     """
 
     synthetic: Tensor
@@ -40,6 +42,7 @@ class BoundaryReport:
     regresses: bool
     applied_weights: Mapping[str, Tensor]
     true_weights: Mapping[str, Tensor]
+    measured: Mapping[Instrument, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class Utilization(NamedTuple):
@@ -84,8 +87,8 @@ class Observable(Protocol):
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
 
-    def request_probe(self) -> None:
-        """Have the next training step measure the true gradients too."""
+    def request_probe(self, instrument: Instrument | None = None) -> None:
+        """Have the next training step measure the true gradients too, and what `instrument` measures."""
 
     @property
     def last_report(self) -> StepReport | None:
@@ -142,20 +145,38 @@ def report_step(
         profile: Times the measurement.
     """
     truths: Mapping[Cut, Truth] = {}
-    if step.settings.probe:
-        with profile("dni.probe"):
-            truths = true_gradients(cuts, step.top, step.unspent)
-    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     crossings: dict[str, list[Cut]] = {}
     for cut in reversed(cuts):
         crossings.setdefault(cut.boundary, []).append(cut)
-    boundaries = {name: report_boundary(found, truths, names) for name, found in crossings.items()}
+    measured: dict[str, dict[Instrument, dict[str, Tensor]]] = {}
+    if step.settings.probe:
+        with profile("dni.probe"):
+            keep = bool(step.settings.instruments)
+            truths = true_gradients(cuts, step.top, retain_graph=keep, unspent=step.unspent)
+            measured = {name: _measure(step, found, truths) for name, found in crossings.items()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+    boundaries = {
+        name: report_boundary(found, truths, names, measured.get(name)) for name, found in crossings.items()
+    }
     earlier = {} if before is None else before.boundaries
     return StepReport(step=number, probed=step.settings.probe, boundaries={**earlier, **boundaries})
 
 
+def _measure(
+    step: Step, cuts: Sequence[Cut], truths: Mapping[Cut, Truth]
+) -> dict[Instrument, dict[str, Tensor]]:
+    if not step.settings.instruments:
+        return {}
+    scale = step.settings.loss_scale
+    seen = [observe(cut, truths[cut], step.context_for, scale) for cut in cuts]
+    return run_instruments(step.settings.instruments, seen)
+
+
 def report_boundary(
-    cuts: Sequence[Cut], truths: Mapping[Cut, Truth], names: Mapping[Tensor, str]
+    cuts: Sequence[Cut],
+    truths: Mapping[Cut, Truth],
+    names: Mapping[Tensor, str],
+    measured: Mapping[Instrument, Mapping[str, Tensor]] | None = None,
 ) -> BoundaryReport:
     """Gather what the crossings of one boundary have kept.
 
@@ -163,9 +184,10 @@ def report_boundary(
         cuts: The crossings.
         truths: True gradients of each of them; empty where none were measured.
         names: The names of parameters.
+        measured: What instruments have measured.
     """
     losses = [cut.loss for cut in cuts if cut.loss is not None]
-    ran = [cut for cut in cuts if cut.closed and not cut.asleep] if truths else []
+    ran = [cut for cut in cuts if cut.ran] if truths else []
     applied = [(v, g) for cut in ran for v, g in cut.param_grads]
     true = [(v, g) for cut in ran if cut in truths for v, g in truths[cut].weights]
     return BoundaryReport(
@@ -176,6 +198,7 @@ def report_boundary(
         regresses=cuts[0].installed.estimator.regresses,
         applied_weights=_sum_by_name(applied, names),
         true_weights=_sum_by_name(true, names),
+        measured=measured or {},
     )
 
 

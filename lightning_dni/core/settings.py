@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.immediate import ImmediateUpdates
+from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.target import Denominator, denominator
 from lightning_dni.errors import EstimatorError
 
@@ -30,6 +31,7 @@ class StepSettings:
         scale: What a gradient scaler multiplies the loss with, or a callable that gives it; None for one.
         report: Keep gradients for the report.
         probe: Keep graphs for the true gradients.
+        instruments: What else is measured on them.
         check_values: Look at labels and synthetic gradients, which waits for an accelerator.
         keep_lessons: Keep what the estimators learnt from, for further steps on it.
         skips: Whether what is not finite is left out.
@@ -51,6 +53,7 @@ class StepSettings:
     scale: Scale | None = None
     report: bool = False
     probe: bool = False
+    instruments: Sequence[Instrument] = ()
     check_values: bool = True
     keep_lessons: bool = False
     skips: bool = False
@@ -62,6 +65,12 @@ class StepSettings:
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise EstimatorError(f"Expected `accumulate` to be at least 1, but got {self.accumulate}.")
+
+    @property
+    def loss_scale(self) -> float | Tensor:
+        """What the loss is multiplied with by a gradient scaler; one without."""
+        scale = self.scale() if callable(self.scale) else self.scale
+        return 1.0 if scale is None else scale
 
     @property
     def counts_elements(self) -> bool:

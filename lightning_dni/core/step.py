@@ -28,7 +28,7 @@ from lightning_dni.core.boundary import LAST_STAGE
 from lightning_dni.core.consumer import Consumers, Layer, asks_for_consumer, look_down
 from lightning_dni.core.context import check_context
 from lightning_dni.core.coverage import refuse_absent
-from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient, refuse_untold
+from lightning_dni.core.cut import Cut, Lesson, claim, lineage, refuse_no_gradient, refuse_untold
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.owners import Owners, Past
@@ -38,7 +38,6 @@ from lightning_dni.core.sparse import sit_out
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
-from lightning_dni.errors import BoundaryError
 
 Context = Tensor | None
 Profile = Callable[[str], AbstractContextManager[object]]
@@ -163,20 +162,7 @@ class Step:
     def _consume(self, stage: Stage[Cut], consumer: str, outputs: Sequence[Tensor]) -> None:
         if self.settings.updates is not None:
             self.settings.updates.refuse_updated(stage.variables, consumer)
-        for parent in stage.parents:
-            if parent.consumed:
-                raise BoundaryError(
-                    f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
-                    f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
-                    "through. Add the losses up, or run the forward pass once more."
-                )
-            if parent.consumer is not None:
-                raise BoundaryError(
-                    f"A path leaks around {parent.consumer}: the output of boundary "
-                    f"{parent.boundary!r} goes into it and past it, to {consumer}. Choose as boundary "
-                    "a module that contains both ways, so that one output carries everything upwards."
-                )
-            parent.consumer = consumer
+        claim(stage.parents, consumer)
         if any(map(asks_for_consumer, stage.parents)):
             self.consumers.end_stage(look_down(outputs, self._owner_of))
 
@@ -192,7 +178,7 @@ class Step:
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
-        record = synthesize(crossing, self._context_for(crossing), self.settings)
+        record = synthesize(crossing, self.context_for(crossing), self.settings)
         if record.gradient is not None:
             crossing.synthetic = tuple(g.detach() for g in record.gradient)
         if crossing.installed.parameters or crossing.waits:
@@ -200,7 +186,12 @@ class Step:
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
 
-    def _context_for(self, crossing: Cut) -> Context:
+    def context_for(self, crossing: Cut) -> Context:
+        """The context that the estimator of `crossing` asks for, checked.
+
+        Raises:
+            EstimatorError: There is none, or it does not fit.
+        """
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, rows)
         if expected not in self._contexts:

@@ -5,6 +5,7 @@ from lightning_dni.demos.gpt import GPT
 from lightning_dni.demos.language import GPTLanguageModel
 from lightning_dni.demos.mnist import MNISTDataModule
 from lightning_dni.demos.models import ConvClassifier, MLPClassifier
+from lightning_dni.demos.random_labels import RandomLabelsDataModule
 from lightning_dni.demos.resnet import ResNet, ResNetClassifier
 from lightning_dni.demos.text import TextDataModule, count_tokens
 
@@ -15,6 +16,7 @@ __all__ = [
     "GPTLanguageModel",
     "MLPClassifier",
     "MNISTDataModule",
+    "RandomLabelsDataModule",
     "ResNet",
     "ResNetClassifier",
     "TextDataModule",

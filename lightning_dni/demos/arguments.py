@@ -39,6 +39,20 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"Expected `{name}` to be a finite number above 0, but got {value!r}.")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number of at least zero.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        ValueError: `value` is negative, infinite or not a number.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"Expected `{name}` to be a finite number of at least 0, but got {value!r}.")
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raise unless `value` lies in [0, 1).
 

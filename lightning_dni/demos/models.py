@@ -12,12 +12,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_dni.demos.arguments import check_choice, check_count, check_positive
+from lightning_dni.demos.arguments import check_choice, check_count, check_not_negative, check_positive
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -28,13 +29,22 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Classifier(pl.LightningModule):
     """Train `net` on cross-entropy and log how well it does; `forward` is the subclass's."""
 
-    def __init__(self, net: nn.Module, num_classes: int, optimizer: str, learning_rate: float) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        optimizer: str,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+    ) -> None:
         check_choice("optimizer", optimizer, OPTIMIZERS)
         check_positive("learning_rate", learning_rate)
+        check_not_negative("weight_decay", weight_decay)
         super().__init__()
         self.net = net
         self._optimizer = optimizer
         self._learning_rate = learning_rate
+        self._weight_decay = weight_decay
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_error = MeanMetric()
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -73,13 +83,16 @@ class Classifier(pl.LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that was asked for."""
-        return OPTIMIZERS[self._optimizer](self.parameters(), lr=self._learning_rate)
+        options = {"lr": self._learning_rate, "weight_decay": self._weight_decay}
+        return OPTIMIZERS[self._optimizer](self.parameters(), **options)
 
 
 class MLPClassifier(Classifier):
     """A multilayer perceptron: `net.hidden_0`, `net.hidden_1`, ..., `net.output`.
 
-    Each hidden block is linear, batch normalisation, activation. Inputs of any shape are flattened.
+    Each hidden block is linear, batch normalisation, activation. Inputs of any shape are flattened. To cut
+    it everywhere, name `net.hidden_*`; to cut it once in the middle, at any depth, let it mark the middle
+    and name `net.middle`.
 
     Args:
         input_size: numbers in one input, all dimensions multiplied.
@@ -90,6 +103,9 @@ class MLPClassifier(Classifier):
         activation: a key of `ACTIVATIONS`.
         optimizer: a key of `OPTIMIZERS`.
         learning_rate: of that optimizer.
+        weight_decay: factor of the squared norm of all parameters, halved, that is added to the loss.
+        mark_middle: whether `net.middle`, which hands on what it gets, follows the lower half of the
+            blocks (the smaller one, where their number is odd).
 
     Raises:
         ValueError: an argument is out of range.
@@ -97,6 +113,8 @@ class MLPClassifier(Classifier):
     Example:
         >>> [name for name, _ in MLPClassifier(num_hidden=2).net.named_children()]
         ['hidden_0', 'hidden_1', 'output']
+        >>> [name for name, _ in MLPClassifier(num_hidden=2, mark_middle=True).net.named_children()]
+        ['hidden_0', 'middle', 'hidden_1', 'output']
     """
 
     def __init__(
@@ -109,10 +127,12 @@ class MLPClassifier(Classifier):
         activation: str = "relu",
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        mark_middle: bool = False,
     ) -> None:
         check_count("input_size", input_size)
         check_count("hidden_size", hidden_size)
-        check_count("num_hidden", num_hidden, minimum=0)
+        check_count("num_hidden", num_hidden, minimum=2 if mark_middle else 0)
         check_count("num_classes", num_classes, minimum=2)
         check_choice("activation", activation, ACTIVATIONS)
         sizes = [input_size] + num_hidden * [hidden_size]
@@ -121,8 +141,10 @@ class MLPClassifier(Classifier):
             norm = [nn.BatchNorm1d(hidden_size)] if batch_norm else []
             linear = nn.Linear(sizes[i], sizes[i + 1])
             net.add_module(f"hidden_{i}", nn.Sequential(linear, *norm, ACTIVATIONS[activation]()))
+            if mark_middle and i + 1 == num_hidden // 2:
+                net.add_module("middle", nn.Identity())
         net.add_module("output", nn.Linear(sizes[-1], num_classes))
-        super().__init__(net, num_classes, optimizer, learning_rate)
+        super().__init__(net, num_classes, optimizer, learning_rate, weight_decay)
         self.save_hyperparameters()
 
     @override

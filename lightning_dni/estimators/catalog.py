@@ -1,6 +1,8 @@
 """The estimators as error approximators in one table (Czarnecki et al. 2017, section 6)."""
 
 import inspect
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -71,11 +73,19 @@ def markdown() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def print_catalog() -> None:
-    """Print the table."""
+def main(words: Sequence[str]) -> int:
+    """Run `lightning-dni estimators`: print the table; any `words` get its usage.
+
+    Returns:
+        The exit code.
+    """
+    if words:
+        sys.stdout.write("usage: lightning-dni estimators\n\nPrints what each estimator learns from what.\n")
+        return 0 if words[0] in ("-h", "--help") else 2
     table = Table(title="Error approximators; the classes' names end in Estimator")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold", no_wrap=heading == HEADINGS[0])
     for row in catalog():
         table.add_row(row[0].replace("Estimator", ""), *row[1:])
     Console().print(table)
+    return 0

@@ -16,6 +16,9 @@ class BatchNorm(nn.Module):
     Args:
         features: Number of features.
         feature_dim: 1 for maps `[batch, features, ...]`, -1 for `[batch, ..., features]`.
+
+    Attributes:
+        frozen: Whether every batch is normalized by the running averages, so that no row depends on another.
     """
 
     running_mean: Tensor
@@ -23,7 +26,7 @@ class BatchNorm(nn.Module):
 
     def __init__(self, features: int, feature_dim: int = 1) -> None:
         super().__init__()
-        self._feature_dim = feature_dim
+        self._feature_dim, self.frozen = feature_dim, False
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
@@ -32,7 +35,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, track: bool = False) -> Tensor:
         """Normalize `x`; the running averages follow where `track`."""
         flat = x if self._feature_dim == 1 else x.reshape(-1, x.shape[-1])
-        single = flat.numel() == flat.shape[1]
+        single = self.frozen or flat.numel() == flat.shape[1]
         mean, var = self.running_mean.clone(), self.running_var.clone()
         normalized = F.batch_norm(flat, mean, var, self.weight, self.bias, training=not single)
         if track and not single:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
+from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.settings import Scale
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.errors import EstimatorError, StageError
@@ -285,7 +286,7 @@ class ExactEngine(StagedEngine):
         """
         self._refuse("bp_lambda")
 
-    def request_probe(self) -> None:
+    def request_probe(self, instrument: Instrument | None = None) -> None:
         """There is nothing to compare with.
 
         Raises:

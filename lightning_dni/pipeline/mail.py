@@ -1,17 +1,13 @@
-"""Letters to the last stage: small records of numbers that travel along with the activations.
-
-What travels along with a message is a list of numbers, its facts. Each layer between an engine and the wire
-appends its own at the end, with their number behind them, and takes them off again on the other side.
-"""
+"""Letters to the last stage: small records of numbers that travel along with the activations."""
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
 from lightning_dni.pipeline.header import MAX_FACTS
-from lightning_dni.pipeline.message import Inlet, Kind, Links, Message, Outlet
+from lightning_dni.pipeline.message import Kind, Links
+from lightning_dni.pipeline.riding import carry
 
 ROOM = MAX_FACTS - 16
 """Numbers of one message that letters may fill; the others are left to the engine and to other layers."""
@@ -74,11 +70,7 @@ class Mail:
         """Ends of the same ways, whose activations carry letters along."""
         self._is_last = links.activation_out is None
         self._waiting.clear()
-        into, out = links.activation_in, links.activation_out
-        return links._replace(
-            activation_in=None if into is None else _Receiving(into, self),
-            activation_out=None if out is None else _Sending(out, self),
-        )
+        return carry(self, links)
 
     def post(self, letter: Letter) -> None:
         """Have a letter brought to the last stage."""
@@ -87,35 +79,18 @@ class Mail:
         else:
             self._waiting.append(letter)
 
-    def take(self) -> tuple[float, ...]:
-        """As many letters as have room, encoded."""
+    def hear(self, said: tuple[float, ...], upwards: bool) -> None:
+        """Send on the letters that came with a message, or deliver them."""
+        for letter in open_bag(said):
+            self.post(letter)
+
+    def tell(self, kind: Kind, upwards: bool) -> tuple[float, ...]:
+        """As many letters as have room in a training activation, encoded."""
         taken: tuple[float, ...] = ()
-        while self._waiting:
+        while self._waiting and upwards and kind is Kind.TRAIN:
             encoded = self._waiting[0].encode()
             if len(taken) + len(encoded) > ROOM:
                 break
             self._waiting.popleft()
             taken += encoded
         return taken
-
-
-class _Sending:
-    def __init__(self, outlet: Outlet, mail: Mail) -> None:
-        self._outlet, self._mail = outlet, mail
-
-    def send(self, message: Message) -> None:
-        letters = self._mail.take() if message.kind is Kind.TRAIN else ()
-        self._outlet.send(replace(message, facts=(*message.facts, *letters, float(len(letters)))))
-
-
-class _Receiving:
-    def __init__(self, inlet: Inlet, mail: Mail) -> None:
-        self._inlet, self._mail = inlet, mail
-
-    def receive(self) -> Message:
-        message = self._inlet.receive()
-        count = int(message.facts[-1])
-        end = len(message.facts) - 1
-        for letter in open_bag(message.facts[end - count : end]):
-            self._mail.post(letter)
-        return replace(message, facts=message.facts[: end - count])

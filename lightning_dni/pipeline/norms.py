@@ -7,12 +7,11 @@ on every stage, however fast they are.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lightning_dni.pipeline.message import Inlet, Links, Message, Outlet
+from lightning_dni.pipeline.message import Kind
 
 
 class LaggedNorm:
@@ -36,17 +35,6 @@ class LaggedNorm:
         self._below: float | None = self._unheard
         self._totals: dict[int, float] = {}
         self._unsent: deque[int] = deque()
-
-    def carry(self, links: Links) -> Links:
-        """Ends of the same ways, whose messages carry the norms along."""
-        given = links._asdict()
-        for name in ("activation_out", "gradient_out"):
-            if given[name] is not None:
-                given[name] = _Sending(given[name], self, upwards=name == "activation_out")
-        for name in ("activation_in", "gradient_in"):
-            if given[name] is not None:
-                given[name] = _Receiving(given[name], self, upwards=name == "activation_in")
-        return Links(**given)
 
     def pass_on(self, squared: Tensor) -> float | None:
         """Take note of this stage's squared norm in this update; the square over all stages `lag` ago.
@@ -79,8 +67,8 @@ class LaggedNorm:
         self._totals[update] = total
         self._unsent.append(update)
 
-    def tell(self, upwards: bool) -> tuple[float, ...]:
-        """What to send with a message."""
+    def tell(self, kind: Kind, upwards: bool) -> tuple[float, ...]:
+        """What to send with a message of any kind."""
         if upwards:
             found = self._so_far()
             return () if found is None else (found,)
@@ -113,24 +101,3 @@ class LaggedNorm:
         self._update, self._own, self._below = state["update"], state["own"], state["below"]
         self._totals = {int(update): float(total) for update, total in state["totals"]}
         self._unsent = deque(state["unsent"])
-
-
-class _Sending:
-    def __init__(self, outlet: Outlet, norm: LaggedNorm, upwards: bool) -> None:
-        self._outlet, self._norm, self._upwards = outlet, norm, upwards
-
-    def send(self, message: Message) -> None:
-        told = self._norm.tell(self._upwards)
-        self._outlet.send(replace(message, facts=(*message.facts, *told, float(len(told)))))
-
-
-class _Receiving:
-    def __init__(self, inlet: Inlet, norm: LaggedNorm, upwards: bool) -> None:
-        self._inlet, self._norm, self._upwards = inlet, norm, upwards
-
-    def receive(self) -> Message:
-        message = self._inlet.receive()
-        end = len(message.facts) - 1
-        start = end - int(message.facts[end])
-        self._norm.hear(message.facts[start:end], self._upwards)
-        return replace(message, facts=message.facts[:start])

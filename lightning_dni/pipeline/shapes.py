@@ -44,9 +44,10 @@ def signature_of(args: Any, kwargs: Any) -> Any:
     """What the shapes of an output depend on; None where that cannot be said."""
     with torch._C.DisableTorchFunction():
         if kwargs or not all(isinstance(x, Tensor) for x in args):
-            flat, structure = pytree.tree_flatten((args, kwargs))
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            structure = repr(spec)  # older specs of dicts have no hash
         else:
-            flat, structure = args, None
+            flat, structure = args, ""
         if not all(isinstance(x, Tensor) or is_plain(x) for x in flat):
             return None
         return structure, tuple(

@@ -6,11 +6,10 @@ the same batch, and none waits for another.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from enum import IntFlag
 from typing import Protocol, runtime_checkable
 
-from lightning_dni.pipeline.message import Inlet, Links, Message, Outlet
+from lightning_dni.pipeline.message import Kind
 
 
 class Ask(IntFlag):
@@ -63,17 +62,6 @@ class Signals:
         self._waited = 0
         self.decided = Ask.NOTHING
 
-    def carry(self, links: Links) -> Links:
-        """Ends of the same ways, whose messages carry the requests along."""
-        given = links._asdict()
-        for name in ("activation_out", "gradient_out"):
-            if given[name] is not None:
-                given[name] = _Sending(given[name], self, upwards=name == "activation_out")
-        for name in ("activation_in", "gradient_in"):
-            if given[name] is not None:
-                given[name] = _Receiving(given[name], self, upwards=name == "activation_in")
-        return Links(**given)
-
     def ask(self, what: Ask) -> None:
         """Ask all stages; may be called by a signal handler."""
         if what & ~self._asked:
@@ -107,33 +95,14 @@ class Signals:
         """All stages have agreed while none of them was in a batch."""
         self.decided |= decided
 
-    def hear(self, bits: int, upwards: bool) -> None:
+    def hear(self, said: tuple[float, ...], upwards: bool) -> None:
         """Take note of what came with a message."""
+        bits = Ask(int(said[0]))
         if upwards:
-            self.decided |= Ask(bits)
+            self.decided |= bits
         else:
-            self._asked |= Ask(bits)
+            self._asked |= bits
 
-    def tell(self, upwards: bool) -> int:
-        """What to send with a message."""
-        return int(self.decided if upwards else self._asked)
-
-
-class _Sending:
-    def __init__(self, outlet: Outlet, signals: Signals, upwards: bool) -> None:
-        self._outlet, self._signals, self._upwards = outlet, signals, upwards
-
-    def send(self, message: Message) -> None:
-        facts = (*message.facts, float(self._signals.tell(self._upwards)))
-        self._outlet.send(replace(message, facts=facts))
-
-
-class _Receiving:
-    def __init__(self, inlet: Inlet, signals: Signals, upwards: bool) -> None:
-        self._inlet, self._signals, self._upwards = inlet, signals, upwards
-
-    def receive(self) -> Message:
-        message = self._inlet.receive()
-        *facts, bits = message.facts
-        self._signals.hear(int(bits), self._upwards)
-        return replace(message, facts=tuple(facts))
+    def tell(self, kind: Kind, upwards: bool) -> tuple[float, ...]:
+        """What to send with a message of any kind."""
+        return (float(self.decided if upwards else self._asked),)

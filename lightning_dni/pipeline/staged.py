@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import StepReport
 from lightning_dni.core.step import Profile, no_profile
@@ -201,8 +202,18 @@ class StagedEngine(Engine):
         super().request_report()
         self._reporting.tell_utilization(self._steps)
 
-    def request_probe(self) -> None:
-        """The same with true gradients, for which all stages wait for each other."""
+    def request_probe(self, instrument: Instrument | None = None) -> None:
+        """The same with true gradients, for which all stages wait for each other.
+
+        Raises:
+            StageError: Something else is to be measured, too.
+        """
+        if instrument is not None:
+            raise StageError(
+                "Expected a probe of the gradients alone in a pipeline, but got an instrument, whose figures "
+                "the stages have no way to send up. Measure with it in one process (DNIStrategy, DNIEngine), "
+                "or leave it out."
+            )
         super().request_probe()
         self._reporting.tell_utilization(self._steps)
 

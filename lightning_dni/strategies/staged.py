@@ -21,6 +21,7 @@ from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.norms import LaggedNorm
 from lightning_dni.pipeline.restoring import norm_of
+from lightning_dni.pipeline.riding import carry
 from lightning_dni.pipeline.signals import Signals
 from lightning_dni.pipeline.staged import TRAINING
 from lightning_dni.strategies._compat import TrainerFn, clip_norms_by, worker_seeding
@@ -147,9 +148,9 @@ class StagedTraining(StagesInCommon):
         copies = self._copies
         unite = None if copies is None else copies.unite
         self._signals = Signals(place.stage, len(place.ranks), self._staleness, watch, unite)
-        links = self._signals.carry(self._links)
+        links = carry(self._signals, self._links)
         if self._norm is not None:
-            links = self._norm.carry(links)
+            links = carry(self._norm, links)
         self.engine.join(place.stage, links, self._staleness, self.root_device)
         self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))

@@ -8,6 +8,7 @@ from lightning_dni.demos.arguments import (
     check_choice,
     check_count,
     check_fraction,
+    check_not_negative,
     check_positive,
 )
 
@@ -32,6 +33,17 @@ def test_positive_number_passes(value):
 def test_number_that_is_not_positive_is_refused(value):
     with pytest.raises(ValueError, match=f"`x` to be a finite number above 0, but got {value!r}"):
         check_positive("x", value)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_number_from_zero_passes(value):
+    check_not_negative("x", value)
+
+
+@pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan])
+def test_negative_number_is_refused(value):
+    with pytest.raises(ValueError, match=f"`x` to be a finite number of at least 0, but got {value!r}"):
+        check_not_negative("x", value)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.999])

@@ -56,6 +56,33 @@ def test_mlp_blocks_are_named():
     assert shapes == [(5, 6), (5, 5), (3, 5)]
 
 
+@pytest.mark.parametrize(("num_hidden", "below"), [(2, 1), (5, 2), (20, 10)])
+def test_mlp_marks_its_middle_at_any_depth(num_hidden, below):
+    marked, plain = (
+        MLPClassifier(hidden_size=4, num_hidden=num_hidden, mark_middle=m).eval() for m in (True, False)
+    )
+    names = [name for name, _ in marked.net.named_children()]
+    assert names.index("middle") == below
+    assert [name for name in names if name != "middle"] == [name for name, _ in plain.net.named_children()]
+    plain.load_state_dict(marked.state_dict())
+    inputs, _ = images()
+    assert_close(marked(inputs), plain(inputs), rtol=0, atol=0)
+
+
+def test_weight_decay_is_a_penalty_on_the_squared_norm():
+    model = MLPClassifier(hidden_size=5, optimizer="sgd", learning_rate=0.5, weight_decay=0.1)
+    inputs, targets = images()
+    penalty = 0.05 * sum(p.square().sum() for p in model.parameters())
+    loss = F.cross_entropy(model(inputs), targets)
+    slopes = torch.autograd.grad(loss + penalty, list(model.parameters()), retain_graph=True)
+    expected = [p.detach() - 0.5 * slope for p, slope in zip(model.parameters(), slopes, strict=True)]
+    optimizer = model.configure_optimizers()
+    loss.backward()
+    optimizer.step()
+    for parameter, other in zip(model.parameters(), expected, strict=True):
+        assert_close(parameter.detach(), other, rtol=1e-5, atol=1e-6)
+
+
 def test_mlp_without_hidden_blocks_is_linear():
     assert names_and_types(MLPClassifier(num_hidden=0).net) == [("output", nn.Linear)]
 
@@ -161,6 +188,8 @@ def test_hyperparameters_are_primitives():
         "activation": "relu",
         "optimizer": "adam",
         "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "mark_middle": False,
     }
     assert dict(ConvClassifier(channels=(4, 8)).hparams) == {
         "in_channels": 1,
@@ -192,7 +221,7 @@ def test_state_dict_holds_the_network_alone(make):
 
 COMMON_ERRORS = [
     ({"num_classes": 1}, "`num_classes` to be an integer of at least 2, but got 1"),
-    ({"activation": "relux"}, "`activation` to be one of 'relu', 'gelu', 'tanh', but got 'relux'"),
+    ({"activation": "relux"}, "`activation` to be one of 'relu', 'gelu', 'tanh', 'sigmoid', but got 'relux'"),
     ({"optimizer": "lion"}, "`optimizer` to be one of 'adam', 'sgd', but got 'lion'"),
     ({"learning_rate": 0.0}, r"`learning_rate` to be a finite number above 0, but got 0\.0"),
 ]
@@ -200,6 +229,8 @@ ERRORS = [
     (MLPClassifier, {"input_size": 0}, "`input_size` to be an integer of at least 1, but got 0"),
     (MLPClassifier, {"hidden_size": 0}, "`hidden_size` to be an integer of at least 1, but got 0"),
     (MLPClassifier, {"num_hidden": -1}, "`num_hidden` to be an integer of at least 0, but got -1"),
+    (MLPClassifier, {"num_hidden": 1, "mark_middle": True}, "`num_hidden` .* of at least 2, but got 1"),
+    (MLPClassifier, {"weight_decay": -1.0}, r"`weight_decay` to be a .* of at least 0, but got -1\.0"),
     (ConvClassifier, {"in_channels": 0}, "`in_channels` to be an integer of at least 1, but got 0"),
     (ConvClassifier, {"channels": ()}, r"`len\(channels\)` to be .* at least 1, but got 0"),
     (ConvClassifier, {"channels": (4, 0)}, r"`channels\[1\]` to be .* at least 1, but got 0"),

@@ -10,6 +10,7 @@ from pipeline.families import mlp
 from pipeline.nets import classify, received, traced, vectors
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from versions import newer_torch
 
 from lightning_dni.errors import BoundaryError, StageError
 from lightning_dni.pipeline.selfcheck import check_split
@@ -127,6 +128,7 @@ def test_what_was_compiled_in_place_is_what_runs():
     assert ran == ["1", "2", "0", "1", "2", "3"]
 
 
+@newer_torch
 @pytest.mark.parametrize("split", [False, True])
 def test_a_compiled_model_is_compiled_again_after_detaching(split):
     model = wrap_each(mlp())
@@ -160,6 +162,7 @@ def test_a_module_that_is_compiled_while_attached_is_noticed():
     assert model[3]._compiled_call_impl is not None
 
 
+@newer_torch
 def test_a_step_that_was_compiled_as_a_whole_is_refused():
     model, batch = mlp(), vectors()
     plan, _ = traced(model, ["0", "2"], batch=batch)
@@ -172,6 +175,7 @@ def test_a_step_that_was_compiled_as_a_whole_is_refused():
         runner.run(step, None, lambda _: None)
 
 
+@newer_torch
 def test_a_skip_connection_into_a_compiled_module_is_refused():
     class Skipping(torch.nn.Module):
         def __init__(self):

@@ -5,6 +5,7 @@ from collections import deque
 import pytest
 
 from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.riding import carry
 from lightning_dni.pipeline.signals import Ask, Notices, Signals
 from lightning_dni.pipeline.watch import Watch
 
@@ -46,7 +47,7 @@ def chain(stages, staleness=0, board=None):
             given |= {"activation_in": up[k - 1], "gradient_out": down[k - 1]}
         if k < stages - 1:
             given |= {"activation_out": up[k], "gradient_in": down[k]}
-        found.append((signals, signals.carry(Links(**given))))
+        found.append((signals, carry(signals, Links(**given))))
     return found
 
 

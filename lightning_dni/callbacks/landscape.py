@@ -1,0 +1,92 @@
+"""Pictures of losses: the implicit ones beside the true one, and the counter-example's surface."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_dni.analysis.counter_example import Surface, Trajectory
+from lightning_dni.analysis.implicit import LossSurfaces
+
+
+def draw_loss_surfaces(surfaces: LossSurfaces, title: str = "") -> Figure:
+    """A row for each label; a column for the true loss, if it is known, and one for each boundary.
+
+    Every panel has a color scale of its own, written over it: an implicit loss is free up to a constant for
+    each class.
+
+    Args:
+        surfaces: What to draw, over a grid as `plane` gives it.
+        title: Of the figure.
+    """
+    known = surfaces.true is not None
+    columns = ({"true loss": surfaces.true} if known else {}) | dict(surfaces.implicit)
+    correlations = surfaces.correlations() if known else {}
+    classes = len(next(iter(surfaces.implicit.values())))
+    width, height = 0.9 + 2.4 * len(columns), 1.1 + 2.5 * classes
+    figure = Figure(figsize=(width, height), dpi=110)
+    panels = figure.subplots(classes, len(columns), squeeze=False, sharex=True, sharey=True)
+    # fixed, since a layout that is solved takes longer than all the rest
+    figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.95 / height, 0.12, 0.3)
+    figure.suptitle(title or "Losses that the estimators implement, up to a constant per label")
+    for place, (name, values) in enumerate(columns.items()):
+        assert values is not None
+        for label in range(classes):
+            axes = panels[label, place]
+            said = _draw_surface(axes, surfaces, values[label])
+            if name in correlations:
+                said += f", corr. {float(correlations[name][label]):.2f}"
+            axes.set_title(f"{name}\n{said}" if label == 0 else said, fontsize=9)
+    for label in range(classes):
+        panels[label, 0].set_ylabel(f"label {label}\nsecond input")
+    for axes in panels[-1]:
+        axes.set_xlabel("first input")
+    return figure
+
+
+def _draw_surface(axes: Axes, surfaces: LossSurfaces, values: Tensor) -> str:
+    """Draw one surface; says between which values its colors run."""
+    side = round(len(values) ** 0.5)
+    x, y, z = (each.reshape(side, side).T for each in (*surfaces.points.numpy().T, values.numpy()))
+    # pixels are around their points
+    half = [(axis[-1] - axis[0]) / (side - 1) / 2 for axis in (x[0], y[:, 0])]
+    extent = (x[0, 0] - half[0], x[0, -1] + half[0], y[0, 0] - half[1], y[-1, 0] + half[1])
+    axes.imshow(z, origin="lower", extent=extent, aspect="auto", cmap="viridis")
+    if np.ptp(z) > 0:
+        axes.contour(x, y, z, levels=8, colors="white", linewidths=0.5, alpha=0.6)
+    return f"{z.min():.3g} to {z.max():.3g}"
+
+
+def draw_counter_example(surface: Surface, runs: Mapping[str, Trajectory]) -> Figure:
+    """The loss over slope and offset, the spurious region hatched, and where each run went.
+
+    Args:
+        surface: The loss surface.
+        runs: Trajectories by name, in the order of the legend.
+    """
+    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
+    plan, curve = figure.subplots(1, 2)
+    a, b, loss, spurious = (each.numpy() for each in surface)
+    filled = plan.contourf(a, b, loss.T, levels=20, cmap="Greys", alpha=0.7)
+    figure.colorbar(filled, ax=plan, pad=0.02).set_label("loss")
+    with_hatches = plan.contourf(
+        a, b, spurious.T.astype(float), levels=[0.5, 1.5], colors="none", hatches=["//"]
+    )
+    with_hatches.set_edgecolor("tab:red")
+    with_hatches.set_linewidth(0.0)
+    for place, (name, run) in enumerate(runs.items()):
+        color = f"C{place}"
+        slopes, offsets = run.parameters[:, 0].numpy(), run.parameters[:, 1].numpy()
+        plan.plot(slopes, offsets, color=color, lw=1.5, label=name)
+        plan.plot(slopes[0], offsets[0], "o", color=color, ms=5)
+        plan.plot(slopes[-1], offsets[-1], "X", color=color, ms=8, mec="white")
+        curve.plot(run.losses.numpy(), color=color, label=f"{name}: ends at {float(run.losses[-1]):.3g}")
+    plan.set(xlabel="slope a", ylabel="offset b", title="hatched: a constant module at rest stops the net")
+    curve.set(xlabel="step", ylabel="loss", title="o start, X end")
+    curve.set_xscale("symlog")  # most of it happens in the first hundredth of the steps
+    curve.set_ylim(bottom=0)
+    curve.legend(loc="lower left", fontsize=8)
+    figure.suptitle("f(x) = ax + b on {-2, -1, 1, 2}, loss the sum of |f(x)|")
+    return figure

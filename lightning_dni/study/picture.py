@@ -1,0 +1,128 @@
+"""The picture of a study: a metric over an axis or over steps, a line per value of another axis."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_dni.study.configuration import Picture, Study
+from lightning_dni.study.figures import read_history
+from lightning_dni.study.folder import Result
+from lightning_dni.study.table import CellResults, by_cell, mean_and_spread
+
+STEP = "step"
+
+
+def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure:
+    """Rows are metrics, columns the values of the axis `panel`; bars and bands are standard deviations.
+
+    Args:
+        study: Has a picture.
+        results: By run.
+        out: The study's folder, for curves over steps.
+    """
+    picture = study.picture
+    assert picture is not None
+    cells = [each for each in by_cell(study, results) if each.finished]
+    panels = study.axes[picture.panel] if picture.panel else [None]
+    rows = len(picture.y)
+    figure = Figure(figsize=(max(5.5 * len(panels), 7), 3.8 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, len(panels), squeeze=False, sharex=True, sharey="row")
+    for row, metric in enumerate(picture.y):
+        for column, panel in enumerate(panels):
+            shown = [each for each in cells if panel is None or each.cell[picture.panel or ""] == panel]
+            axes = grid[row][column]
+            _draw_panel(axes, study, picture, metric, shown, out)
+            if panel is not None and row == 0:
+                axes.set_title(f"{picture.panel}: {panel}", fontsize=10)
+            axes.label_outer()
+    _add_legend(figure, picture)
+    figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
+    return figure
+
+
+def _draw_panel(
+    axes: Axes, study: Study, picture: Picture, metric: str, cells: Sequence[CellResults], out: Path
+) -> None:
+    lines = study.axes[picture.line] if picture.line else [None]
+    positions = None if picture.x == STEP else _Positions(study.axes[picture.x])
+    for index, line in enumerate(lines):
+        drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
+        color, label = f"C{index}", line or metric
+        if positions is None:
+            _draw_curve(axes, metric, drawn, out, color, label)
+        else:
+            # named values: lines lie beside each other, not one over the other
+            shift = 0.0 if picture.line is None or positions.numeric else 0.5 * (index / len(lines) - 0.5)
+            points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
+            _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
+    axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
+    if positions is not None and not positions.numeric:
+        axes.set_xticks(list(positions.of.values()), list(positions.of), rotation=20, ha="right")
+    else:
+        axes.set_xscale(picture.x_scale)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+class _Positions:
+    """Where the values of an axis lie: at their numbers where all are, else side by side."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        try:
+            self.of = {name: float(name) for name in names}
+            self.numeric = len(names) > 1 and all(map(math.isfinite, self.of.values()))
+        except ValueError:
+            self.numeric = False
+        if not self.numeric:
+            self.of = {name: float(index) for index, name in enumerate(names)}
+
+
+def _draw_points(
+    axes: Axes, points: Sequence[tuple[float, list[float]]], style: str, color: str, label: str
+) -> None:
+    """Mean and bar at each place, and a small point for each seed."""
+    found = sorted((place, values) for place, values in points if values)
+    if not found:
+        return
+    summaries = [mean_and_spread(values) for _, values in found]
+    means, spreads = [m for m, _ in summaries], [0.0 if math.isnan(s) else s for _, s in summaries]
+    places = [place for place, _ in found]
+    axes.errorbar(
+        places, means, yerr=spreads, color=color, label=label, linestyle=style, marker="o", capsize=3
+    )
+    for place, values in found:
+        axes.plot([place] * len(values), values, linestyle="none", marker=".", color=color, alpha=0.45)
+
+
+def _draw_curve(
+    axes: Axes, metric: str, cells: Sequence[CellResults], out: Path, color: str, label: str
+) -> None:
+    """Mean over runs at each step, with a band of one standard deviation."""
+    found: dict[int, list[float]] = {}
+    for each in cells:
+        for run, _ in each.finished:
+            for step, value in read_history(out / run.name).get(metric, []):
+                found.setdefault(step, []).append(value)
+    if not found:
+        return
+    steps = sorted(found)
+    means = [statistics.fmean(found[step]) for step in steps]
+    spreads = [0.0 if math.isnan(s) else s for s in (mean_and_spread(found[step])[1] for step in steps)]
+    axes.plot(steps, means, color=color, label=label)
+    low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _add_legend(figure: Figure, picture: Picture) -> None:
+    """One for all panels: a line may be missing in some."""
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found.update(dict(zip(labels, handles, strict=True)))
+    if picture.line is not None and found and picture.line != picture.x:
+        figure.legend(found.values(), found.keys(), loc="outside right upper", title=picture.line, fontsize=9)

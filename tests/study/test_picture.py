@@ -1,0 +1,85 @@
+"""The picture: what lies where, with which bars and names; `runs/toy/picture.png` is what is drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from study.parts import CALL, study
+
+from lightning_dni.study.configuration import read_study
+from lightning_dni.study.folder import RunFolder
+from lightning_dni.study.picture import draw_study
+
+OUT = Path("runs/toy")
+
+
+def drawn(picture, *words):
+    """Run, and draw once more what has been drawn."""
+    assert study(f"{CALL}picture: {picture}", *words) == 0
+    pixels = imread(OUT / "picture.png")
+    assert np.ptp(pixels[..., :3], axis=-1).max() > 0.5  # something in color beside paper and frame
+    read = read_study("toy.yaml")
+    results = {run.name: RunFolder(OUT / run.name).result for run in read.runs}
+    return draw_study(read, {name: result for name, result in results.items() if result}, OUT)
+
+
+def containers(axes):
+    """Of each line with bars: its label, x, mean, and upper ends of its bars."""
+    found = {}
+    for each in axes.containers:
+        line, _, (bars,) = each.lines
+        tops = [segment[:, 1].max() for segment in bars.get_segments()]
+        found[each.get_label()] = (line.get_xdata().tolist(), line.get_ydata().tolist(), tops)
+    return found
+
+
+def test_a_line_over_a_numeric_axis_has_means_and_bars():
+    figure = drawn("{x: rate, y: final, line: kind, x_scale: log}")
+    (axes,) = figure.axes
+    found = containers(axes)
+    assert list(found) == ["a", "b"]
+    places, means, tops = found["a"]
+    assert places == [0.5, 1.0]
+    assert means == [0.5625, 1.5]
+    assert tops == pytest.approx([mean + 0.5**0.5 for mean in means])
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("rate", "final", "log")
+    assert figure._suptitle.get_text() == "Half is less than one"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    dots = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
+    assert [0.0625, 1.0625] in dots
+
+
+def test_named_values_lie_side_by_side():
+    (axes,) = drawn("{x: kind, y: final, line: rate}").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    found = containers(axes)
+    assert found["0.5"][0] != found["1.0"][0]  # beside each other, not one over the other
+    assert [round(place) for place in found["0.5"][0]] == [0, 1]
+
+
+def test_curves_over_steps_in_panels():
+    figure = drawn("{x: step, y: [loss, final], line: rate, panel: kind, y_scale: log, title: Curves}")
+    assert [axes.get_title() for axes in figure.axes] == ["kind: a", "kind: b", "", ""]
+    axes = figure.axes[0]
+    assert [line.get_label() for line in axes.lines] == ["0.5", "1.0"]
+    half = axes.lines[0]
+    assert half.get_xdata().tolist() == [0, 1, 2, 3]
+    assert half.get_ydata().tolist() == [1.0, 0.75, 0.625, 0.5625]  # over the seeds 0 and 1
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(1.0 + 0.5**0.5)
+    assert axes.get_yscale() == "log"
+    assert figure._suptitle.get_text() == "Curves"
+    assert not figure.axes[2].lines  # `final` is no curve
+
+
+def test_a_cell_without_a_result_is_left_out():
+    figure = drawn("{x: rate, y: final, line: kind}", "--skip", "{rate: 1.0, kind: b}")
+    assert containers(figure.axes[0])["a"][0] == [0.5, 1.0]
+    assert containers(figure.axes[0])["b"][0] == [0.5]
+
+
+def test_without_a_picture_none_is_drawn():
+    assert study(CALL) == 0
+    assert not (OUT / "picture.png").exists()

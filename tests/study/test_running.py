@@ -1,0 +1,211 @@
+"""The loop over runs: what has finished is kept, changes are noticed, failures are told, Ctrl-C stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from study.parts import CALL, FIT, calls, rows, study
+
+from lightning_dni.cli import build, run
+
+TESTS = Path(__file__).parents[1]
+KILLED = CALL.replace("parts.figures", "parts.killed_once")
+STOPPED = CALL.replace("parts.figures", "parts.interrupted_once")
+FAILING = CALL.replace('seed: "${run.seed}"', 'seed: "${run.seed}", fails_at: 1.0')
+MANY = FIT.replace("seeds: [0]", "seeds: [0, 1]")
+
+
+def finished(folder="runs/toy"):
+    return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/result.json")}
+
+
+def test_finished_runs_are_not_repeated():
+    assert study(CALL) == 0
+    assert calls() == [f"{rate} {seed}" for rate in (0.5, 1.0) for _ in "ab" for seed in (0, 1)]
+    before = finished()
+    assert study(CALL) == 0
+    assert study(CALL.replace("kind: [a, b]", "kind: [a, b, c]")) == 0  # a longer axis adds runs
+    assert len(calls()) == 8 + 4
+    assert before.items() <= finished().items()
+    assert len(rows()) == 12
+
+
+def test_a_killed_study_goes_on_with_the_run_that_it_was_in():
+    Path("toy.yaml").write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
+    command = [sys.executable, "-m", "lightning_dni", "study", "--config", "toy.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert calls() == ["0.5 0", "0.5 1"]
+    first, second = "rate=0.5,kind=a,seed=0", "rate=0.5,kind=a,seed=1"
+    before = finished()
+    assert list(before) == [first]
+    Path("runs/toy", second, "rubbish").touch()
+    assert study(KILLED) == 0
+    assert calls() == ["0.5 0", "0.5 1", "0.5 1", *calls()[3:]]
+    assert len(calls()) == 9
+    assert finished()[first] == before[first]
+    assert not Path("runs/toy", second, "rubbish").exists()
+    assert [row["status"] for row in rows()] == ["finished"] * 8
+
+
+def test_ctrl_c_in_a_function_stops_and_the_same_command_goes_on(capsys):
+    assert study(STOPPED) == 130
+    assert "Stopped: 2 of 8 runs have finished. The same command goes on." in capsys.readouterr().out
+    assert [row["status"] for row in rows()] == ["finished"] * 2 + ["missing"] * 6
+    assert study(STOPPED) == 0
+    assert len(calls()) == 3 + 6
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_in_a_training_stops_the_study(name):
+    interrupting = f"callbacks: [{{class_path: study.parts.Interrupt, init_args: {{signal_name: {name}}}}}]"
+    text = MANY.replace("    max_epochs", f"    {interrupting}\n    max_epochs")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert study(text) == 130
+    assert finished() == {}
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert study(text) == 0
+    assert set(finished()) == {"seed=0", "seed=1"}
+
+
+def test_a_changed_configuration_is_refused_before_anything_runs(capsys):
+    assert study(CALL, "--only.rate", "1.0") == 0
+    before = finished()
+    assert study(CALL, "--arguments.more", "3") == 2
+    said = capsys.readouterr().err
+    assert "Expected the finished run 'runs/toy/rate=1.0,kind=a,seed=0' to be configured as it is now" in said
+    assert "`arguments.more` was left out and is 3. Pass another `--out`, or delete the folder" in said
+    assert finished() == before
+    assert len(calls()) == 4
+    assert study(CALL, "--arguments.more", "3", "--out", "other") == 0
+    assert len(finished("other")) == 8
+
+
+def test_an_unfinished_run_may_be_configured_anew():
+    assert study(FAILING) == 1
+    assert (
+        study(CALL.replace('seed: "${run.seed}"', 'seed: "${run.seed}", fails_at: 2.0'), "--only.rate", "1.0")
+        == 0
+    )
+
+
+def test_results_of_different_versions_are_told_apart(capsys):
+    assert study(CALL) == 0
+    assert "different versions" not in capsys.readouterr().out
+    file = Path("runs/toy/rate=0.5,kind=a,seed=0/result.json")
+    file.write_text(file.read_text().replace(torch.__version__, "1.0"))
+    assert study(CALL) == 0
+    said = capsys.readouterr().out
+    assert "These are results of different versions: " in said
+    assert "torch 1.0 " in said
+    assert f"torch {torch.__version__} " in said
+
+
+def test_a_failing_run_does_not_stop_the_others(capsys):
+    assert study(FAILING) == 1
+    assert len(calls()) == 8
+    found = rows()
+    assert [row["status"] for row in found] == ["finished"] * 4 + ["failed"] * 4
+    assert {row["failure"] for row in found[4:]} == {"RuntimeError: rate 1.0 is too much"}
+    said = capsys.readouterr().out
+    assert "0 of 2, 2 failed" in said
+    assert said.count("  RuntimeError: rate 1.0 is too much") == 1  # once for the four that it stopped
+    trace = Path("runs/toy/rate=1.0,kind=a,seed=0/error.txt").read_text()
+    assert "Traceback" in trace
+    assert "parts.py" in trace
+    assert study(FAILING.replace("fails_at: 1.0", "fails_at: null"), "--only.rate", "1.0") == 0
+    assert len(calls()) == 12
+
+
+def test_a_training_is_what_the_command_fit_does_alone():
+    assert study(FIT, "--grid.width", "[4, 8]", "--fit.model.init_args.hidden_size", "${run.width}") == 0
+    folder = Path("runs/toy/width=8,seed=0")
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    quiet = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    cli = run(["fit", "--config", str(folder / "run.yaml"), *quiet])
+    assert metrics["train_loss"] == float(cli.trainer.callback_metrics["train_loss"])
+    assert metrics["val_loss"] == float(cli.trainer.callback_metrics["val_loss"])
+    tested = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    assert metrics["test_accuracy"] == tested["test_accuracy"]
+    assert metrics.keys() > {"val_accuracy", "test_error", "seconds"}
+    assert [row["width"] for row in rows()] == ["4", "8"]
+    with (folder / "csv/metrics.csv").open() as lines:
+        assert "train_loss" in next(lines)
+
+
+def test_seeds_differ_and_repeat():
+    text = "seeds: [0, 1]\ngrid: {turn: [1, 2]}\ncall: study.parts.global_random"
+    assert study(text) == 0
+    drawn = {(row["turn"], row["seed"]): (row["drawn"], row["other"]) for row in rows()}
+    assert drawn["1", "0"] == drawn["2", "0"] != drawn["1", "1"]
+    torch.manual_seed(1)
+    assert float(drawn["2", "1"][0]) == torch.rand(()).item()
+
+
+def test_what_a_run_leaves_behind():
+    assert study(CALL, "--arguments.draws", "true") == 0
+    folder = Path("runs/toy/rate=0.5,kind=b,seed=1")
+    assert OmegaConf.load(folder / "run.yaml") == {
+        "call": "study.parts.figures",
+        "arguments": {"rate": 0.5, "seed": 1, "draws": True},
+    }
+    result = json.loads((folder / "result.json").read_text())
+    assert result["metrics"]["final"] == 1.0625
+    assert result["versions"]["torch"] == torch.__version__
+    assert (folder / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (folder / "csv/metrics.csv").read_text().split()
+    assert lines == ["step,loss", "0,1.5", "1,1.25", "2,1.125", "3,1.0625"]
+    assert OmegaConf.load("runs/toy/study.yaml").grid.kind == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--call", "study.parts.none"], "'study.parts.none' cannot be imported"),
+        (["--call", "no_such_package.f"], "'no_such_package.f' cannot be imported: No module named"),
+        (["--call", "study.parts.CALL"], "Expected `call` to name a function, but study.parts.CALL is"),
+        (
+            ["--call", "study.parts.nothing", "--arguments", "{}"],
+            "to return a mapping of names to figures, but got 3",
+        ),
+        (["--arguments.odd", "[[1]]"], "Expected the figure 'odd' to be a number, a sequence"),
+        (["--arguments.kind", "1"], "names of their own, but got 'kind', which is a column"),
+        (
+            ["--arguments", "{nothing: 1}"],
+            "TypeError: figures() missing 1 required positional argument: 'rate'",
+        ),
+    ],
+)
+def test_a_function_that_does_not_fit_is_a_failed_run(words, message, capsys):
+    assert study(CALL, *words, "--only", "{rate: 0.5, kind: a}", "--seeds", "0") == 1
+    assert message in rows()[0]["failure"]
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fit.model.init_args.hiden", "3"], "hiden"),
+        (
+            ["--fit.trainer.devices", "2"],
+            "Expected one process for each run of a study, but `fit.trainer` asks for 2",
+        ),
+        (["--fit.trainer.strategy", "dni"], "configure_dni"),
+    ],
+)
+def test_a_training_that_cannot_be_built_is_a_failed_run(words, message):
+    assert study(FIT, *words) == 1
+    assert message in rows()[0]["failure"]
+
+
+def test_building_runs_nothing():
+    cli = build(["--config", str(TESTS.parent / "recipes/digits_backprop.yaml"), "--trainer.logger", "false"])
+    assert cli.trainer.global_step == 0
+    assert not list(Path().iterdir())
