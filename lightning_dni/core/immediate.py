@@ -38,6 +38,13 @@ class SplitOptimizer:
 
     Args:
         optimizer: Any optimizer of torch's kind that keeps its state by parameter.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> SplitOptimizer(optimizer).update(list(model[0].parameters()))
+    >>> len(optimizer.state), len(optimizer.param_groups[0]["params"])
+    (2, 4)
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
