@@ -256,3 +256,75 @@ class FeedbackByHand:
         if isinstance(layer, nn.Linear):
             return given @ weight
         return nn.grad.conv2d_input(below.shape, weight, given, layer.stride, layer.padding)
+
+
+class PaperDNI:
+    """DNI in the order of the paper, every stage with an optimizer of its own.
+
+    Run a stage on the detached output of the one below, ask the estimator, update the stage; what that has
+    left at its input is the target of the estimator below, which is updated; go on to the next stage.
+
+    Args:
+        stages: Modules run one after another.
+        estimators: Modules of (h, y), one for every stage but the last.
+        optimizer: Makes an optimizer from a module, for every stage.
+        estimator_optimizer: The same for every estimator.
+    """
+
+    def __init__(self, stages, estimators, optimizer, estimator_optimizer):
+        self.stages, self.estimators = stages, estimators
+        self.optimizers = [optimizer(stage) for stage in stages]
+        self.estimator_optimizers = [estimator_optimizer(estimator) for estimator in estimators]
+
+    def step(self, x, y, awake=None, loss_of=F.cross_entropy):
+        """One step, in which stages that are not `awake` run forward only; returns the loss."""
+        rows, below = len(x), None
+        for k, stage in enumerate(self.stages):
+            x = x.detach().requires_grad_()
+            h = stage(x)
+            synthetic = self.estimators[k](h.detach(), y) if k < len(self.estimators) else None
+            if awake is None or awake[k]:
+                self.optimizers[k].zero_grad()
+                if synthetic is None:
+                    loss_of(h, y).backward()
+                else:
+                    h.backward(synthetic.detach() / rows)
+                self.optimizers[k].step()
+                if below is not None:
+                    self._teach(k - 1, below, x.grad * rows)
+            x, below = h, synthetic
+        return loss_of(h.detach(), y)
+
+    def _teach(self, k, synthetic, target):
+        self.estimator_optimizers[k].zero_grad()
+        (F.mse_loss(synthetic, target, reduction="sum") / len(target)).backward()
+        self.estimator_optimizers[k].step()
+
+
+class LinearMap(nn.Module):
+    """hA + yB + C, zero at first."""
+
+    def __init__(self, width, num_classes, dtype):
+        super().__init__()
+        self.num_classes = num_classes
+        self.map = nn.Linear(width + num_classes, width, dtype=dtype)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+    def forward(self, h, y):
+        return self.map(torch.cat([h, F.one_hot(y, self.num_classes).to(h.dtype)], 1))
+
+
+def sparse_backprop(stages, x, y, awake, loss_of=F.cross_entropy):
+    """Backprop that ends at the first stage from the top that is not awake; gradients are in `.grad`."""
+    h = x
+    for k, stage in enumerate(stages):
+        for p in stage.parameters():
+            p.requires_grad_(all(awake[k:]))
+        h = stage(h)
+    loss = loss_of(h, y)
+    if awake[-1]:
+        loss.backward()
+    for p in stages.parameters():
+        p.requires_grad_()
+    return loss.detach()

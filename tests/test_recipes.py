@@ -52,6 +52,7 @@ def test_there_are_seven_recipes_and_these_studies():
         "depth_sweep",
         "random_labels",
         "representations",
+        "sparse_updates",
     ]
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",

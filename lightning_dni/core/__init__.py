@@ -4,6 +4,7 @@ from lightning_dni.core.boundary import BoundarySpec, LeafSpec
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.core.exchange import Exchange
+from lightning_dni.core.immediate import SplitOptimizer, Updater
 from lightning_dni.core.instrument import Instrument, Observation
 from lightning_dni.core.optimizer import OptimizerFactory
 from lightning_dni.core.pool import EstimatorFactory
@@ -29,7 +30,9 @@ __all__ = [
     "OptimizerFactory",
     "Record",
     "Signal",
+    "SplitOptimizer",
     "StepReport",
+    "Updater",
     "mix_gradients",
     "sg_loss",
 ]

@@ -14,18 +14,27 @@ from lightning_dni.core.context import Labels, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
+from lightning_dni.core.immediate import ImmediateUpdates, Updater
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
 from lightning_dni.core.report import StepReport
 from lightning_dni.core.settings import Scale, StepSettings
+from lightning_dni.core.sparse import choose_probabilities
 from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
-from lightning_dni.errors import EstimatorError
+from lightning_dni.errors import EstimatorError, StageError
+
+UpdateTime = Literal["step", "immediate"]
+"""When a stage's parameters step: in the user's optimizer step, or as soon as their gradient is there."""
 
 
 class Engine(ABC):
     """Options, estimators and reports of an engine; see `DNIEngine` for the arguments.
+
+    Attributes:
+        profile: Times the phases of a step.
+        updater: What updates the parameters of a stage by themselves, with `update="immediate"`.
 
     Raises:
         EstimatorError: An option is out of its range.
@@ -45,6 +54,8 @@ class Engine(ABC):
         estimator_scheduler: ScheduleFactory | None = None,
         estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
+        update_probability: float | Mapping[str, float] = 1.0,
+        update: UpdateTime = "step",
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
@@ -55,6 +66,13 @@ class Engine(ABC):
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
             raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
+        if update not in ("step", "immediate"):
+            raise EstimatorError(f"Expected `update` to be 'step' or 'immediate', but got {update!r}.")
+        if update == "immediate" and exchange is not None:
+            raise StageError(
+                "Expected no replicas with update='immediate', but got an `exchange`: every stage would wait "
+                "for the others' gradients in the forward pass. Pass update='step'."
+            )
         self._model = model
         self._modules = resolve_boundaries(model, boundaries)
         self._output_name = output
@@ -65,6 +83,11 @@ class Engine(ABC):
         self._health = Health(on_nonfinite, self._modules)
         self._exchange, self._replica = exchange, (rank,) if rank else ()
         self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
+        self._update_probability = choose_probabilities(self._modules, update_probability)
+        self._asleep: frozenset[str] = frozenset()
+        self._update: UpdateTime = update
+        self._immediate: ImmediateUpdates | None = None
+        self.updater: Updater | None = None
         self._pool = EstimatorPool(
             tuple(self._modules),
             estimator,
@@ -107,6 +130,16 @@ class Engine(ABC):
     def bp_lambda(self) -> dict[str, float]:
         """The lambda of BP(lambda) at each boundary."""
         return dict(self._bp_lambda)
+
+    @property
+    def update_probability(self) -> dict[str, float]:
+        """With which probability the stage below each boundary, and the last one, updates in a step."""
+        return dict(self._update_probability)
+
+    @property
+    def updates_immediately(self) -> bool:
+        """Whether stages step as soon as their gradient is there."""
+        return self._update == "immediate"
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -158,6 +191,8 @@ class Engine(ABC):
             "boundaries": list(self._modules),
             **self._pool.describe(),
             "bp_lambda": self.bp_lambda,
+            "update_probability": {n.strip("()"): p for n, p in self._update_probability.items()},
+            "update": self._update,
             "loss_denominator": str(self._loss_denominator),
             "rng": self._rng,
             "on_nonfinite": "skip" if self._health.skips else "raise",
@@ -191,6 +226,11 @@ class Engine(ABC):
     ) -> AbstractContextManager[None]:
         """The block around a training forward pass."""
 
+    @property
+    def differentiates_loss(self) -> bool:
+        """Whether the loss of this step is to be differentiated, or the last stage sits the step out."""
+        return True
+
     @abstractmethod
     def prepare_backward(self, loss: Tensor) -> None:
         """First third of a backward pass, for whoever differentiates the loss."""
@@ -218,6 +258,11 @@ class Engine(ABC):
         self._pool.drop_gradients()
         self._health.end_update()
 
+    @property
+    def _checks_values(self) -> bool:
+        """Whether the next step looks at values, which waits for an accelerator."""
+        return self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing"
+
     def _settings(
         self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool
     ) -> StepSettings:
@@ -232,11 +277,13 @@ class Engine(ABC):
             report=self._requested != "nothing",
             probe=self._requested == "probe",
             instruments=tuple(self._instruments),
-            check_values=self._device.type == "cpu" or self._steps == 0 or self._requested != "nothing",
+            check_values=self._checks_values,
             keep_lessons=self._pool.steps > 1,
             skips=self._health.skips,
             own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
             exchange=self._exchange if last else None,
+            asleep=self._asleep,
+            updates=self._immediate,
         )
 
     # ---- state

@@ -16,6 +16,9 @@ T = TypeVar("T")
 COMPILED = "_orig_mod"
 """Under what name torch.compile's wrapper holds the module."""
 
+LAST_STAGE = "(last stage)"
+"""What the stage above the topmost boundary is called."""
+
 
 @dataclass(frozen=True)
 class LeafSpec:
@@ -186,6 +189,25 @@ def choose_by_pattern(name: str, choice: T | Mapping[str, T], argument: str) -> 
         f"Expected a pattern in `{argument}` to match boundary {name!r}, but got only "
         f"{sorted(choice)}. Add the name, or '*' for the rest."
     )
+
+
+def modules_by_stage(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """The submodules of each stage, by the boundary above it, upwards; `LAST_STAGE` is the last.
+
+    A stage is what the model registers after the boundary below and up to its own, which is the forward
+    order of most modules; training itself follows autograd's graph.
+
+    Args:
+        model: The model.
+        boundaries: The boundaries' modules by name.
+    """
+    order = {module: place for place, module in enumerate(model.modules())}
+    ends = {name: max(order[m] for m in module.modules()) for name, module in boundaries.items()}
+    upwards = sorted(ends, key=lambda name: ends[name])
+    found: dict[str, list[nn.Module]] = {name: [] for name in [*upwards, LAST_STAGE]}
+    for module, place in order.items():
+        found[next((name for name in upwards if ends[name] >= place), LAST_STAGE)].append(module)
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

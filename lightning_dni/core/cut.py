@@ -19,7 +19,7 @@ from lightning_dni.core.estimator import (
 )
 from lightning_dni.core.stage import Stage
 from lightning_dni.core.target import mix_gradients
-from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 
 if TYPE_CHECKING:
     from lightning_dni.core.consumer import Swap
@@ -48,7 +48,8 @@ class Cut:
         awaited: What the estimator still has to be told.
         learned: Whether its loss was taken.
         delivered: Whether the stage above was differentiated.
-        closed: Whether the stage below was differentiated.
+        closed: Whether the stage below was differentiated, or sits this step out.
+        asleep: Whether it sits this step out.
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
@@ -81,6 +82,7 @@ class Cut:
     learned: bool = False
     delivered: bool = False
     closed: bool = False
+    asleep: bool = False
     synthetic: Gradient | None = None
     arrived: list[Tensor] | None = None
     target: Gradient | None = None
@@ -123,6 +125,11 @@ class Cut:
             consumer=self.swaps[0].layer if self.swaps else None,
             above=self.above,
         )
+
+    @property
+    def ran(self) -> bool:
+        """Whether the stage below was differentiated."""
+        return self.closed and not self.asleep
 
     def take_arrived(self) -> None:
         """Collect what the stage above left at the boundary tensors."""
@@ -186,6 +193,28 @@ def lineage(top: Iterable[Cut]) -> set[Cut]:
                 found.add(parent)
                 queue.append(parent)
     return found
+
+
+def claim(parents: Iterable[Cut], consumer: str) -> None:
+    """Note that `consumer` goes on from what `parents` have passed on.
+
+    Raises:
+        BoundaryError: Something else does already, or the loss has come back that way.
+    """
+    for parent in parents:
+        if parent.consumed:
+            raise BoundaryError(
+                f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
+                f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
+                "through. Add the losses up, or run the forward pass once more."
+            )
+        if parent.consumer is not None:
+            raise BoundaryError(
+                f"A path leaks around {parent.consumer}: the output of boundary "
+                f"{parent.boundary!r} goes into it and past it, to {consumer}. Choose as boundary "
+                "a module that contains both ways, so that one output carries everything upwards."
+            )
+        parent.consumer = consumer
 
 
 def refuse_no_gradient(cut: Cut) -> None:

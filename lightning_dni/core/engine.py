@@ -36,17 +36,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_dni.core.base import Engine
-from lightning_dni.core.boundary import device_of
+from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
 from lightning_dni.core.consumer import Layer, linear_layers
 from lightning_dni.core.cut import Cut, refuse_other_backward
 from lightning_dni.core.estimator import Signal
+from lightning_dni.core.immediate import ImmediateUpdates, refuse_tied
+from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
 from lightning_dni.core.settings import Scale
+from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
-from lightning_dni.core.step import Past, Step
+from lightning_dni.core.step import Step
 from lightning_dni.core.tap import Taps, one_graph_errors
 from lightning_dni.errors import StageError
 
@@ -67,6 +71,10 @@ class DNIEngine(Engine):
             follows each update.
         estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: Lambda of BP(lambda), 0 (synthetic only) to 1 (backprop); or {pattern: value}.
+        update_probability: Probability, above 0 and up to 1, with which the stage below a boundary runs its
+            backward pass and updates in a step; or {pattern: value}. The last stage is "(last stage)" there.
+        update: "step" leaves gradients to the user's optimizer step; "immediate" has `updater` step a stage
+            as soon as its gradient is there, in the forward pass. The numbers are the same.
         loss_denominator: What the user's loss is divided by: "batch" (mean over rows), "sum",
             "elements" (mean over rows and output elements), or a callable of batch and h.
         rng: "global" leaves the model's randomness alone; "stage" gives each stage's forward a stream
@@ -80,6 +88,11 @@ class DNIEngine(Engine):
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
         EstimatorError: An option is out of its range.
+        StageError: On `update="immediate"`, where there is an `exchange`.
+
+    Attributes:
+        updater: Takes immediate updates: `SplitOptimizer(optimizer)`, set before the first training step. The
+            user's `optimizer.step()` follows as ever, and takes what is left.
     """
 
     def _reset(self) -> None:
@@ -96,8 +109,12 @@ class DNIEngine(Engine):
         """Hook the model. Outside a training step the hooks do nothing.
 
         Raises:
-            StageError: The engine is attached already, or another one is.
+            StageError: The engine is attached already, or another one is; or stages share parameters that are
+                updated immediately.
         """
+        if self._update == "immediate":
+            modules = named_submodules(self._model)
+            refuse_tied(self._model, {name: modules[name] for name in self._modules})
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
         self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
@@ -166,11 +183,13 @@ class DNIEngine(Engine):
             scale: What a gradient scaler will multiply the loss with, or a callable that gives it.
             several_losses: Whether the block holds any number of backward passes (or none), each through a
                 forward pass of its own, which need not run every boundary.
-            first: Whether it is the first of them, at which gradients are zeroed (for replicas only).
-            last: Whether it is the last of them, at which replicas exchange gradients.
+            first: Whether it is the first of them, at which gradients are zeroed (for replicas), and what
+                sits out until the update is drawn.
+            last: Whether it is the last of them, at which replicas exchange gradients, and stages step
+                immediately.
 
         Raises:
-            StageError: The engine is not attached.
+            StageError: The engine is not attached, or `updater` is not set.
             BoundaryError: A boundary is changed in place, or compiled with fullgraph=True.
         """
         if not self._taps.installed:
@@ -178,6 +197,9 @@ class DNIEngine(Engine):
                 "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
+        if first:
+            self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
+        self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
         self._step = Step(settings, self._pool.install, self.profile, self._held)
         if settings.exchange is not None:
@@ -197,6 +219,26 @@ class DNIEngine(Engine):
             if several_losses:
                 self._step = None
 
+    def _immediate_updates(
+        self, accumulate: int, several_losses: bool, last: bool
+    ) -> ImmediateUpdates | None:
+        if self._update != "immediate":
+            return None
+        if several_losses:
+            raise StageError(
+                "Expected one loss per training step with update='immediate', but got several_losses=True: "
+                "stages below one loss would step before another's forward pass. Pass update='step'."
+            )
+        if not last or self._requested == "probe":
+            return None
+        if self.updater is None:
+            raise StageError(
+                "Expected `engine.updater` to be set with update='immediate', but got none. Write "
+                "`engine.updater = SplitOptimizer(optimizer)` before the training loop."
+            )
+        judges = self._health.skips or self._checks_values
+        return ImmediateUpdates(self.updater, self._named, self._bp_lambda, accumulate > 1, judges)
+
     def backward(self, loss: Tensor) -> None:
         """Differentiate `loss` through the last stage and merge every gradient that counts.
 
@@ -206,8 +248,15 @@ class DNIEngine(Engine):
             EstimatorError: An estimator was never told the network's output.
         """
         self.prepare_backward(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self.differentiates_loss:
+            loss.backward()  # type: ignore[no-untyped-call]
         self.finish_backward()
+
+    @property
+    @override
+    def differentiates_loss(self) -> bool:
+        """Whether the loss of this step is to be differentiated, or the last stage sits the step out."""
+        return self._step is None or LAST_STAGE not in self._step.settings.asleep
 
     def prepare_backward(self, loss: Tensor) -> None:
         """First third of `backward`, for whoever differentiates the loss: check the way down."""

@@ -24,7 +24,7 @@ class Observation:
         context: The labels or context that it was told; None where it asks for none.
         outputs: The activation with the graph of the stage below, which other instruments need, too.
         variables: The leaf tensors of that stage that take a gradient: its parameters, mostly.
-        applied: The gradient that the stage was given; None for exactly zero.
+        applied: The gradient that the stage was given; None for exactly zero, and where it sat the step out.
         true: The true gradient; None for exactly zero.
         true_weights: What the stage's variables get from the true gradient.
         scale: What a gradient scaler has multiplied the loss with.

@@ -20,7 +20,10 @@ class Truth(NamedTuple):
 
 
 def true_gradients(
-    cuts: Sequence[Cut], top: Sequence[Cut], retain_graph: bool = False
+    cuts: Sequence[Cut],
+    top: Sequence[Cut],
+    retain_graph: bool = False,
+    unspent: Tensor | None = None,
 ) -> Mapping[Cut, Truth]:
     """Chain vector-Jacobian products through the stages, from the loss down.
 
@@ -31,6 +34,7 @@ def true_gradients(
         cuts: The cuts that count, topmost first, with their graphs retained.
         top: Those whose gradient came from the loss itself.
         retain_graph: Keep the graphs for instruments.
+        unspent: The loss, where the last stage sat the step out and nothing came from it.
 
     Raises:
         StageError: A stage cannot be differentiated twice.
@@ -38,6 +42,8 @@ def true_gradients(
     true: dict[Cut, list[Tensor] | None] = {cut: _true_at_top(cut) if cut in top else None for cut in cuts}
     for swap in (swap for cut in cuts for swap in cut.swaps):
         swap.exact = True
+    if unspent is not None:
+        true |= _ask_loss(top, unspent)
     weights: dict[Cut, list[tuple[Tensor, Tensor]]] = {cut: [] for cut in cuts}
     for cut in cuts:
         gradient = true[cut]
@@ -65,6 +71,18 @@ def _true_at_top(cut: Cut) -> list[Tensor] | None:
             if missing is not None and id(leaf) in true:
                 true[id(leaf)] = true[id(leaf)] + missing
     return list(true.values())
+
+
+def _ask_loss(top: Sequence[Cut], loss: Tensor) -> dict[Cut, list[Tensor] | None]:
+    """What a loss that was not differentiated would leave at the topmost cuts."""
+    leaves = [leaf for cut in top for leaf in cut.leaves]
+    found = iter(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else [])
+    return {
+        cut: [
+            leaf.new_zeros(leaf.shape) if g is None else g for leaf, g in zip(cut.leaves, found, strict=False)
+        ]
+        for cut in top
+    }
 
 
 def differentiate_again(
@@ -124,7 +142,7 @@ def observe(
         context=context_for(cut),
         outputs=cut.outputs,
         variables=cut.stage.variables,
-        applied=cut.applied_gradient(),
+        applied=cut.applied_gradient() if cut.ran else None,
         true=truth.gradient,
         true_weights=truth.weights,
         scale=scale,

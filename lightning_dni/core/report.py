@@ -29,7 +29,8 @@ class BoundaryReport:
         true: The true gradient, on probe steps.
         loss: The estimator's training loss; None where it learns nothing.
         regresses: Whether that loss is the SG loss, whose scale is the variance of the target.
-        applied_weights: Gradients that the stage's weights were given, on probe steps.
+        applied_weights: Gradients that the stage's weights were given, on probe steps; empty where it sat
+            the step out.
         true_weights: Their true gradients, on probe steps.
         measured: What each instrument that was asked for has measured, by name.
     """
@@ -150,7 +151,8 @@ def report_step(
     measured: dict[str, dict[Instrument, dict[str, Tensor]]] = {}
     if step.settings.probe:
         with profile("dni.probe"):
-            truths = true_gradients(cuts, step.top, retain_graph=bool(step.settings.instruments))
+            keep = bool(step.settings.instruments)
+            truths = true_gradients(cuts, step.top, retain_graph=keep, unspent=step.unspent)
             measured = {name: _measure(step, found, truths) for name, found in crossings.items()}
     names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     boundaries = {
@@ -185,11 +187,12 @@ def report_boundary(
         measured: What instruments have measured.
     """
     losses = [cut.loss for cut in cuts if cut.loss is not None]
-    applied = [(v, g) for cut in cuts for v, g in cut.param_grads] if truths else []
-    true = [(v, g) for cut in cuts if cut in truths for v, g in truths[cut].weights]
+    ran = [cut for cut in cuts if cut.ran] if truths else []
+    applied = [(v, g) for cut in ran for v, g in cut.param_grads]
+    true = [(v, g) for cut in ran if cut in truths for v, g in truths[cut].weights]
     return BoundaryReport(
         synthetic=_below([_rows(cut, cut.synthetic) for cut in cuts]),
-        target=_below([_rows(cut, cut.target) for cut in cuts]),
+        target=_below([_rows(cut, cut.target) for cut in cuts]) if _heard(cuts) else None,
         true=_below([_rows(cut, _unscaled(cut, truths[cut])) for cut in cuts]) if truths else None,
         loss=torch.stack(losses).mean() if losses else None,
         regresses=cuts[0].installed.estimator.regresses,
@@ -197,6 +200,11 @@ def report_boundary(
         true_weights=_sum_by_name(true, names),
         measured=measured or {},
     )
+
+
+def _heard(cuts: Sequence[Cut]) -> bool:
+    """Whether the stages above have left a target, be it zero, at every crossing."""
+    return all(cut.delivered or cut.target is not None for cut in cuts)
 
 
 def _unscaled(cut: Cut, truth: Truth) -> Sequence[Tensor] | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.exchange import Exchange
+from lightning_dni.core.immediate import ImmediateUpdates
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.target import Denominator, denominator
 from lightning_dni.errors import EstimatorError
@@ -36,6 +37,8 @@ class StepSettings:
         skips: Whether what is not finite is left out.
         own_parameters: The parameters of a boundary's module, where not every boundary need run.
         exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
+        asleep: The boundaries (and `LAST_STAGE`) whose stage sits this step out.
+        updates: Updates stages as soon as their gradients are there; None: all wait for the end.
 
     Raises:
         EstimatorError: `accumulate` is below one.
@@ -56,6 +59,8 @@ class StepSettings:
     skips: bool = False
     own_parameters: Callable[[str], Iterable[Tensor]] | None = None
     exchange: Exchange | None = None
+    asleep: frozenset[str] = frozenset()
+    updates: ImmediateUpdates | None = None
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:

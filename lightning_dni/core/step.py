@@ -11,7 +11,8 @@
 6. The user's optimizer steps, then the estimators'.
 
 With `bp_lambda` > 0 a stage waits for its target and is differentiated against the mixture, top down; at
-1 that is backprop.
+1 that is backprop. Stages that sit the step out are left out of 2 to 4 (`core/sparse.py`); with immediate
+updates a stage steps in 2 already (`core/immediate.py`).
 """
 
 from collections import Counter
@@ -22,24 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.weak import TensorWeakRef
 
+from lightning_dni.core.boundary import LAST_STAGE
 from lightning_dni.core.consumer import Consumers, Layer, asks_for_consumer, look_down
 from lightning_dni.core.context import check_context
 from lightning_dni.core.coverage import refuse_absent
-from lightning_dni.core.cut import Cut, Lesson, lineage, refuse_no_gradient, refuse_untold
+from lightning_dni.core.cut import Cut, Lesson, claim, lineage, refuse_no_gradient, refuse_untold
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
+from lightning_dni.core.owners import Owners, Past
 from lightning_dni.core.probe import donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
+from lightning_dni.core.sparse import sit_out
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize
 from lightning_dni.core.value import close_value, differentiable, open_value
-from lightning_dni.errors import BoundaryError
 
 Context = Tensor | None
-Past = dict[int, tuple[TensorWeakRef, str]]
-"""Boundary tensors by id, with the boundary that each belongs to."""
 Profile = Callable[[str], AbstractContextManager[object]]
 """Times what runs inside it, under a name."""
 
@@ -74,13 +74,13 @@ class Step:
         self.fired: Counter[str] = Counter()
         self.top: list[Cut] = []
         self.loss: Tensor | None = None
+        self.unspent: Tensor | None = None
         self._last: list[Tensor] = []
         self.elements_per_row = settings.elements_per_row
         self._install = install
         self._profile = profile
-        self._past = {key: entry for key, entry in (past or {}).items() if entry[0]() is not None}
+        self._owner_of = Owners(past or {})
         self._contexts: dict[tuple[int | None, ...], Context] = {}
-        self._owners: dict[int, tuple[TensorWeakRef, Cut]] = {}
         self._errors: list[tuple[list[Cut], list[Tensor]]] = []
         self.consumers = Consumers(settings.probe)
 
@@ -105,7 +105,10 @@ class Step:
         for place, leaf in zip(places, crossing.leaves, strict=True):
             flat[place] = leaf
         self._synthesize(crossing)
-        if not crossing.waits:
+        if boundary in self.settings.asleep:
+            sit_out(crossing, self.settings.probe, self.settings.report)
+            self._let_go(crossing)
+        elif not crossing.waits:
             self._settle(crossing)
         if self.settings.exchange is not None:
             self.settings.exchange.end_group()
@@ -150,42 +153,18 @@ class Step:
             waits=bp_lambda > 0 or bool(installed.estimator.locks),
             elements_unknown=self.settings.counts_elements and self.elements_per_row is None,
         )
-        for leaf in crossing.leaves:
-            self._owners[id(leaf)] = (TensorWeakRef(leaf), crossing)
+        self._owner_of.add(crossing)
         self.cuts.append(crossing)
         return crossing
 
-    def _owner_of(self, leaf: Tensor) -> Cut | None:
-        entry = self._owners.get(id(leaf))
-        if entry is not None and entry[0]() is leaf:
-            return entry[1]
-        past = self._past.get(id(leaf))
-        if past is not None and past[0]() is leaf:
-            raise BoundaryError(
-                f"Expected a graph of this step, but got one that was kept from an earlier step and ends at "
-                f"boundary {past[1]!r}, whose stage is closed. Detach what is kept from one step to the next."
-            )
-        return None
-
     def held(self) -> Past:
         """The boundary tensors of this step and of earlier ones, for the next step to look after."""
-        return self._past | {key: (ref, cut.boundary) for key, (ref, cut) in self._owners.items()}
+        return self._owner_of.held()
 
     def _consume(self, stage: Stage[Cut], consumer: str, outputs: Sequence[Tensor]) -> None:
-        for parent in stage.parents:
-            if parent.consumed:
-                raise BoundaryError(
-                    f"Expected one backward pass through each forward pass, but {consumer} reaches boundary "
-                    f"{parent.boundary!r} in a forward pass that {parent.consumer} has already come back "
-                    "through. Add the losses up, or run the forward pass once more."
-                )
-            if parent.consumer is not None:
-                raise BoundaryError(
-                    f"A path leaks around {parent.consumer}: the output of boundary "
-                    f"{parent.boundary!r} goes into it and past it, to {consumer}. Choose as boundary "
-                    "a module that contains both ways, so that one output carries everything upwards."
-                )
-            parent.consumer = consumer
+        if self.settings.updates is not None:
+            self.settings.updates.refuse_updated(stage.variables, consumer)
+        claim(stage.parents, consumer)
         if any(map(asks_for_consumer, stage.parents)):
             self.consumers.end_stage(look_down(outputs, self._owner_of))
 
@@ -261,6 +240,8 @@ class Step:
                 )
             if self.settings.exchange is not None:
                 self.settings.exchange.offer(crossing.param_grads)
+        if self.settings.updates is not None:
+            self.settings.updates.take(crossing, self.fired)
         if not self.settings.probe:
             crossing.outputs = []
         self._let_go(crossing)
@@ -335,6 +316,8 @@ class Step:
         self._consume(stage, "the loss", [loss])
         refuse_absent(self.settings, self.fired, self.cuts, stage)
         self.top, self._last = stage.parents, stage.variables
+        if self.settings.probe and LAST_STAGE in self.settings.asleep:
+            self.unspent = loss
 
     def finish(self) -> list[Cut]:
         """Settle what the differentiated loss left at the topmost cuts.
@@ -345,6 +328,19 @@ class Step:
         Raises:
             EstimatorError: An estimator that counts was not told what it asked for.
         """
+        runs = LAST_STAGE not in self.settings.asleep
+        if runs:
+            self._come_back()
+        counted = self._counted(self.top)
+        self.cuts = [crossing for crossing in self.cuts if crossing not in counted]
+        for crossing in counted:
+            crossing.consumed = True
+            if runs:
+                refuse_untold(crossing)
+        return counted
+
+    def _come_back(self) -> None:
+        """Hand the topmost cuts what the loss has left there."""
         if self.settings.exchange is not None:
             self.settings.exchange.offer_accumulated(self._last)
         self._hear_errors()
@@ -353,12 +349,6 @@ class Step:
             self._deliver(crossing)
             if crossing.due:
                 self._settle(crossing)
-        counted = self._counted(self.top)
-        self.cuts = [crossing for crossing in self.cuts if crossing not in counted]
-        for crossing in counted:
-            crossing.consumed = True
-            refuse_untold(crossing)
-        return counted
 
     def _hear_errors(self) -> None:
         """Tell the estimators the gradient at the network's output that the loss has left."""

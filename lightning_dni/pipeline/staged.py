@@ -46,6 +46,11 @@ class StagedEngine(Engine):
     schedule = "dni"
 
     def _reset(self) -> None:
+        if self._update != "step" or any(p < 1 for p in self._update_probability.values()):
+            raise EstimatorError(
+                "Expected no `update` and no `update_probability` in a pipeline, but got one: every stage "
+                "runs and updates by itself, in every batch. Leave them out."
+            )
         self.clock = StageClock()
         self.time_with(no_profile)
         self._reporting = Reporting(0, (), self.clock)

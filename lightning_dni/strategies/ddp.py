@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dni.core.base import Engine
+from lightning_dni.core.base import Engine, UpdateTime
 from lightning_dni.core.context import Labels
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
@@ -23,6 +23,7 @@ from lightning_dni.strategies._compat import MisconfigurationException, Precisio
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.reducer import GradientReducer
+from lightning_dni.strategies.updates import refuse_replicas
 
 
 class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
@@ -46,6 +47,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         estimator_scheduler: As in `DNIStrategy`.
         estimator_clip_norm: As in `DNIStrategy`; every process clips the averaged gradients.
         bp_lambda: As in `DNIStrategy`; at 1 two processes equal two of Lightning's own DDPStrategy.
+        update_probability: As in `DNIStrategy`; all processes draw the same.
+        update: As in `DNIStrategy`; with several processes "step" only.
         loss_denominator: As in `DNIStrategy`.
         rng: As in `DNIStrategy`; streams of "stage" differ between processes.
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
@@ -75,6 +78,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         estimator_scheduler: ScheduleFactory | None = None,
         estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
+        update_probability: float | Mapping[str, float] = 1.0,
+        update: UpdateTime = "step",
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
@@ -99,6 +104,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             "estimator_scheduler": estimator_scheduler,
             "estimator_clip_norm": estimator_clip_norm,
             "bp_lambda": bp_lambda,
+            "update_probability": update_probability,
+            "update": update,
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,
@@ -128,11 +135,11 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
     def _build_engine(self, module: pl.LightningModule) -> Engine:
         if self.world_size == 1:
             return super()._build_engine(module)
+        options = self._options_for(module)
+        refuse_replicas(options, self.world_size)
         self._reducer = GradientReducer(self._bucket_cap_mb, self._timeout)
         seed = self.broadcast(torch.initial_seed())
-        return self._options_for(module).build(
-            DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank
-        )
+        return options.build(DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank)
 
     # ---- one step
 

@@ -26,6 +26,7 @@ from lightning_dni.strategies._compat import MisconfigurationException, TrainerF
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
 from lightning_dni.strategies.sharding import CHECKPOINT_KEY, consolidate, is_sharded
 from lightning_dni.strategies.table import describe
+from lightning_dni.strategies.updates import TrainerUpdates, refuse_updates
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 
@@ -50,6 +51,7 @@ class DecoupledTraining(Strategy):
         self._clears_early = False
         self._watched: dict[Optimizer, RemovableHandle] = {}
         self._closes_window = True
+        self._updating = False
 
     # ---- what others may see
 
@@ -94,6 +96,7 @@ class DecoupledTraining(Strategy):
         _refuse_unsupported(trainer, self.optimizers)
         if self._engine is None or self._engine_of is not module:
             self._engine, self._engine_of = self._build_engine(module), module
+        refuse_updates(trainer, module, self.optimizers, self._engine)
         if self._restored is not None:
             self._engine.load_state_dict(self._restored)
             self._warn_of_loss(self._restored)
@@ -108,7 +111,8 @@ class DecoupledTraining(Strategy):
             self._engine.time_with(profiler.profile)
         self._engine.attach()
         self._attached = True
-        self._clears_early = module.automatic_optimization and not _looks_at_old_gradients(trainer, module)
+        keeps_old = not self._engine.updates_immediately and _looks_at_old_gradients(trainer, module)
+        self._clears_early = module.automatic_optimization and not keeps_old
         self._watch_optimizers()
 
     def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
@@ -148,7 +152,7 @@ class DecoupledTraining(Strategy):
             scale=self._loss_scale(),
             several_losses=not automatic,
             first=first,
-            last=self._closes_window,
+            last=self._closes_window and (self._updating or not self.engine.updates_immediately),
         ):
             return self._run_step(super().training_step, *args, **kwargs)
 
@@ -192,7 +196,8 @@ class DecoupledTraining(Strategy):
         # as Strategy.backward, but merged before on_after_backward, whose hooks see all gradients
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        if self.engine.differentiates_loss:
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
         self.engine.finish_backward()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
@@ -207,13 +212,28 @@ class DecoupledTraining(Strategy):
         **kwargs: Any,
     ) -> Any:
         """Let the user's optimizer step; the estimators follow when it has."""
-        output = super().optimizer_step(optimizer, _Once(closure, optimizer), model, **kwargs)
+        with self._in_parts(optimizer):
+            output = super().optimizer_step(optimizer, _Once(closure, optimizer), model, **kwargs)
         if optimizer not in self._watched:
             self.engine.update_estimators()
         self.engine.drop_estimator_gradients()  # left where a gradient scaler has found an overflow
         if self._looks():
             self.engine.check_values()
         return output
+
+    @contextmanager
+    def _in_parts(self, optimizer: Any) -> Iterator[None]:
+        """Let stages step immediately with `optimizer`, where they are to."""
+        if not self.engine.updates_immediately:
+            yield
+            return
+        assert self.lightning_module is not None
+        clip_value = self.lightning_module.trainer.gradient_clip_val
+        self.engine.updater, self._updating = TrainerUpdates(optimizer, clip_value), True
+        try:
+            yield
+        finally:
+            self.engine.updater, self._updating = None, False
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

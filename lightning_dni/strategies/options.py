@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_dni.core.base import Engine
+from lightning_dni.core.base import Engine, UpdateTime
 from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.context import Labels
 from lightning_dni.core.estimator import Signal
@@ -39,6 +39,8 @@ class DNIOptions:
     estimator_scheduler: ScheduleFactory | None = None
     estimator_clip_norm: float | None = None
     bp_lambda: float | Mapping[str, float] = 0.0
+    update_probability: float | Mapping[str, float] = 1.0
+    update: UpdateTime = "step"
     loss_denominator: Denominator = "batch"
     rng: Literal["global", "stage"] = "global"
     on_nonfinite: OnNonfinite = "raise"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning.fabric.plugins import CheckpointIO
 
+from lightning_dni.core.base import UpdateTime
 from lightning_dni.core.context import Labels
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
@@ -44,6 +45,8 @@ class DNIPipelineStrategy(StagedTraining):
         estimator_scheduler: As in `DNIStrategy`.
         estimator_clip_norm: As in `DNIStrategy`.
         bp_lambda: As in `DNIStrategy`; above 0 a stage waits for the one above, and `staleness` must be 0.
+        update_probability: 1, since every stage updates in every batch.
+        update: "step", since every stage updates by itself as soon as its gradient is there.
         loss_denominator: As in `DNIStrategy`.
         on_nonfinite: As in `DNIStrategy`.
         staleness: Number of updates after which an estimator learns from a target gradient; 0 waits for
@@ -91,6 +94,8 @@ class DNIPipelineStrategy(StagedTraining):
         estimator_scheduler: ScheduleFactory | None = None,
         estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
+        update_probability: float | Mapping[str, float] = 1.0,
+        update: UpdateTime = "step",
         loss_denominator: Denominator = "batch",
         on_nonfinite: OnNonfinite = "raise",
         staleness: int = DEFAULT_STALENESS,
@@ -116,6 +121,8 @@ class DNIPipelineStrategy(StagedTraining):
             "estimator_scheduler": estimator_scheduler,
             "estimator_clip_norm": estimator_clip_norm,
             "bp_lambda": bp_lambda,
+            "update_probability": update_probability,
+            "update": update,
             "loss_denominator": loss_denominator,
             "rng": "global",
             "on_nonfinite": on_nonfinite,

@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_dni.core.base import UpdateTime
 from lightning_dni.core.context import Labels
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
@@ -33,6 +34,13 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         estimator_scheduler: Makes a learning-rate scheduler from that optimizer; it steps with it.
         estimator_clip_norm: Norm to which the gradients of each estimator are clipped.
         bp_lambda: 0 (synthetic gradients only) to 1 (backprop); or {pattern: value}.
+        update_probability: Probability, above 0 and up to 1, with which the stage below a boundary runs its
+            backward pass and updates in a step; or {pattern: value}. The last stage is "(last stage)" there.
+            What is drawn holds for a whole accumulated batch.
+        update: "step" leaves gradients to the optimizer's step; "immediate" lets the optimizer step a stage
+            as soon as its gradient is there, in the forward pass, so that no more than the gradients of one
+            stage are alive. The numbers are the same. Hooks around backward and the optimizer's step see
+            the gradients that are left: the last stage's, and those of stages that wait.
         loss_denominator: What the training loss is divided by: "batch", "sum", "elements", or a
             callable of batch and h. Where manual optimization accumulates `loss / n`, estimators that do not
             see the network's gradient (LocalLossEstimator) need n times the rows: a callable says so.
@@ -60,6 +68,8 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         estimator_scheduler: ScheduleFactory | None = None,
         estimator_clip_norm: float | None = None,
         bp_lambda: float | Mapping[str, float] = 0.0,
+        update_probability: float | Mapping[str, float] = 1.0,
+        update: UpdateTime = "step",
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
@@ -76,6 +86,8 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "estimator_scheduler": estimator_scheduler,
             "estimator_clip_norm": estimator_clip_norm,
             "bp_lambda": bp_lambda,
+            "update_probability": update_probability,
+            "update": update,
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,

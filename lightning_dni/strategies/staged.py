@@ -41,6 +41,7 @@ from lightning_dni.strategies.refusals import (
     warn_of_waits,
 )
 from lightning_dni.strategies.stopping import CommonStop
+from lightning_dni.strategies.updates import refuse_updates_apart
 
 T = TypeVar("T")
 
@@ -200,6 +201,7 @@ class StagedTraining(StagesInCommon):
         part = self._exact.first_part if self._exact else tuple
         stages = len(self._placed().ranks)
         self._auto.choose(module.trainer, self._given(module), stages, self._restored, part)
+        refuse_updates_apart(self._options_for(module), "dni_pipeline")
         refuse_waiting(self._options_for(module), self._boundaries_of(module), self._staleness)
         seed = self.broadcast(torch.initial_seed())
         exchange = None if self._copies is None else self._copies.reducer

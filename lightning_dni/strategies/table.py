@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_dni.core.boundary import choose_by_pattern, resolve_boundaries
+from lightning_dni.core.boundary import (
+    LAST_STAGE,
+    choose_by_pattern,
+    modules_by_stage,
+    resolve_boundaries,
+)
 from lightning_dni.core.pool import locks_made_by, made_by
 from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies.options import DNIOptions
-
-LAST_STAGE = "(last stage)"
 
 
 def describe(module: pl.LightningModule, options: DNIOptions) -> None:
@@ -34,14 +37,11 @@ def describe(module: pl.LightningModule, options: DNIOptions) -> None:
 def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, ...]]:
     """The rows of the table, the last stage at the end."""
     boundaries = resolve_boundaries(module, options.boundaries)
-    order = {submodule: i for i, submodule in enumerate(module.modules())}
-    ends = {name: max(order[m] for m in submodule.modules()) for name, submodule in boundaries.items()}
-    sizes = dict.fromkeys([*sorted(ends, key=lambda name: ends[name]), LAST_STAGE], 0)
+    sizes: dict[str, int] = {}
     seen: set[nn.Parameter] = set()
-    for submodule, place in order.items():
-        stage = next((n for n in sizes if n in ends and ends[n] >= place), LAST_STAGE)
-        own = {p for p in submodule.parameters(recurse=False) if p.requires_grad} - seen
-        sizes[stage] += sum(p.numel() for p in own)
+    for stage, found in modules_by_stage(module, boundaries).items():
+        own = {p for m in found for p in m.parameters(recurse=False) if p.requires_grad} - seen
+        sizes[stage] = sum(p.numel() for p in own)
         seen |= own
     rows: list[tuple[str, ...]] = []
     for name in list(sizes)[:-1]:

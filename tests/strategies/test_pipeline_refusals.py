@@ -98,6 +98,7 @@ REFUSED = {
         {"bp_lambda": {"net.0": 0.5}},
         "bp_lambda=0.5 at boundary 'net.0'. Pass staleness=0",
     ),
+    "update": ({}, Net, {"update": "immediate"}, "Expected no `update` under strategy='dni_pipeline'"),
     "locked": (
         {},
         Net,

@@ -48,6 +48,7 @@ KINDS = {
     "critic": {"estimator": partial(CriticEstimator, num_classes=3)},
     "noisy": {"estimator": NoisyEstimator},
     "mixed": {"bp_lambda": 0.5},
+    "sparse and immediate": {"update_probability": 0.5, "update": "immediate"},
     "scheduled": {
         "estimator": LOCAL,
         "estimator_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5),
@@ -61,7 +62,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulate"), [*((kind, 1) for kind in KINDS), ("noisy", 3), ("several", 3), ("scheduled", 3)]
+    ("kind", "accumulate"),
+    [
+        *((kind, 1) for kind in KINDS),
+        ("noisy", 3),
+        ("several", 3),
+        ("scheduled", 3),
+        ("sparse and immediate", 3),
+    ],
 )
 def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(tmp_path, kind, accumulate):
     """With dropout, batch norm, a scheduler, a shuffling loader; nothing draws from the global generator."""

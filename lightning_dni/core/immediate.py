@@ -1,0 +1,218 @@
+"""Immediate updates: a stage's parameters step as soon as its gradient is there, in the forward pass.
+
+The order is that of the paper (Jaderberg et al. 2017): run a stage, ask the estimator, update the stage, go
+on to the next one. Nobody holds more gradients than those of one stage. As every stage has parameters of its
+own, all gradients are those that one update at the end would have been given.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dni.core.boundary import modules_by_stage
+from lightning_dni.core.cut import Cut
+from lightning_dni.core.stage import accumulate
+from lightning_dni.errors import StageError
+
+
+@runtime_checkable
+class Updater(Protocol):
+    """Updates some parameters at a time: the user's optimizer, as the engine sees it."""
+
+    def owns(self, variable: Tensor) -> bool:
+        """Whether it is there to update `variable`."""
+
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Update these parameters, and no others, with what their `.grad` holds."""
+
+
+class SplitOptimizer:
+    """The user's own optimizer, a stage at a time: its state, groups and rates stay the only ones.
+
+    Hooks on its steps run in its own step alone, which takes what is left at the end.
+
+    Args:
+        optimizer: Any optimizer of torch's kind that keeps its state by parameter.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> SplitOptimizer(optimizer).update(list(model[0].parameters()))
+    >>> len(optimizer.state), len(optimizer.param_groups[0]["params"])
+    (2, 4)
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._group_of: dict[Tensor, int] = {}
+        for place, group in enumerate(optimizer.param_groups):
+            self._group_of |= dict.fromkeys(group["params"], place)
+
+    def owns(self, variable: Tensor) -> bool:
+        """Whether the optimizer has `variable`."""
+        return variable in self._group_of
+
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Let the optimizer step as if it had these parameters only.
+
+        Raises:
+            StageError: It keeps a state for all of them together.
+        """
+        groups = self._optimizer.param_groups
+        parts: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            parts.setdefault(self._group_of[parameter], []).append(parameter)
+        whole = {place: groups[place]["params"] for place in parts}
+        before = {place: dict(groups[place]) for place in parts}
+        try:
+            for place, part in parts.items():
+                groups[place]["params"] = part
+            self._optimizer.param_groups = [groups[place] for place in sorted(parts)]
+            with _hooks_asleep(self._optimizer):
+                self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
+            for place, params in whole.items():
+                groups[place]["params"] = params
+        for place in parts:
+            _refuse_changed(self._optimizer, before[place], groups[place])
+
+
+def _refuse_changed(optimizer: Optimizer, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    changed = [
+        key
+        for key, value in after.items()
+        if key not in before
+        or (value is not before[key] and (torch.is_tensor(value) or value != before[key]))
+    ]
+    if changed:
+        raise StageError(
+            "Expected an optimizer that keeps its state by parameter with update='immediate', but the step "
+            f"of {type(optimizer).__name__} changes {changed} of a whole group, and would do so once per "
+            "stage. Use SGD or Adam, for example, or pass update='step'."
+        )
+
+
+@contextmanager
+def _hooks_asleep(optimizer: Optimizer) -> Iterator[None]:
+    """Keep hooks on the optimizer's steps from seeing the step of a part."""
+    hooks: list[dict[int, Any]] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, content in zip(hooks, kept, strict=True):
+            each.update(content)
+
+
+class ImmediateUpdates:
+    """The updates of one step.
+
+    Args:
+        updater: Takes them.
+        names: The model's parameters by name.
+        bp_lambda: Lambda of BP(lambda) by boundary.
+        adds: Whether `.grad` holds what earlier parts of the step have left.
+        judges: Whether what is not finite is left for the end of the step, where it is judged.
+    """
+
+    def __init__(
+        self,
+        updater: Updater,
+        names: Mapping[str, nn.Parameter],
+        bp_lambda: Mapping[str, float],
+        adds: bool,
+        judges: bool,
+    ) -> None:
+        self._updater, self._names = updater, names
+        self._waiting = {name for name, weight in bp_lambda.items() if weight > 0}
+        self._adds, self._judges = adds, judges
+        self._updated: set[Tensor] = set()
+
+    def refuse_updated(self, variables: Sequence[Tensor], consumer: str) -> None:
+        """Refuse a graph that comes to parameters which were updated in this forward pass.
+
+        Args:
+            variables: The leaf tensors to which it comes.
+            consumer: Whose graph it is, for the message.
+
+        Raises:
+            StageError: There are some.
+        """
+        again = [v for v in variables if v in self._updated]
+        if again:
+            named = [name for name, p in self._names.items() if any(p is v for v in again)]
+            raise StageError(
+                f"Expected every parameter in one stage with update='immediate', but {consumer} comes to "
+                f"{named}, updated already in this forward pass (weights that two stages use, a module that "
+                "runs twice, a penalty on weights, or a second forward pass). Pass update='step'; put what "
+                "is only looked at under torch.no_grad()."
+            )
+
+    def take(self, cut: Cut, fired: Mapping[str, int]) -> None:
+        """Update the stage below `cut` now, unless something defers it to the end of the step.
+
+        Args:
+            cut: The crossing above the stage, which was just differentiated.
+            fired: The boundaries that ran so far.
+        """
+        if cut.waits or any(name not in fired for name in self._waiting):
+            return
+        if self._judges and cut.said is not None and not math.isfinite(cut.said.item()):
+            return
+        owned = [(v, g) for v, g in cut.param_grads if self._updater.owns(v)]
+        if not owned:
+            return
+        cut.param_grads = [(v, g) for v, g in cut.param_grads if not self._updater.owns(v)]
+        if self._adds:
+            accumulate(owned)
+        else:  # whatever `.grad` holds is of an earlier step
+            for variable, gradient in owned:
+                variable.grad = gradient
+        parameters = [variable for variable, _ in owned]
+        with _full_precision(parameters[0].device.type):
+            self._updater.update(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        self._updated.update(parameters)
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Run a step of an optimizer apart from the autocast of the forward pass around it."""
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        yield
+    if autocast:
+        torch.clear_autocast_cache()  # it holds what the parameters were before
+
+
+def refuse_tied(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> None:
+    """Refuse parameters that modules of different stages have in common.
+
+    Args:
+        model: The model.
+        boundaries: The boundaries' modules by name.
+
+    Raises:
+        StageError: There are some.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    owner: dict[Tensor, tuple[str, str]] = {}
+    pairs = [(m, stage) for stage, modules in modules_by_stage(model, boundaries).items() for m in modules]
+    for module, stage in pairs:
+        for name, parameter in module.named_parameters(recurse=False):
+            here = f"{names[module]}.{name}" if names[module] else name
+            there, other = owner.setdefault(parameter, (here, stage))
+            if other != stage and parameter.requires_grad:
+                raise StageError(
+                    f"Expected every parameter in one stage with update='immediate', but {here!r} is also "
+                    f"{there!r}, in another stage (tied weights). Pass update='step'."
+                )
