@@ -176,7 +176,10 @@ TOLD = "stage 1: ['state_dict']['w']"
 
 
 def test_texts_that_look_like_names_of_tensors_stay_texts(tmp_path):
-    saved = {"hyper_parameters": {"a": TOLD, "b": "text " + TOLD, "c": "stage 7"}, "state_dict": {"w": torch.ones(3)}}
+    saved = {
+        "hyper_parameters": {"a": TOLD, "b": "text " + TOLD, "c": "stage 7"},
+        "state_dict": {"w": torch.ones(3)},
+    }
     outline, tensors = split_off(saved, 1)
     write_shards(tensors, outline, tmp_path / "x.ckpt", lambda collective, what: collective())
     assert_same_leaves(consolidate(tmp_path / "x.ckpt"), saved)
