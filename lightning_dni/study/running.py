@@ -108,7 +108,7 @@ def _run(study: Study, run: Run, folder: RunFolder, build: Build) -> None:
 
 
 def _stops(raised: BaseException) -> bool:
-    """Whether a signal stands behind: a Trainer ends by SystemExit on either, and so does a run on its own."""
+    """Whether a signal is behind it: a Trainer ends by SystemExit on either, as a script may by itself."""
     interrupted = isinstance(raised.__context__, KeyboardInterrupt)
     return isinstance(raised, SystemExit) and (interrupted or isinstance(raised, SIGTERMException))
 
