@@ -256,6 +256,20 @@ def refuse_untold(cut: Cut) -> None:
         )
 
 
+def refuse_told_twice(cut: Cut) -> None:
+    """Refuse a second output whose gradient an estimator would never hear of.
+
+    Raises:
+        EstimatorError: It has been told one.
+    """
+    if Signal.OUTPUT_GRADIENT not in cut.awaited:
+        raise EstimatorError(
+            f"Expected one gradient at the network's output for {cut.who}, but the loss came back through "
+            "several calls of the output module above it. Pass `output=` the name of a submodule that runs "
+            "once and whose output carries all that the loss is computed of."
+        )
+
+
 def refuse_other_backward(cuts: Iterable[Cut]) -> None:
     """Refuse a loss that was differentiated without the engine's knowledge.
 

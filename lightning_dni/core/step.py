@@ -28,7 +28,15 @@ from lightning_dni.core.boundary import LAST_STAGE
 from lightning_dni.core.consumer import Consumers, Layer, asks_for_consumer, look_down
 from lightning_dni.core.context import check_context
 from lightning_dni.core.coverage import refuse_absent
-from lightning_dni.core.cut import Cut, Lesson, claim, lineage, refuse_no_gradient, refuse_untold
+from lightning_dni.core.cut import (
+    Cut,
+    Lesson,
+    claim,
+    lineage,
+    refuse_no_gradient,
+    refuse_told_twice,
+    refuse_untold,
+)
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.owners import Owners, Past
@@ -354,6 +362,7 @@ class Step:
         """Tell the estimators the gradient at the network's output that the loss has left."""
         for asking, gradients in self._errors:
             for crossing in reversed(asking) if gradients else ():  # the lowest first: none needs another
+                refuse_told_twice(crossing)
                 self._complete_factor(crossing)
                 dtype = torch.promote_types(gradients[-1].dtype, torch.float32)
                 crossing.output_gradient = gradients[-1].detach().to(dtype) / crossing.factor

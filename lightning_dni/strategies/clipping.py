@@ -89,7 +89,8 @@ def clip_together(speaks: bool, device: torch.device, call: Callable[[Callable[[
 
 
 def _norms(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2.0) or ())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return list(torch._foreach_norm(gradients, 2.0) or ()) if gradients else []  # none in a frozen stage
 
 
 def _total(norms: list[Tensor]) -> Tensor:

@@ -18,6 +18,9 @@ CHECKPOINT_KEY = "lightning_dni"
 OUTLINE = "outline.ckpt"
 """The file that holds the checkpoint without its tensors."""
 
+STAGE, TEXT = "stage ", "text "
+"""How the name of a tensor begins, and what is put before a text that begins like either."""
+
 
 def split_off(state: Any, stage: int) -> tuple[Any, dict[str, Tensor]]:
     """Part what every stage writes by itself from what one of them writes for all.
@@ -32,9 +35,11 @@ def split_off(state: Any, stage: int) -> tuple[Any, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
 
     def name(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, str):
+            return f"{TEXT}{leaf}" if leaf.startswith((STAGE, TEXT)) else leaf
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.numel() == 0:
             return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
-        key = f"stage {stage}: {pytree.keystr(path)}"
+        key = f"{STAGE}{stage}: {pytree.keystr(path)}"
         tensors[key] = leaf.detach()
         return key
 
@@ -77,7 +82,7 @@ def write_shards(
     if outline is None:
         return
     torch.save(dict(outline), part / OUTLINE)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     else:
@@ -114,7 +119,9 @@ def consolidate(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     outline = torch.load(Path(path) / OUTLINE, map_location="cpu", weights_only=weights_only)
 
     def fill(leaf: Any) -> Any:
-        return tensors.get(leaf, leaf) if isinstance(leaf, str) else leaf
+        if not isinstance(leaf, str):
+            return leaf
+        return tensors[leaf] if leaf.startswith(STAGE) else leaf.removeprefix(TEXT)
 
     whole: dict[str, Any] = pytree.tree_map(fill, outline)
     return whole
@@ -128,8 +135,10 @@ def join_outlines(outlines: list[Mapping[str, Any]], names: list[str]) -> dict[s
         names: Of the whole module's state, in its order.
     """
     whole = dict(outlines[0])
-    held = {name: value for outline in outlines for name, value in outline["state_dict"].items()}
-    whole["state_dict"] = {name: held[name] for name in names if name in held}
+    upwards = reversed(outlines)
+    held = {name: value for outline in upwards for name, value in outline["state_dict"].items()}
+    order = dict.fromkeys([*(name for name in names if name in held), *held])  # a user may have renamed some
+    whole["state_dict"] = {name: held[name] for name in order}
     if "optimizer_states" in whole:
         states = zip(*(outline["optimizer_states"] for outline in outlines), strict=True)
         whole["optimizer_states"] = [join_optimizer_states(each) for each in states]

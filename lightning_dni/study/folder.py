@@ -93,5 +93,5 @@ def _differences(key: str, kept: Any, now: Any) -> Iterator[tuple[str, str, str]
                 yield inner, before, after
             else:
                 yield from _differences(inner, kept[name], now[name])
-    elif kept != now:
+    elif kept != now and repr(kept) != repr(now):  # nan is not itself
         yield key, repr(kept), repr(now)

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -65,7 +66,7 @@ def run_study(study: Study, out: Path, build: Build) -> Outcome:
                 bar.set_postfix_str(run.name)
                 try:
                     _run(study, run, folder, build)
-                except (KeyboardInterrupt, SystemExit):  # a Trainer makes the latter of either signal
+                except (KeyboardInterrupt, SystemExit):
                     outcome.interrupted = True
                     break
                 outcome.ran += 1
@@ -96,12 +97,20 @@ def _run(study: Study, run: Run, folder: RunFolder, build: Build) -> None:
             if wandb is not None:
                 log_files(_logger(wandb, folder.path), run.name, "configuration", [folder.configuration_file])
         closed_well = True
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
+        if _stops(raised):
+            raise
         error, trace = f"{type(raised).__name__}: {raised}", traceback.format_exc()
     finally:
         if wandb is not None:
             close_run(failed=not closed_well)
     folder.end(Result(metrics, error, _versions()), trace)
+
+
+def _stops(raised: BaseException) -> bool:
+    """Whether a signal is behind it: a Trainer ends by SystemExit on either, as a script may by itself."""
+    interrupted = isinstance(raised.__context__, KeyboardInterrupt)
+    return isinstance(raised, SystemExit) and (interrupted or isinstance(raised, SIGTERMException))
 
 
 def _wandb(study: Study, name: str, job_type: str) -> dict[str, Any] | None:

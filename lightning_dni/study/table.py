@@ -61,10 +61,12 @@ def by_cell(study: Study, results: Mapping[str, Result]) -> list[CellResults]:
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; not a number for a single value)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return mean, math.nan
-    return mean, statistics.stdev(values)
+    try:
+        mean = statistics.fmean(values)
+        finite = len(values) > 1 and all(map(math.isfinite, values))
+        return mean, statistics.stdev(values) if finite else math.nan
+    except (ValueError, OverflowError):  # both infinities, or more than a number can hold
+        return math.nan, math.nan
 
 
 def metrics_of(study: Study, results: Mapping[str, Result]) -> list[str]:

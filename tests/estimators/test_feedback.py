@@ -284,3 +284,39 @@ def test_several_losses_are_told_apart():
             other.backward(loss)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+class TwoOutputs(nn.Module):
+    """Its head runs twice on one activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.head = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        h = self.below(x)
+        return self.head(h), self.head(h.tanh())
+
+
+def test_a_loss_of_several_outputs_is_refused_and_one_that_only_looks_at_them_is_not():
+    x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
+    model = TwoOutputs()
+    for counts in (1, 0, 2):
+        model.zero_grad()
+        with DNIEngine(model, ["below"], DirectFeedbackAlignmentEstimator, output="head", seed=0) as engine:
+            with engine.training_step((x, y)):
+                outputs = model(x)
+                losses = [F.cross_entropy(output, y) for output in outputs]
+                loss = sum(losses) if counts == 2 else losses[counts]
+            if counts == 2:
+                with pytest.raises(
+                    EstimatorError, match=r"boundary 'below', but the loss came back .* several"
+                ):
+                    engine.backward(loss)
+                return
+            engine.backward(loss)
+        matrix = engine.estimators["below"].matrices.drawn["0"]
+        (error,) = torch.autograd.grad(
+            F.cross_entropy(leaf := outputs[counts].detach().requires_grad_(), y), leaf
+        )
+        torch.testing.assert_close(model.below.weight.grad, (error @ matrix).T @ x)

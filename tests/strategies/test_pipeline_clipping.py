@@ -9,8 +9,11 @@ from core.nets import unchecked
 from fits import fit, loader, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from strategies.staged_fits import BELOW, fit_staged, on_stages, staged
+from torch import nn
 
 from lightning_dni import DNIPipelineStrategy, DNIStrategy
+from lightning_dni.pipeline.norms import LaggedNorm
+from lightning_dni.strategies.clipping import clip_lagged, clip_share
 
 STAGE_OF = {2: {"net.0": 0, "net.1": 1, "net.2": 1}, 3: {"net.0": 0, "net.1": 1, "net.2": 2}}
 
@@ -113,6 +116,14 @@ def test_all_stages_clip_by_the_norm_that_they_had_together(stages, staleness, o
                 expected = before * min(1.0, LIMIT / (together[update - lag] + 1e-6))
             assert after == pytest.approx(expected, rel=1e-5)
     assert max(together[:-lag]) > LIMIT  # it does clip by them
+
+
+def test_a_frozen_stage_has_nothing_to_clip():
+    norm, clipped = LaggedNorm(1, 2, 0), nn.Parameter(torch.ones(4))
+    for clip in (clip_lagged(2, norm), clip_share(2)):
+        clip([clipped], LIMIT)  # no gradient, no norm
+        assert clipped.grad is None
+    assert norm.state_dict()["own"] == 0.0
 
 
 def test_another_way_to_clip_is_refused():

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.strategies import consolidate
 from lightning_dni.strategies._compat import MisconfigurationException
-from lightning_dni.strategies.sharding import write_shards
+from lightning_dni.strategies.sharding import join_outlines, split_off, write_shards
 
 SHARDED = {**CRITIC, "save_sharded": True}
 STAGES = 3
@@ -170,6 +170,37 @@ def test_the_old_checkpoint_survives_when_a_stage_stops_while_saving(tmp_path):
     with pytest.raises(RuntimeError, match="has stopped"):
         write(together=stops)
     assert {f.name: f.read_bytes() for f in path.iterdir()} == before
+
+
+TOLD = "stage 1: ['state_dict']['w']"
+
+
+def test_texts_that_look_like_names_of_tensors_stay_texts(tmp_path):
+    saved = {
+        "hyper_parameters": {"a": TOLD, "b": "text " + TOLD, "c": "stage 7"},
+        "state_dict": {"w": torch.ones(3)},
+    }
+    outline, tensors = split_off(saved, 1)
+    write_shards(tensors, outline, tmp_path / "x.ckpt", lambda collective, what: collective())
+    assert_same_leaves(consolidate(tmp_path / "x.ckpt"), saved)
+
+
+def test_what_a_module_renames_when_it_saves_is_kept():
+    named = [{"state_dict": {f"my.{name}": name}} for name in ("upper", "lower")]
+    whole = join_outlines(named, ["lower", "upper"])
+    assert whole["state_dict"] == {"my.lower": "lower", "my.upper": "upper"}
+
+
+def test_a_link_to_another_checkpoint_gives_way(tmp_path):
+    """As ModelCheckpoint(save_last="link") leaves it."""
+    best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    write = partial(write_shards, {"w": torch.ones(3)}, together=lambda collective, what: collective())
+    write(path=best, outline={"of": "best"})
+    last.symlink_to(best.name)
+    for name in ("once", "again"):
+        write(path=last, outline={"of": name})
+    assert [consolidate(path)["of"] for path in (best, last)] == ["best", "again"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_folder_that_no_pipeline_wrote_is_refused(tmp_path):

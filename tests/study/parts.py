@@ -78,6 +78,13 @@ def interrupted_once(rate, seed):
     return result
 
 
+def ends_the_process(rate, seed):
+    """As `figures`, but half of the runs end as scripts do."""
+    if rate == 0.5:
+        raise SystemExit("no such data")
+    return figures(rate, seed)
+
+
 def global_random():
     return {"drawn": torch.rand(()), "other": [torch.rand(()).item()]}
 

@@ -63,6 +63,19 @@ def test_ctrl_c_in_a_function_stops_and_the_same_command_goes_on(capsys):
     assert len(calls()) == 3 + 6
 
 
+def test_a_run_that_ends_the_process_has_failed_and_the_others_go_on(capsys):
+    assert study(CALL.replace("parts.figures", "parts.ends_the_process")) == 1
+    assert "SystemExit: no such data" in capsys.readouterr().out
+    assert [row["status"] for row in rows()] == ["failed"] * 4 + ["finished"] * 4
+
+
+def test_a_configuration_with_nan_is_unchanged():
+    with_nan = CALL.replace('seed: "${run.seed}"', 'seed: "${run.seed}", other: .nan')
+    assert study(with_nan) == 0
+    assert study(with_nan) == 0
+    assert len(calls()) == 8
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_in_a_training_stops_the_study(name):
     interrupting = f"callbacks: [{{class_path: study.parts.Interrupt, init_args: {{signal_name: {name}}}}}]"

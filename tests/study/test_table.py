@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from study.parts import CALL, rows, study
 
+from lightning_dni.study.table import mean_and_spread
+
 RESULTS = "runs/toy/results.csv"
 
 
@@ -62,3 +64,8 @@ def test_one_seed_has_no_spread_and_failures_are_counted(capsys):
     assert (found[1]["seeds"], found[1]["failed"]) == ("0", "1")
     assert found[1]["failure"] == "RuntimeError: rate 1.0 is too much"
     assert not Path("runs/toy/picture.png").exists()
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf], [1.7e308, 1.7e308]])
+def test_values_without_a_mean_do_not_end_the_study(values):
+    assert all(map(math.isnan, mean_and_spread(values)))
