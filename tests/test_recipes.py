@@ -53,10 +53,10 @@ def test_there_are_seven_recipes_and_these_studies():
         "deep_linear_dynamics",
         "depth_sweep",
         "implicit_loss",
-        "injected_error",
         "linear_dynamics",
         "random_labels",
         "representations",
+        "zero_depth",
     ]
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",
