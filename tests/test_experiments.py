@@ -50,7 +50,9 @@ def test_deep_linear_dynamics_are_those_of_both_trainings():
 
 def test_the_implicit_loss_is_the_squared_error_at_the_top_and_less_below():
     with unchecked():
-        figures = implicit_losses("noisy", "mse", "everywhere", steps=120, comparisons=2, hidden_layers=3, drawn=[2])
+        figures = implicit_losses(
+            "noisy", "mse", "everywhere", steps=120, comparisons=2, hidden_layers=3, drawn=[2]
+        )
     assert {len(figures[f"correlation_{k}"]) for k in (1, 2, 3)} == {2}
     assert figures["correlation_3"][-1] > 0.95
     assert figures["correlation_1"][-1] < figures["correlation_3"][-1]
