@@ -49,10 +49,15 @@ def fit(recipe, *words, callbacks=()):
 def test_there_are_seven_recipes_and_these_studies():
     assert [path.stem for path in STUDIES] == [
         "approximators",
+        "critical_points",
+        "deep_linear_dynamics",
         "depth_sweep",
+        "implicit_loss",
+        "linear_dynamics",
         "random_labels",
         "representations",
         "sparse_updates",
+        "zero_depth",
     ]
     assert [path.stem for path in RECIPES] == [
         "digits_backprop",

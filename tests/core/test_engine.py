@@ -132,6 +132,23 @@ def test_zero_estimators_leave_everything_below_the_last_boundary_alone():
     assert not torch.equal(before["3.weight"], after["3.weight"])
 
 
+def test_the_first_step_leaves_what_is_below_estimators_that_start_at_zero_as_it_was():
+    model, (x, y) = mlp((*WIDTHS, CLASSES)), blobs()
+    start = weights(model)
+    engine = DNIEngine(model, ["0", "1", "2"], LINEAR, estimator_optimizer=partial(torch.optim.SGD, lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved = []
+    with engine:
+        for _ in range(2):
+            with engine.training_step((x, y)):
+                loss = F.cross_entropy(model(x), y)
+            engine.backward(loss)
+            optimizer.step()
+            engine.update_estimators()
+            moved.append({n for n, w in weights(model).items() if not torch.equal(w, start[n])})
+    assert moved == [{"3.weight", "3.bias"}, {"2.0.weight", "2.0.bias", "3.weight", "3.bias"}]
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), {"0": 0.0, "1": 2.0}])
 def test_a_lambda_outside_its_range_is_refused(value):
     with pytest.raises(EstimatorError, match=r"`bp_lambda` to be in \[0, 1\], but got .* for boundary"):

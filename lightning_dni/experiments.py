@@ -1,0 +1,240 @@
+"""Small experiments of Czarnecki et al. 2017 as functions, which studies call; each returns figures.
+
+Figures are numbers, curves (sequences of numbers) and pictures, by name, as `docs/studies.md` says.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dni.analysis import (
+    artificial_data,
+    descend,
+    loss_surface,
+    loss_surfaces,
+    plane,
+    regress,
+    train_deep_linear,
+)
+from lightning_dni.analysis.counter_example import Module
+from lightning_dni.analysis.data import Kind
+from lightning_dni.analysis.implicit import Losses
+from lightning_dni.analysis.regression import LossName
+from lightning_dni.callbacks import draw_counter_example, draw_loss_surfaces
+from lightning_dni.core import DNIEngine
+from lightning_dni.core.randomness import seeded
+from lightning_dni.estimators import LinearEstimator
+
+Figures = Mapping[str, Any]
+Cuts = Literal["one", "everywhere"]
+
+
+def _half_squares(output: Tensor, labels: Tensor) -> Tensor:
+    return (output - F.one_hot(labels, output.shape[1])).square().sum(1) / 2
+
+
+CLASS_LOSSES: Mapping[LossName, Losses] = {
+    "mse": _half_squares,
+    "log": partial(F.cross_entropy, reduction="none"),
+}
+
+
+def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -> Figures:
+    """Descend the counter-example of supplement A, beside backprop from the same start.
+
+    Args:
+        start: a, b and c.
+        module: What gives the gradient: "constant", "sign" or "none" for backprop.
+        steps: Number of steps.
+
+    Returns:
+        The curve `loss`, where it ends (`slope`, `offset`), and the picture `surface`.
+    """
+    a, b, c = start
+    run = descend((a, b, c), module, steps)
+    beside = {} if module == "none" else {f"{module} SG": run}
+    beside["backprop"] = descend((a, b, c), "none", steps)
+    slope, offset, _ = run.parameters[-1].tolist()
+    surface = draw_counter_example(loss_surface(), beside)
+    return {"loss": run.losses, "slope": slope, "offset": offset, "surface": surface}
+
+
+def linear_dynamics(
+    kind: Kind,
+    features: int,
+    loss: LossName,
+    rows: int = 400,
+    steps: int = 6000,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> Figures:
+    """Linear or logistic regression, by backprop and on a linear synthetic gradient with exact line search.
+
+    Args:
+        kind: Of the data, see `artificial_data`.
+        features: Number of inputs.
+        loss: "mse" or "log".
+        rows: Number of rows.
+        steps: Number of iterations.
+        learning_rate: The net's.
+        seed: Of the data.
+
+    Returns:
+        Losses at the end (`loss_backprop`, `loss_sg`), their difference (`gap`), and the SG error at the end,
+        root mean square over rows (`sg_error`).
+    """
+    x, y = artificial_data(kind, features, rows, seed)
+    taught = regress(x, y, loss=loss, teacher="true", steps=steps, learning_rate=learning_rate)
+    run = regress(x, y, loss=loss, steps=steps, learning_rate=learning_rate)
+    return _compared(taught.losses, run.losses) | {"sg_error": float(run.sg_errors[-1])}
+
+
+def deep_linear_dynamics(
+    kind: Kind,
+    features: int,
+    loss: LossName,
+    rows: int = 400,
+    hidden_layers: int = 10,
+    steps: int = 600,
+    learning_rate: float = 1e-2,
+    sg_learning_rate: float = 5e-2,
+    seed: int = 0,
+) -> Figures:
+    """A deep linear net, by backprop and with a linear synthetic gradient in its middle, with Adam.
+
+    Args:
+        kind: Of the data, see `artificial_data`.
+        features: Number of inputs.
+        loss: "mse" or "log".
+        rows: Number of rows.
+        hidden_layers: Number of hidden layers, of two units each.
+        steps: Number of steps.
+        learning_rate: The net's, falling to zero.
+        sg_learning_rate: The synthetic gradient's, falling to zero.
+        seed: Of the data and the weights.
+
+    Returns:
+        As `linear_dynamics`; here `sg_error` is over the norm of the true gradient.
+    """
+    x, y = artificial_data(kind, features, rows, seed)
+    train = partial(
+        train_deep_linear,
+        x,
+        y,
+        loss=loss,
+        hidden_layers=hidden_layers,
+        steps=steps,
+        learning_rate=learning_rate,
+        sg_learning_rate=sg_learning_rate,
+        seed=seed,
+    )
+    taught, run = train(teacher="true"), train()
+    assert run.sg_error is not None
+    return _compared(taught.losses, run.losses) | {"sg_error": run.sg_error}
+
+
+def _compared(backprop: Tensor, synthetic: Tensor) -> dict[str, float]:
+    true, given = float(backprop[-1]), float(synthetic[-1])
+    return {"loss_backprop": true, "loss_sg": given, "gap": given - true}
+
+
+def implicit_losses(
+    kind: Kind,
+    loss: LossName,
+    cuts: Cuts = "one",
+    steps: int = 600,
+    comparisons: int = 10,
+    drawn: Sequence[int] = (),
+    rows: int = 400,
+    side: int = 20,
+    hidden_layers: int = 6,
+    width: int = 16,
+    learning_rate: float = 3e-3,
+    sg_learning_rate: float = 1e-2,
+    seed: int = 0,
+) -> Figures:
+    """Train a ReLU net on points of a plane with linear synthetic gradients that see the label.
+
+    While it learns, the losses that they implement are compared with the true one over the plane.
+
+    Args:
+        kind: Of the data, see `artificial_data`.
+        loss: "mse" (half the squared distance to one-hot labels) or "log" (cross-entropy).
+        cuts: "one" below the output layer, or "everywhere" between two layers.
+        steps: Number of steps on all rows, with Adam.
+        comparisons: How often losses are compared, at equal distances, the last at the end.
+        drawn: Of which comparisons, counted from 1, there is a picture.
+        rows: Number of rows.
+        side: Points of the plane along each side.
+        hidden_layers: Number of hidden layers.
+        width: Their width.
+        learning_rate: The net's.
+        sg_learning_rate: The synthetic gradients'.
+        seed: Of the data and the weights.
+
+    Returns:
+        Curves with an entry for each comparison: `train_loss` and `train_accuracy`, and by hidden layer
+        (`correlation_1` is the lowest) the correlation of the implicit loss above it with the true one within
+        each class, averaged over classes. Pictures are `losses_K`, K the comparison.
+    """
+    x, y = artificial_data(kind, 2, rows, seed, torch.float32)
+    labels, points, losses = y.squeeze(1).long(), plane((-2.5, -2.5), (2.5, 2.5), side), CLASS_LOSSES[loss]
+    model = _relu_net(hidden_layers, width, seed)
+    names = [str(k) for k in range(hidden_layers)]
+    engine = DNIEngine(
+        model,
+        names if cuts == "everywhere" else names[-1:],
+        partial(LinearEstimator, num_classes=2),
+        estimator_optimizer=partial(torch.optim.Adam, lr=sg_learning_rate),
+        seed=seed,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    curves: dict[str, list[float]] = {"train_loss": [], "train_accuracy": []}
+    pictures = {}
+    with engine:
+        for number in range(1, comparisons + 1):
+            output = _descend(engine, model, optimizer, (x, labels), losses, steps // comparisons)
+            surfaces = loss_surfaces(model, engine.estimators, points, 2, losses)
+            for name, found in surfaces.correlations().items():
+                curves.setdefault(f"correlation_{int(name) + 1}", []).append(float(found.mean()))
+            curves["train_loss"].append(float(losses(output, labels).mean()))
+            curves["train_accuracy"].append(float((output.argmax(1) == labels).double().mean()))
+            if number in drawn:
+                title = f"{kind}, {loss}: losses after {number * (steps // comparisons)} steps"
+                pictures[f"losses_{number}"] = draw_loss_surfaces(surfaces, title)
+    return {**curves, **pictures}
+
+
+def _relu_net(hidden_layers: int, width: int, seed: int) -> nn.Sequential:
+    """From two inputs to the scores of two classes."""
+    sizes = [2, *[width] * hidden_layers]
+    with seeded(seed, torch.device("cpu")):
+        hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
+        return nn.Sequential(*hidden, nn.Linear(width, 2))
+
+
+def _descend(
+    engine: DNIEngine,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    losses: Losses,
+    steps: int,
+) -> Tensor:
+    """Take some steps on the whole batch; gives the output afterwards."""
+    x, labels = batch
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with engine.training_step(batch):
+            mean = losses(model(x), labels).mean()
+        engine.backward(mean)
+        optimizer.step()
+        engine.update_estimators()
+    with torch.no_grad():
+        output: Tensor = model(x)
+    return output

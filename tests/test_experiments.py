@@ -1,0 +1,71 @@
+"""What studies call, against the instruments it is made of, on reduced sizes."""
+
+import pytest
+import torch
+from core.nets import unchecked
+
+from lightning_dni.analysis import artificial_data, regress, train_deep_linear
+from lightning_dni.experiments import (
+    counter_example,
+    deep_linear_dynamics,
+    implicit_losses,
+    linear_dynamics,
+)
+
+
+def test_the_counter_example_ends_at_six_and_shows_backprop_beside_it():
+    figures = counter_example([1.0, 3.0, 0.0], "constant", steps=100)
+    assert len(figures["loss"]) == 101
+    assert float(figures["loss"][-1]) == pytest.approx(6.0)
+    assert figures["slope"] == pytest.approx(1.0)
+    assert abs(figures["offset"]) < 1
+    legend = [text.get_text() for text in figures["surface"].axes[1].get_legend().get_texts()]
+    assert legend[0] == "constant SG: ends at 6"
+    assert legend[1].startswith("backprop: ends at 0.2")
+    alone = counter_example([1.0, 3.0, 0.0], "none", steps=2)
+    assert len(alone["surface"].axes[1].get_legend().get_texts()) == 1
+
+
+def test_linear_dynamics_are_those_of_both_regressions():
+    x, y = artificial_data("noisy", 3, 30, seed=1)
+    options = {"loss": "log", "steps": 20, "learning_rate": 0.3}
+    given, true = (regress(x, y, teacher=teacher, **options) for teacher in ("synthetic", "true"))
+    figures = linear_dynamics("noisy", 3, rows=30, seed=1, **options)
+    assert figures["loss_backprop"] == float(true.losses[-1])
+    assert figures["loss_sg"] == float(given.losses[-1])
+    assert figures["gap"] == float(given.losses[-1] - true.losses[-1]) > 0
+    assert figures["sg_error"] == float(given.sg_errors[-1])
+
+
+def test_deep_linear_dynamics_are_those_of_both_trainings():
+    x, y = artificial_data("xor", 2, 20, seed=1)
+    options = {"loss": "mse", "steps": 5, "hidden_layers": 4, "seed": 1}
+    rates = {"learning_rate": 1e-2, "sg_learning_rate": 5e-2}
+    given, true = (train_deep_linear(x, y, teacher=t, **options, **rates) for t in ("synthetic", "true"))
+    figures = deep_linear_dynamics("xor", 2, rows=20, **options)
+    assert figures["loss_backprop"] == float(true.losses[-1])
+    assert figures["gap"] == float(given.losses[-1]) - float(true.losses[-1]) != 0
+    assert figures["sg_error"] == given.sg_error
+
+
+def test_the_implicit_loss_is_the_squared_error_at_the_top_and_less_below():
+    with unchecked():
+        figures = implicit_losses(
+            "noisy", "mse", "everywhere", steps=120, comparisons=2, hidden_layers=3, drawn=[2]
+        )
+    assert {len(figures[f"correlation_{k}"]) for k in (1, 2, 3)} == {2}
+    assert figures["correlation_3"][-1] > 0.95
+    assert figures["correlation_1"][-1] < figures["correlation_3"][-1]
+    assert figures["train_loss"][1] < figures["train_loss"][0]
+    assert len(figures["losses_2"].axes) == 2 * 4  # two labels; true loss and three boundaries
+    assert "losses_1" not in figures
+
+
+def test_one_synthetic_gradient_is_below_the_output_and_the_seed_is_all_that_counts():
+    options = {"steps": 2, "comparisons": 1, "rows": 10, "side": 2}
+    before = torch.get_rng_state()
+    with unchecked():
+        one, same, other = (implicit_losses("random", "log", seed=seed, **options) for seed in (0, 0, 1))
+    assert {name for name in one if name.startswith("correlation")} == {"correlation_6"}
+    assert one["train_loss"] == same["train_loss"] != other["train_loss"]
+    assert torch.equal(before, torch.get_rng_state())
