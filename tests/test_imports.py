@@ -74,16 +74,27 @@ NAMES = {
         "OptimizerFactory",
         "Record",
         "Signal",
+        "SplitOptimizer",
         "StepReport",
+        "Updater",
         "mix_gradients",
         "sg_loss",
     ],
     "lightning_dni.estimators": [
+        "BackpropEstimator",
+        "ControlVariateEstimator",
         "ConvEstimator",
+        "CriticCascade",
         "CriticEstimator",
+        "DirectFeedbackAlignmentEstimator",
+        "FeedbackAlignmentEstimator",
+        "KickbackEstimator",
         "LinearEstimator",
         "LocalLossEstimator",
+        "LowRankEstimator",
         "MLPEstimator",
+        "ProbeEstimator",
+        "SobolevEstimator",
         "ZeroEstimator",
     ],
     "lightning_dni.metrics": [
@@ -97,7 +108,12 @@ NAMES = {
         "gradient_row_cosine",
         "gradient_sign_agreement",
     ],
-    "lightning_dni.strategies": ["DNIDDPStrategy", "DNIPipelineStrategy", "DNIStrategy", "consolidate"],
+    "lightning_dni.strategies": [
+        "DNIDDPStrategy",
+        "DNIPipelineStrategy",
+        "DNIStrategy",
+        "consolidate",
+    ],
 }
 
 WITHOUT_THE_PACKAGE = """
