@@ -227,15 +227,15 @@ def test_a_probe_measures_what_it_measures_with_one_update_at_the_end():
 @pytest.mark.parametrize(
     ("bp_lambda", "left"),
     [
-        ({"2": 0.5, "*": 0.0}, {"0", "1", "2", "3"}),
-        ({"1": 0.5, "*": 0.0}, {"0", "1", "3"}),
-        ({"0": 1.0, "*": 0.0}, {"0", "3"}),
+        ({"2": 0.5, "*": 0.0}, "0123"),
+        ({"1": 0.5, "*": 0.0}, "013"),
+        ({"0": 1.0, "*": 0.0}, "03"),
     ],
     ids=str,
 )
 def test_lambda_defers_every_stage_below_its_boundary(bp_lambda, left):
     engine = immediate(model := mlp(WIDTHS), BOUNDARIES, bp_lambda=bp_lambda)
-    assert deferred(engine, model) == left
+    assert deferred(engine, model) == set(left)
     data = batches(4, torch.float32)
     one, other = (
         trained(data, OPTIMIZERS["adam"], update, bp_lambda=bp_lambda)[0] for update in ("immediate", "step")

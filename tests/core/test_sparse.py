@@ -157,11 +157,11 @@ def learnt(engine):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ([], {"0", "1", "2"}),
-        (["1"], {"1", "2"}),
-        (["0", "2"], {"0", "2"}),
-        ([LAST_STAGE], {"0", "1"}),
-        (ALL, set()),
+        ([], "012"),
+        (["1"], "12"),
+        (["0", "2"], "02"),
+        ([LAST_STAGE], "01"),
+        (ALL, ""),
     ],
     ids=str,
 )
@@ -169,7 +169,7 @@ def test_an_estimator_is_told_a_target_only_by_a_stage_that_ran(names, expected)
     model = mlp(WIDTHS)
     engine = asleep(model, names, ESTIMATORS[torch.float64])
     run_step(engine, model, blobs())
-    assert learnt(engine) == expected
+    assert learnt(engine) == set(expected)
     engine.update_estimators()
 
 
