@@ -227,6 +227,7 @@ MISUSE = [
     "Expected layer … to run when the model does",
     "Expected layer … to give a tensor with one row for each",
     "Expected an estimator that learns the gradient itself",
+    "Expected an estimator whose gradient of a row depends on that row alone",
     "Expected one tensor at the boundary, but … gives",
     "Expected one tensor to cross each boundary once for a plane of inputs",
 ]

@@ -15,6 +15,7 @@ from lightning_dni.core.randomness import seeded
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import LinearEstimator
 from lightning_dni.estimators.normalization import BatchNorm
+from lightning_dni.estimators.similarity import SimilarityMatching
 
 STEP = 1e-5
 """Of central differences, times one plus the largest activation."""
@@ -31,9 +32,18 @@ class GradientField:
 
     Args:
         estimator: What is copied; one tensor crosses its boundary.
+
+    Raises:
+        EstimatorError: It compares the rows of a batch with each other.
     """
 
     def __init__(self, estimator: GradientEstimator) -> None:
+        if any(isinstance(module, SimilarityMatching) for module in estimator.modules()):
+            raise EstimatorError(
+                f"Expected an estimator whose gradient of a row depends on that row alone, but "
+                f"{type(estimator).__name__} with `similarity` compares the rows of a batch, so a row has no "
+                "loss of its own. Leave `similarity` out."
+            )
         self._estimator = copy.deepcopy(estimator).cpu().double().requires_grad_(False)
         for module in self._estimator.modules():
             if isinstance(module, BatchNorm):

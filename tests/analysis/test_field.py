@@ -14,7 +14,8 @@ from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import CriticEstimator, LinearEstimator, LocalLossEstimator, MLPEstimator
 from lightning_dni.estimators.normalization import BatchNorm
 
-SINGLE = [row for row in ESTIMATORS if row.kind != "leaves"]
+SINGLE = [row for row in ESTIMATORS if row.kind != "leaves" and "similarity" not in row.id]
+"""Without what compares the rows of a batch with each other: no row of it has a gradient by itself."""
 SPEC = BoundarySpec("h", (LeafSpec((3,), torch.float32),))
 
 
@@ -112,3 +113,9 @@ def test_a_field_of_several_tensors_or_without_its_labels_is_refused():
         GradientField(TwoLeaves())(torch.ones(2, 3))
     with pytest.raises(EstimatorError, match=r"Expected `context` for LinearEstimator.*but got None"):
         GradientField(LinearEstimator(SPEC, num_classes=2))(torch.ones(2, 3))
+
+
+def test_rows_that_are_compared_with_each_other_have_no_field():
+    estimator = LocalLossEstimator(SPEC, num_classes=2, similarity=0.5)
+    with pytest.raises(EstimatorError, match="LocalLossEstimator with `similarity` compares the rows"):
+        GradientField(estimator)

@@ -224,7 +224,7 @@ def test_picture_goes_into_the_log_directory():
 def test_wandb_gets_picture_and_table():
     import wandb
 
-    logger = WandbLogger(project="p", offline=True, save_dir=".")
+    logger = WandbLogger(project="p", offline=True, save_dir=Path.cwd())  # W&B's service may run elsewhere
     monitor, _, _ = monitored(strategy=dni(), logger=logger)
     folder = Path(logger.experiment.settings.sync_dir)
     file = logger.experiment.settings.sync_file
