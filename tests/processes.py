@@ -1,5 +1,6 @@
 """Run a function in several real processes that can reach each other, and collect what it returns."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -36,7 +37,7 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
     processes = [
         context.Process(
             target=_replica,
-            args=(rank, world_size, port, ends[rank][1], grouped, function, args),
+            args=(rank, world_size, port, ends[rank][1], grouped, seconds, function, args),
             daemon=True,
         )
         for rank in range(world_size)
@@ -60,7 +61,8 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
     return [said[rank][1] for rank in range(world_size)]
 
 
-def _replica(rank, world_size, port, sender, grouped, function, args):
+def _replica(rank, world_size, port, sender, grouped, seconds, function, args):
+    faulthandler.dump_traceback_later(max(1.0, seconds - 2.0))  # where it hangs, to stderr
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
