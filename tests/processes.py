@@ -62,7 +62,7 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
 
 
 def _replica(rank, world_size, port, sender, grouped, seconds, function, args):
-    faulthandler.dump_traceback_later(max(1.0, seconds - 2.0))  # where it hangs, to stderr
+    faulthandler.dump_traceback_later(max(1.0, seconds - 2.0), file=sys.__stderr__)  # where it hangs
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
