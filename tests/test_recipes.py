@@ -53,6 +53,7 @@ def test_there_are_seven_recipes_and_these_studies():
         "deep_linear_dynamics",
         "depth_sweep",
         "implicit_loss",
+        "injected_error",
         "linear_dynamics",
         "random_labels",
         "representations",
