@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_dni.core.boundary import modules_by_stage
 from lightning_dni.core.cut import Cut
+from lightning_dni.core.hooks import hooks_asleep
 from lightning_dni.core.stage import accumulate
 from lightning_dni.errors import StageError
 
@@ -73,7 +74,7 @@ class SplitOptimizer:
             for place, part in parts.items():
                 groups[place]["params"] = part
             self._optimizer.param_groups = [groups[place] for place in sorted(parts)]
-            with _hooks_asleep(self._optimizer):
+            with hooks_asleep(_step_hooks(self._optimizer)):
                 self._optimizer.step()
         finally:
             self._optimizer.param_groups = groups
@@ -98,18 +99,8 @@ def _refuse_changed(optimizer: Optimizer, before: Mapping[str, Any], after: Mapp
         )
 
 
-@contextmanager
-def _hooks_asleep(optimizer: Optimizer) -> Iterator[None]:
-    """Keep hooks on the optimizer's steps from seeing the step of a part."""
-    hooks: list[dict[int, Any]] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-    kept = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
-    try:
-        yield
-    finally:
-        for each, content in zip(hooks, kept, strict=True):
-            each.update(content)
+def _step_hooks(optimizer: Optimizer) -> list[dict[int, Any]]:
+    return [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
 
 
 class ImmediateUpdates:

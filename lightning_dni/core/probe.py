@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dni.core.cut import Cut
+from lightning_dni.core.hooks import hooks_asleep
 from lightning_dni.core.instrument import Instrument, Observation
 from lightning_dni.errors import StageError
 
@@ -96,7 +97,7 @@ def differentiate_again(
     if not inputs:
         return []
     try:
-        with _hooks_asleep(cut.stage.variables):
+        with hooks_asleep(_hooks_of(cut.stage.variables)):
             return torch.autograd.grad(
                 cut.outputs, inputs, gradient, retain_graph=retain_graph, allow_unused=True
             )
@@ -119,7 +120,7 @@ def run_instruments(
     """
     with ExitStack() as stack:
         for crossing in crossings:
-            stack.enter_context(_hooks_asleep(crossing.variables))
+            stack.enter_context(hooks_asleep(_hooks_of(crossing.variables)))
         stack.enter_context(torch.enable_grad())
         return {each: {k: v.detach() for k, v in each(crossings).items()} for each in instruments}
 
@@ -169,15 +170,6 @@ def donated_buffer_errors(boundary: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _hooks_asleep(variables: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the users' hooks on parameters from seeing gradients that are only measured."""
-    hooks = [v._backward_hooks for v in variables if v._backward_hooks]
-    kept = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
-    try:
-        yield
-    finally:
-        for each, content in zip(hooks, kept, strict=True):
-            each.update(content)
+def _hooks_of(variables: Sequence[Tensor]) -> list[dict[int, Any]]:
+    """The users' hooks, which would see gradients that are only measured."""
+    return [v._backward_hooks for v in variables if v._backward_hooks]
