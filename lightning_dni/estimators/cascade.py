@@ -71,9 +71,8 @@ class CriticCascade(GradientEstimator):
         labels, scores = record.context, record.state
         assert labels is not None
         target = _losses(self._scores_above(scores, feedback), labels)
-        if not scores.requires_grad:
-            scores = self.head(record.h[0], per_position=scores.ndim == 3)
-        return F.l1_loss(_losses(scores, labels), target, reduction="sum") / rows_of(record.h)
+        predicted = _losses(self.head.scores_in(record), labels)
+        return F.l1_loss(predicted, target, reduction="sum") / rows_of(record.h)
 
     def _scores_above(self, scores: Tensor, feedback: Feedback) -> Tensor:
         if feedback.above is None:

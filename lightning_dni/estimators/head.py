@@ -82,10 +82,12 @@ class ClassHead(nn.Module):
             record: Its state is the scores that `gradient` gave; made again where their graph was not kept.
             target: Labels, or probabilities of the classes.
         """
+        return summed_cross_entropy(self.scores_in(record), target) / rows_of(record.h)
+
+    def scores_in(self, record: Record) -> Tensor:
+        """The scores that `gradient` gave, made again where their graph was not kept."""
         scores: Tensor = record.state
-        if not scores.requires_grad:
-            scores = self(record.h[0], per_position=scores.ndim == 3)
-        return summed_cross_entropy(scores, target) / rows_of(record.h)
+        return scores if scores.requires_grad else self(record.h[0], per_position=scores.ndim == 3)
 
 
 def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
