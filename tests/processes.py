@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,12 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
     find. Raises ReplicaError with all tracebacks if a process fails, or if one is not done in time.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
+    dumps = [TemporaryFile() for _ in range(world_size)]  # noqa: SIM115  (where a process hangs)
     ends = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(
             target=_replica,
-            args=(rank, world_size, port, ends[rank][1], grouped, seconds, function, args),
+            args=(rank, world_size, port, ends[rank][1], dumps[rank], grouped, seconds, function, args),
             daemon=True,
         )
         for rank in range(world_size)
@@ -55,14 +57,18 @@ def on_ranks(function, *args, world_size=2, seconds=60, grouped=True):
             process.join(1.0)
             process.kill()
             process.join()
-    wrong = {r: said.get(r, (False, "hangs"))[1] for r in range(world_size) if not said.get(r, (False,))[0]}
+    for rank, dump in enumerate(dumps):
+        dump.seek(0)
+        said.setdefault(rank, (False, "hangs\n" + dump.read().decode()))
+        dump.close()
+    wrong = {rank: what for rank, (well, what) in said.items() if not well}
     if wrong:
         raise ReplicaError("\n".join(f"rank {rank}: {what}" for rank, what in wrong.items()))
     return [said[rank][1] for rank in range(world_size)]
 
 
-def _replica(rank, world_size, port, sender, grouped, seconds, function, args):
-    faulthandler.dump_traceback_later(max(1.0, seconds - 2.0), file=sys.__stderr__)  # where it hangs
+def _replica(rank, world_size, port, sender, dump, grouped, seconds, function, args):
+    faulthandler.dump_traceback_later(max(1.0, seconds - 2.0), file=dump)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
