@@ -29,8 +29,9 @@ True
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,7 @@ from typing_extensions import override
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
+from lightning_dni.core.carry import state_argument
 from lightning_dni.core.consumer import Layer, linear_layers
 from lightning_dni.core.cut import Cut, refuse_other_backward
 from lightning_dni.core.estimator import Signal
@@ -52,6 +54,7 @@ from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Step
 from lightning_dni.core.tap import Taps, one_graph_errors
+from lightning_dni.core.truncation import RecurrentCuts
 from lightning_dni.errors import StageError
 
 
@@ -84,6 +87,10 @@ class DNIEngine(Engine):
         seed: Seed of the engine's own streams; None: torch's initial seed.
         exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
         rank: Number of this replica, which has its own streams under `rng="stage"`.
+        truncations: In place of boundaries, names or patterns of recurrent submodules, called as
+            `module(input, state)`, at whose state backprop through time is truncated; or {pattern: the
+            dimension of the state that counts rows}.
+        damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -102,6 +109,9 @@ class DNIEngine(Engine):
         self._held: Past = {}
         self._named: dict[str, nn.Parameter] = {}
         self._exact: list[str] | None = None
+        self._chunks = RecurrentCuts(
+            self._model, self._truncations, self._damping, self._pool.install, self._health
+        )
 
     # ---- hooks
 
@@ -118,6 +128,7 @@ class DNIEngine(Engine):
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
         self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
+        self._chunks.attach(self._watch_states)
         if self._pool.may_need(Signal.CONSUMER):
             self._watch_layers()
         self._device = device_of(self._model)
@@ -126,6 +137,7 @@ class DNIEngine(Engine):
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
         self._taps.remove()
+        self._chunks.reset()
         self._step, self._in_forward = None, False
 
     def __enter__(self) -> "DNIEngine":
@@ -147,6 +159,20 @@ class DNIEngine(Engine):
 
     def _stage_seed(self, boundary: str | None, call: int) -> int:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
+
+    def _on_state(self, name: str, state: Any) -> Any:
+        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+            return state
+        return self._chunks.enter(name, state)
+
+    def _on_returned(self, name: str, output: Any) -> Any:
+        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+            return None
+        return self._chunks.leave(name, output)
+
+    def _watch_states(self, name: str, module: nn.Module) -> None:
+        enter, leave = partial(self._on_state, name), partial(self._on_returned, name)
+        self._taps.attach_states(module, state_argument(module), enter, leave)
 
     def _on_output(self, output: Any) -> None:
         if self._step is not None and self._in_forward and torch.is_grad_enabled():
@@ -205,6 +231,7 @@ class DNIEngine(Engine):
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._instruments = None, "nothing", []
+        self._chunks.begin_step()
         self._in_forward = True
         staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
@@ -217,7 +244,11 @@ class DNIEngine(Engine):
         finally:
             self._in_forward, self._held = False, self._step.held()
             if several_losses:
-                self._step = None
+                self._end_step()
+
+    def _end_step(self) -> None:
+        self._step = None
+        self._chunks.end_step()
 
     def _immediate_updates(
         self, accumulate: int, several_losses: bool, last: bool
@@ -247,7 +278,7 @@ class DNIEngine(Engine):
             BoundaryError: A boundary did not run, or a path leaks around one.
             EstimatorError: An estimator was never told the network's output.
         """
-        self.prepare_backward(loss)
+        loss = self.prepare_backward(loss)
         if self.differentiates_loss:
             loss.backward()  # type: ignore[no-untyped-call]
         self.finish_backward()
@@ -258,14 +289,20 @@ class DNIEngine(Engine):
         """Whether the loss of this step is to be differentiated, or the last stage sits the step out."""
         return self._step is None or LAST_STAGE not in self._step.settings.asleep
 
-    def prepare_backward(self, loss: Tensor) -> None:
-        """First third of `backward`, for whoever differentiates the loss: check the way down."""
+    def prepare_backward(self, loss: Tensor) -> Tensor:
+        """First third of `backward`, for whoever differentiates the loss: check the way down.
+
+        Returns:
+            The loss that is to be differentiated, of the same value; at truncations it brings the
+            synthetic gradients in.
+        """
         if self._step is None:
             raise StageError(
                 "Expected a training step before backward, but got none. Run the forward pass inside "
                 "`with engine.training_step(batch):`."
             )
         self._step.prepare(loss)
+        return self._chunks.prepare(loss, self._step.settings, self._step.elements_per_row)
 
     def finish_backward(self) -> None:
         """Last third of `backward`: settle what came back and merge it into `.grad`."""
@@ -275,15 +312,18 @@ class DNIEngine(Engine):
             self._finish(step)
         finally:
             if not self._in_forward:  # else the forward pass of another loss may follow
-                self._step = None
+                self._end_step()
 
     def _finish(self, step: Step) -> None:
         cuts, number = step.finish(), self._steps - (not self._in_forward)
         self._warn_of_exact(step.consumers.exact)
+        lessons = self._chunks.finish(step.settings, step.elements_per_row, number)
         self._examine(step, cuts, number)
         if step.settings.report:
-            self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
-        self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
+            made = report_step(number, step, cuts, self._model, self._report, self.profile)
+            self._report = replace(made, boundaries={**made.boundaries, **self._chunks.reports})
+        lessons += step.merge(cuts, lambda: self._named | self._pool.named_parameters())
+        self._pool.remember(lessons)
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
 
@@ -304,6 +344,8 @@ class DNIEngine(Engine):
     def describe(self) -> dict[str, object]:
         """The configuration in primitives; under feedback alignment with what makes it a hybrid."""
         facts = super().describe()
+        if self._chunks.names:
+            facts |= {"truncations": list(self._chunks.names), "damping": dict(self._chunks.damping)}
         if self._pool.may_need(Signal.CONSUMER):
             known = "known after the first step" if self._exact is None else "proper"
             facts["feedback_alignment"] = f"hybrid, exact through {self._exact}" if self._exact else known
@@ -317,3 +359,17 @@ class DNIEngine(Engine):
             self._health.observe(number, step.loss, cuts)
         if self._exchange is None and (step.settings.check_values or self._health.is_crowded):
             self._health.look(at_once=step.settings.check_values and not scaled)
+
+    # ---- state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a restart, in tensors and primitives."""
+        state = super().state_dict()
+        return state | {"truncations": self._chunks.state_dict()} if self._chunks.names else state
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; see `Engine.load_state_dict`."""
+        super().load_state_dict(state)
+        self._chunks.load_state_dict(state.get("truncations", {}), self._device)

@@ -69,6 +69,8 @@ class Feedback(NamedTuple):
         network_input: The network's input.
         above: The estimator of the next boundary and what it said for the same rows; None for the topmost
             one, which is told the network's output in its place.
+        future: At a truncation, the synthetic gradient at the end of the next chunk, which goes on from this
+            one; None where that is exactly zero.
     """
 
     target: Gradient | None = None
@@ -81,6 +83,7 @@ class Feedback(NamedTuple):
     consumer: nn.Module | None = None
     network_input: Tensor | None = None
     above: "tuple[GradientEstimator, Record] | None" = None
+    future: Gradient | None = None
 
 
 class Facts(NamedTuple):

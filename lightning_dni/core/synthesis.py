@@ -27,9 +27,9 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not installed.explicit):
         gradient, state = estimator.synthesize(h, context, None)
     if gradient is not None:
-        check_shapes(gradient, h, cut)
+        check_shapes(gradient, h, cut.who)
         if cut.elements_unknown:
-            _check_zero(gradient, cut)
+            check_zero(gradient, cut.who)
     if gradient is not None or not estimator.locks:
         cut.said = observed(h if gradient is None else gradient)
     return Record(h, context, gradient, state)
@@ -47,7 +47,7 @@ def correct(cut: Cut, record: Record, feedback: Feedback) -> None:
     with estimating(cut.installed, record.h[0], grad=False):
         corrected = cut.installed.estimator.correct(record, feedback)
     if corrected is not None:
-        check_shapes(corrected, record.h, cut)
+        check_shapes(corrected, record.h, cut.who)
         cut.synthetic, cut.said = corrected, observed(corrected)
 
 
@@ -115,16 +115,16 @@ def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def check_shapes(gradient: Gradient, h: Sequence[Tensor], cut: Cut) -> None:
+def check_shapes(gradient: Gradient, h: Sequence[Tensor], who: str) -> None:
     """Refuse a gradient that does not fit `h`.
 
     Raises:
-        EstimatorError: Naming the estimator of `cut`.
+        EstimatorError: Naming `who` gave it.
     """
     if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
         expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
         raise EstimatorError(
-            f"Expected {cut.who} to give one gradient per activation, of shapes {expected}, but got {got}."
+            f"Expected {who} to give one gradient per activation, of shapes {expected}, but got {got}."
         )
 
 
@@ -134,10 +134,15 @@ def observed(gradient: Sequence[Tensor]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def _check_zero(gradient: Gradient, cut: Cut) -> None:
+def check_zero(gradient: Gradient, who: str) -> None:
+    """Refuse a gradient other than zero while nobody knows what the user's loss is divided by.
+
+    Raises:
+        EstimatorError: Naming `who` gave it.
+    """
     if any(bool(g.any()) for g in gradient):
         raise EstimatorError(
-            f"Expected the network's output to be seen before {cut.who} gives anything but zero, because "
+            f"Expected the network's output to be seen before {who} gives anything but zero, because "
             "loss_denominator='elements' counts its elements, but got none so far. Pass `output=` the name "
             "of the submodule that gives it, or a callable `loss_denominator`."
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine, UpdateTime
+from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
@@ -22,6 +23,7 @@ from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException, Precision
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
+from lightning_dni.strategies.options import refuse_truncations
 from lightning_dni.strategies.reducer import GradientReducer
 from lightning_dni.strategies.updates import refuse_replicas
 
@@ -52,6 +54,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         loss_denominator: As in `DNIStrategy`.
         rng: As in `DNIStrategy`; streams of "stage" differ between processes.
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
+        truncations: As in `DNIStrategy`, in one process only.
+        damping: As in `DNIStrategy`.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -83,6 +87,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
+        truncations: Truncations | None = None,
+        damping: float | Mapping[str, float] = 1.0,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -109,6 +115,8 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,
+            "truncations": truncations,
+            "damping": damping,
         }
         super().__init__(
             given,
@@ -137,6 +145,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             return super()._build_engine(module)
         options = self._options_for(module)
         refuse_replicas(options, self.world_size)
+        refuse_truncations(options, self.strategy_name)
         self._reducer = GradientReducer(self._bucket_cap_mb, self._timeout)
         seed = self.broadcast(torch.initial_seed())
         return options.build(DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank)

@@ -8,6 +8,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dni.core.base import UpdateTime
+from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
@@ -47,6 +48,11 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
             it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
+        truncations: In place of `boundaries`, names or patterns of recurrent submodules, called as
+            `module(input, state)`: backprop through time ends at the state that comes in, and at the one that
+            goes out a synthetic gradient stands for the losses to come; or {pattern: the dimension of the
+            state that counts sequences}.
+        damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 
@@ -73,6 +79,8 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
+        truncations: Truncations | None = None,
+        damping: float | Mapping[str, float] = 1.0,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
@@ -91,6 +99,8 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,
+            "truncations": truncations,
+            "damping": damping,
         }
         super().__init__(given, device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self._parallel_devices: list[torch.device] | None = None
