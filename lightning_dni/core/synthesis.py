@@ -69,12 +69,7 @@ def differentiate_loss(
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
-    if not loss.requires_grad and any(p.requires_grad for p in installed.parameters):
-        raise EstimatorError(
-            f"Expected the loss of {cut.who} to depend on its parameters, but got one without a graph. Where "
-            "`record.gradient` carries none (`record.gradient[0].requires_grad` is False), call `synthesize` "
-            "again in `loss`."
-        )
+    check_graph(loss, installed, cut.who)
     cut.learnt = loss.detach()
     cut.loss = cut.learnt / share if settings.report else None
     return local_gradients([loss], None, installed.parameters)
@@ -113,6 +108,20 @@ def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
         if installed.stream is not None:
             stack.enter_context(installed.stream)
         yield
+
+
+def check_graph(loss: Tensor, installed: Installed, who: str) -> None:
+    """Refuse a loss from which nothing can be learnt.
+
+    Raises:
+        EstimatorError: Naming `who` made it.
+    """
+    if not loss.requires_grad and any(p.requires_grad for p in installed.parameters):
+        raise EstimatorError(
+            f"Expected the loss of {who} to depend on its parameters, but got one without a graph. Where "
+            "`record.gradient` carries none (`record.gradient[0].requires_grad` is False), call `synthesize` "
+            "again in `loss`."
+        )
 
 
 def check_shapes(gradient: Gradient, h: Sequence[Tensor], who: str) -> None:

@@ -32,18 +32,18 @@ from lightning_dni.core.chunk import (
     as_applied,
     full_rows,
     mark,
+    report_chunk,
     walk,
     with_gradients,
 )
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Lesson
-from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, Signal, who
+from lightning_dni.core.estimator import Feedback, Installed, Record, Signal, who
 from lightning_dni.core.health import Health
-from lightning_dni.core.report import BoundaryReport
+from lightning_dni.core.report import BoundaryReport, with_rows_of
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import accumulate, local_gradients
-from lightning_dni.core.synthesis import check_shapes, check_zero, estimating, learn, observed
-from lightning_dni.core.target import sg_loss
+from lightning_dni.core.synthesis import check_graph, check_shapes, check_zero, estimating, learn, observed
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Install = Callable[[str, Sequence[Tensor]], Installed]
@@ -145,13 +145,12 @@ class RecurrentCuts:
         here = [call.ending for chunk, call in self._calls.values() if chunk.truncation == name]
         shapes = [t.shape for t in entered]
         fitting = [e for e in [*self._held.get(name, ()), *here] if [v.shape for v in e.values] == shapes]
-        fitting = [e for e in fitting if not e.taken] or fitting
         if not fitting:
             return None, None
         rows = [ending.continues_in(entered) for ending in fitting]
         best = 0
         if len(fitting) > 1:  # waits for an accelerator
-            best = max(range(len(rows)), key=lambda k: (int(rows[k].sum()), k))
+            best = max(range(len(rows)), key=lambda k: (int(rows[k].sum()), not fitting[k].taken, k))
         fitting[best].taken = True
         return fitting[best], rows[best]
 
@@ -294,7 +293,8 @@ class RecurrentCuts:
         installed = self._install(name, record.h)
         loss = self._learn(installed, name, record, feedback, settings)
         if settings.report:
-            self.reports[name] = _report(record, target, rows, loss, installed)
+            made = report_chunk(record, target, rows, loss, installed)
+            self.reports[name] = with_rows_of(self.reports.get(name), made)
         keeps = settings.keep_lessons and loss is not None
         return (installed, record, feedback, 1.0 / settings.accumulate) if keeps else None
 
@@ -311,6 +311,7 @@ class RecurrentCuts:
         loss = learn(installed, record, feedback, share)
         if loss is None:
             return None
+        check_graph(loss, installed, who(installed.estimator, name))
         made = local_gradients([loss], None, installed.parameters)
         if not self._is_sound(loss.detach(), "lesson", installed, name, settings):
             return None
@@ -381,20 +382,3 @@ def _refuse_estimator(installed: Installed, name: str) -> None:
             f"{type(estimator).__name__} {why}: the next chunk is not there yet. Use LinearEstimator, "
             "MLPEstimator or RecurrentEstimator."
         )
-
-
-def _report(
-    record: Record, target: Gradient, rows: Tensor, loss: Tensor | None, installed: Installed
-) -> BoundaryReport:
-    said = record.gradient or tuple(torch.zeros_like(t) for t in target)
-    synthetic, heard = (torch.cat([g[rows].flatten(1) for g in each], dim=1) for each in (said, target))
-    regresses = installed.estimator.regresses
-    return BoundaryReport(
-        synthetic=synthetic,
-        target=heard,
-        true=None,
-        loss=sg_loss([synthetic], [heard]) if regresses and loss is not None else loss,
-        regresses=regresses,
-        applied_weights={},
-        true_weights={},
-    )

@@ -51,6 +51,11 @@ class StagedEngine(Engine):
                 "Expected no `update` and no `update_probability` in a pipeline, but got one: every stage "
                 "runs and updates by itself, in every batch. Leave them out."
             )
+        if self._truncations:
+            raise EstimatorError(
+                f"Expected no `truncations` in a pipeline, but got {list(self._truncations)}: a state stays "
+                "in its stage. Train in one process."
+            )
         self.clock = StageClock()
         self.time_with(no_profile)
         self._reporting = Reporting(0, (), self.clock)

@@ -60,7 +60,7 @@ def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
         MisconfigurationException: Some are passed, but not both `boundaries` (or `truncations`) and
             `estimator`.
     """
-    where = {"boundaries": [], **given} if given.get("truncations") else given
+    where = {**given, "boundaries": given["boundaries"] or []} if given.get("truncations") else given
     if where["boundaries"] is not None and given["estimator"] is not None:
         return DNIOptions(**where)
     if passed(given):
