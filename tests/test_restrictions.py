@@ -118,7 +118,10 @@ RESTRICTIONS = {
         "to have the same number of rows in dimension",
         "Expected every truncation to run",
     ],
-    "at a truncation, an estimator": ["Expected an estimator that learns from the target gradient alone"],
+    "at a truncation, an estimator": [
+        "Expected an estimator that learns from the target gradient alone",
+        "Expected a truncation for",
+    ],
     "a state with the graph of an earlier step": [
         "Expected the state that comes into truncation",
         "Expected one backward pass through each chunk",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.carry import Truncations, refuse_beside_truncations, resolve_truncations
 from lightning_dni.core.context import Labels, find_context
@@ -65,6 +66,7 @@ class Engine(ABC):
         rank: int = 0,
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
     ) -> None:
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
@@ -80,7 +82,7 @@ class Engine(ABC):
         if truncations:
             refuse_beside_truncations(boundaries, bp_lambda, update_probability, update, exchange)
         self._modules = {} if truncations else resolve_boundaries(model, boundaries)
-        self._truncations, self._damping = truncations, damping
+        self._truncations, self._damping, self._sequence_end = truncations, damping, sequence_end
         self._names = (*self._modules, *resolve_truncations(model, truncations))
         self._output_name = output
         resolve_output(model, output)

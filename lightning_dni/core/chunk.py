@@ -14,10 +14,8 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.carry import from_rows, same_rows, to_rows
-from lightning_dni.core.estimator import Gradient, Installed, Record
-from lightning_dni.core.report import BoundaryReport
+from lightning_dni.core.estimator import Gradient, Record
 from lightning_dni.core.stage import AccumulateGrad
-from lightning_dni.core.target import sg_loss
 
 CALL = "lightning_dni.call"
 """Key under which the autograd nodes of a recurrent module's output remember the number of the call."""
@@ -203,21 +201,3 @@ def with_gradients(loss: Tensor, gradients: Sequence[Tensor], states: Sequence[T
 def as_applied(gradient: Gradient, left: Sequence[Tensor], batch_dim: int, factor: Any) -> list[Tensor]:
     """The synthetic gradient for each state tensor, times `factor`."""
     return [from_rows(g * factor, state, batch_dim) for g, state in zip(gradient, left, strict=True)]
-
-
-def report_chunk(
-    record: Record, target: Gradient, rows: Tensor, loss: Tensor | None, installed: Installed
-) -> BoundaryReport:
-    """What was said at the end of a chunk beside what came back, for the `rows` that go on from there."""
-    said = record.gradient or tuple(torch.zeros_like(t) for t in target)
-    synthetic, heard = (torch.cat([g[rows].flatten(1) for g in each], dim=1) for each in (said, target))
-    regresses = installed.estimator.regresses
-    return BoundaryReport(
-        synthetic=synthetic,
-        target=heard,
-        true=None,
-        loss=sg_loss([synthetic], [heard]) if regresses and loss is not None else loss,
-        regresses=regresses,
-        applied_weights={},
-        true_weights={},
-    )

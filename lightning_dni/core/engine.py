@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
 from lightning_dni.core.carry import state_argument
 from lightning_dni.core.consumer import Layer, linear_layers
@@ -91,6 +92,8 @@ class DNIEngine(Engine):
             `module(input, state)`, at whose state backprop through time is truncated; or {pattern: the
             dimension of the state that counts rows}.
         damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
+        sequence_end: What is taught at a truncation about rows that do not go on: "zero", that nothing comes
+            back to them (an episode has ended); or "ignore", nothing (a sequence was cut off).
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -110,7 +113,11 @@ class DNIEngine(Engine):
         self._named: dict[str, nn.Parameter] = {}
         self._exact: list[str] | None = None
         self._chunks = RecurrentCuts(
-            self._model, self._truncations, self._damping, self._pool.install, self._health
+            self._model,
+            self._truncations,
+            self._damping,
+            self._pool.install,
+            Bootstrap(self._health, self._sequence_end),
         )
 
     # ---- hooks
@@ -239,6 +246,8 @@ class DNIEngine(Engine):
                 yield
             if several_losses:
                 refuse_other_backward(self._step.cuts)
+                lessons = self._chunks.end_sequences(settings)
+                self._pool.remember([lesson for lesson in lessons if lesson is not None])
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
         finally:
@@ -321,7 +330,7 @@ class DNIEngine(Engine):
         self._examine(step, cuts, number)
         if step.settings.report:
             made = report_step(number, step, cuts, self._model, self._report, self.profile)
-            self._report = replace(made, boundaries={**made.boundaries, **self._chunks.reports})
+            self._report = replace(made, boundaries={**made.boundaries, **self._chunks.bootstrap.reports})
         lessons += step.merge(cuts, lambda: self._named | self._pool.named_parameters())
         self._pool.remember(lessons)
         if self._in_forward and step.settings.exchange is not None:
@@ -346,6 +355,7 @@ class DNIEngine(Engine):
         facts = super().describe()
         if self._chunks.names:
             facts |= {"truncations": list(self._chunks.names), "damping": dict(self._chunks.damping)}
+            facts["sequence_end"] = self._sequence_end
         if self._pool.may_need(Signal.CONSUMER):
             known = "known after the first step" if self._exact is None else "proper"
             facts["feedback_alignment"] = f"hybrid, exact through {self._exact}" if self._exact else known

@@ -9,12 +9,13 @@ says that a sequence goes on: a row does where the state comes in as it went out
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import choose_by_pattern, named_submodules
 from lightning_dni.core.carry import (
     StateValue,
@@ -32,18 +33,14 @@ from lightning_dni.core.chunk import (
     as_applied,
     full_rows,
     mark,
-    report_chunk,
     walk,
     with_gradients,
 )
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Lesson
-from lightning_dni.core.estimator import Feedback, Installed, Record, Signal, who
-from lightning_dni.core.health import Health
-from lightning_dni.core.report import BoundaryReport, with_rows_of
+from lightning_dni.core.estimator import Installed, Record, Signal, who
 from lightning_dni.core.settings import StepSettings
-from lightning_dni.core.stage import accumulate, local_gradients
-from lightning_dni.core.synthesis import check_graph, check_shapes, check_zero, estimating, learn, observed
+from lightning_dni.core.synthesis import check_shapes, check_zero, estimating, observed
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Install = Callable[[str, Sequence[Tensor]], Installed]
@@ -57,7 +54,7 @@ class RecurrentCuts:
         truncations: Names or patterns of its recurrent submodules; or {pattern: batch dimension}.
         damping: What synthetic gradients are multiplied with before they are used; or {pattern: value}.
         install: Gives the estimator of a truncation, building it from its first state.
-        health: Hears of everything that has to be finite.
+        bootstrap: Has the estimators learn.
 
     Raises:
         BoundaryError: A pattern matches no submodule, or the module cannot be cut.
@@ -70,14 +67,13 @@ class RecurrentCuts:
         truncations: Truncations | None,
         damping: float | Mapping[str, float],
         install: Install,
-        health: Health,
+        bootstrap: Bootstrap,
     ) -> None:
-        self._model, self._install, self._health = model, install, health
+        self._model, self._install, self.bootstrap = model, install, bootstrap
         self._dims = resolve_truncations(model, truncations)
         self.damping = {name: _checked(choose_by_pattern(name, damping, "damping")) for name in self._dims}
         self._modules: dict[str, nn.Module] = {}
         self._held: dict[str, list[Ending]] = {}
-        self.reports: dict[str, BoundaryReport] = {}
         self._numbers = count()
         self.reset()
 
@@ -91,7 +87,7 @@ class RecurrentCuts:
     def begin_step(self) -> None:
         """Forget a step that has not ended, and the reports of the last one."""
         self.reset()
-        self.reports = {}
+        self.bootstrap.begin_step()
 
     def reset(self) -> None:
         """Forget the step in progress, but not what the sequences go on from."""
@@ -100,7 +96,6 @@ class RecurrentCuts:
         self._calls: dict[int, tuple[Chunk, Call]] = {}
         self._entering: dict[str, Chunk] = {}
         self._closing: list[Chunk] = []
-        self._observed: list[tuple[Tensor, Literal["gradient", "lesson"], str, Installed]] = []
         self._differentiating = False
 
     @property
@@ -247,11 +242,8 @@ class RecurrentCuts:
             check_shapes(gradient, h, said_by)
             if settings.loss_denominator == "elements" and elements_per_row is None:
                 check_zero(gradient, said_by)
-            gradient = (
-                gradient
-                if self._is_sound(observed(gradient), "gradient", installed, name, settings)
-                else None
-            )
+            sound = self.bootstrap.is_sound(observed(gradient), "gradient", name, installed, settings)
+            gradient = gradient if sound else None
         call.ending.record = Record(h, context, gradient, state)
         if gradient is None:
             return []
@@ -270,9 +262,10 @@ class RecurrentCuts:
             What to learn from again.
         """
         lessons = [self._teach(chunk, settings, elements_per_row) for chunk in self._closing]
-        for observation in self._observed:
-            self._health.watch(number, *observation)
-        self._closing, self._observed, self._differentiating = [], [], False
+        self._closing, self._differentiating = [], False
+        if settings.own_parameters is None:
+            lessons += self.end_sequences(settings)
+        self.bootstrap.watch(number)
         return [lesson for lesson in lessons if lesson is not None]
 
     def _teach(self, chunk: Chunk, settings: StepSettings, elements_per_row: int | None) -> Lesson | None:
@@ -285,52 +278,26 @@ class RecurrentCuts:
         factor = settings.factor(full_rows(arrived, chunk.batch_dim), None, elements_per_row)
         target = tuple(g / factor for g in full_rows(arrived, chunk.batch_dim))
         ending = chunk.ends[0].ending.record
-        feedback = Feedback(
-            target=target,
-            row_weights=rows.to(target[0].dtype),
-            future=None if ending is None else ending.gradient,
-        )
+        future = None if ending is None else ending.gradient
         installed = self._install(name, record.h)
-        loss = self._learn(installed, name, record, feedback, settings)
-        if settings.report:
-            made = report_chunk(record, target, rows, loss, installed)
-            self.reports[name] = with_rows_of(self.reports.get(name), made)
-        keeps = settings.keep_lessons and loss is not None
-        return (installed, record, feedback, 1.0 / settings.accumulate) if keeps else None
+        return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
 
-    def _learn(
-        self, installed: Installed, name: str, record: Record, feedback: Feedback, settings: StepSettings
-    ) -> Tensor | None:
-        """Add the gradients of the estimator's loss to its parameters; None where there is nothing to learn.
-
-        Its parameters have moved since `record` was made, so the prediction is made again.
-        """
-        if not installed.parameters:
-            return None
-        share = 1.0 / settings.accumulate
-        loss = learn(installed, record, feedback, share)
-        if loss is None:
-            return None
-        check_graph(loss, installed, who(installed.estimator, name))
-        made = local_gradients([loss], None, installed.parameters)
-        if not self._is_sound(loss.detach(), "lesson", installed, name, settings):
-            return None
-        accumulate(made)
-        return loss.detach() / share
-
-    def _is_sound(
-        self,
-        value: Tensor,
-        what: Literal["gradient", "lesson"],
-        installed: Installed,
-        name: str,
-        settings: StepSettings,
-    ) -> bool:
-        """Whether to use that for which `value` stands; it is looked at later, where nothing is left out."""
-        if self._health.skips or settings.scale is not None:
-            return not self._health.leaves_out(value, name, installed)
-        self._observed.append((value, what, name, installed))
-        return True
+    def end_sequences(self, settings: StepSettings) -> list[Lesson | None]:
+        """Teach that nobody goes on from what earlier steps have left, where this step has begun anew."""
+        if self.bootstrap.sequence_end == "ignore":
+            return []
+        lessons: list[Lesson | None] = []
+        for name in {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}:
+            for ending in self._held.get(name, ()):
+                if ending.learned or ending.record is None:
+                    continue
+                ending.learned = True
+                record = ending.record
+                target = tuple(torch.zeros_like(h) for h in record.h)
+                rows = torch.zeros(len(target[0]), dtype=torch.bool, device=target[0].device)
+                installed = self._install(name, record.h)
+                lessons.append(self.bootstrap.teach(name, installed, record, target, rows, None, settings))
+        return lessons
 
     # ---- from step to step
 

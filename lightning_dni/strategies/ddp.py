@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine, UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels
 from lightning_dni.core.engine import DNIEngine
@@ -56,6 +57,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
         truncations: As in `DNIStrategy`, in one process only.
         damping: As in `DNIStrategy`.
+        sequence_end: As in `DNIStrategy`.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -89,6 +91,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         on_nonfinite: OnNonfinite = "raise",
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -117,6 +120,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             "on_nonfinite": on_nonfinite,
             "truncations": truncations,
             "damping": damping,
+            "sequence_end": sequence_end,
         }
         super().__init__(
             given,

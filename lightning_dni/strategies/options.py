@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dni.core.base import Engine, UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels
@@ -47,6 +48,7 @@ class DNIOptions:
     on_nonfinite: OnNonfinite = "raise"
     truncations: Truncations | None = None
     damping: float | Mapping[str, float] = 1.0
+    sequence_end: SequenceEnd = "zero"
 
     def build(self, kind: type[E], model: nn.Module, **replica: Any) -> E:
         """An engine of `kind` for `model`; `replica` makes it one of several (seed, exchange, rank)."""

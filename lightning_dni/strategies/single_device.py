@@ -8,6 +8,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dni.core.base import UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels
 from lightning_dni.core.health import OnNonfinite
@@ -53,6 +54,8 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             goes out a synthetic gradient stands for the losses to come; or {pattern: the dimension of the
             state that counts sequences}.
         damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
+        sequence_end: What rows teach at a truncation that do not go on: "zero", that nothing comes back to
+            them (an episode has ended), or "ignore", nothing (a sequence was cut off).
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 
@@ -81,6 +84,7 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         on_nonfinite: OnNonfinite = "raise",
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
@@ -101,6 +105,7 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "on_nonfinite": on_nonfinite,
             "truncations": truncations,
             "damping": damping,
+            "sequence_end": sequence_end,
         }
         super().__init__(given, device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self._parallel_devices: list[torch.device] | None = None

@@ -104,8 +104,10 @@ def rows_of_state(net, state):
     return torch.cat([(s.movedim(1, 0) if net.stacked else s).flatten(1) for s in leaves], dim=1)
 
 
-def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0):
+def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0, sequence_end="zero"):
     """Train `net` and SG = h matrix^T + bias by gradient descent, chunk by chunk.
+
+    Where a sequence begins anew, nothing comes back to the one before it.
 
     Returns:
         The gradients of the net and of the estimator in each chunk; None where it has nothing to learn.
@@ -129,7 +131,10 @@ def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0):
             arrived = pytree.tree_unflatten(found[len(parameters) :], pytree.tree_flatten(entered)[1])
             target = rows_of_state(net, arrived) * BATCH
             goes_on = torch.ones(BATCH).double() if anew is None else (~anew).double()
-            error = (before @ matrix.t() + bias - target).square().sum(1) * goes_on
+            target = target * goes_on.unsqueeze(1)
+            error = (before @ matrix.t() + bias - target).square().sum(1)
+            if sequence_end == "ignore":
+                error = error * goes_on
             learnt = torch.autograd.grad(error.sum() / BATCH, [matrix, bias])
         history.append((found[: len(parameters)], learnt))
         with torch.no_grad():

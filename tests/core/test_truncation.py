@@ -70,14 +70,14 @@ def truncations_of(net):
 # ---- the gradients
 
 
-@pytest.mark.parametrize("damping", [1.0, 0.3])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.3, "sequence_end": "ignore"}], ids=["zero", "ignore"])
 @pytest.mark.parametrize("kind", CORES)
-def test_the_gradients_are_those_of_a_loop_written_by_hand(kind, damping):
+def test_the_gradients_are_those_of_a_loop_written_by_hand(kind, options):
     """Of the net and of the estimator, over chunks at whose start some sequences begin anew."""
     ours, twin, chunks = Net(kind), Net(kind), draw_chunks(6)
     weights = stirred_weights(Net(kind))
-    expected = train_by_hand(twin, chunks, *weights, damping=damping)
-    engine = engine_of(ours, stirred, kind, damping=damping)
+    expected = train_by_hand(twin, chunks, *weights, **options)
+    engine = engine_of(ours, stirred, kind, **options)
     with engine:
         found, _ = train(ours, engine, chunks)
     assert [learnt is None for _, learnt in expected] == [True] + 5 * [False]
@@ -201,14 +201,14 @@ def lesson_weights(net, engine, first, enter):
 )
 def test_a_row_goes_on_where_its_state_comes_in_as_it_went_out(enter, rows):
     net = Net()
-    engine = engine_of(net, stirred)
+    engine = engine_of(net, stirred, sequence_end="ignore")
     with engine:
         assert lesson_weights(net, engine, draw_chunks(1)[0], enter) == rows
 
 
 def test_what_the_user_writes_into_the_state_is_no_longer_the_state_that_went_out():
     net = Net()
-    engine = engine_of(net, stirred)
+    engine = engine_of(net, stirred, sequence_end="ignore")
 
     def in_place(state):
         for s in state:
@@ -220,16 +220,25 @@ def test_what_the_user_writes_into_the_state_is_no_longer_the_state_that_went_ou
 
 
 def test_no_state_and_a_batch_of_another_size_begin_anew():
+    """Nothing is taught about what went before, or that nothing comes back to it."""
     net, (chunk, (x, y, _)) = Net(), draw_chunks(2)
-    engine = engine_of(net, stirred)
-    with engine:
-        assert lesson_weights(net, engine, chunk, lambda state: None) is None
-        _, state = train(net, engine, [chunk], rate=0.0)
-        engine.request_report()
-        with engine.training_step():
-            loss = loss_of(net(x[:, :3], tuple(s[:, :3] for s in state))[0], y[:, :3])
-        engine.backward(loss)
-    assert engine.last_report.boundaries == {}
+    for sequence_end in ("ignore", "zero"):
+        engine = engine_of(net, stirred, sequence_end=sequence_end)
+        with engine:
+            assert lesson_weights(net, engine, chunk, lambda state: None) == (
+                None if sequence_end == "ignore" else BATCH
+            )
+            _, state = train(net, engine, [chunk], rate=0.0)
+            engine.request_report()
+            with engine.training_step():
+                loss = loss_of(net(x[:, :3], tuple(s[:, :3] for s in state))[0], y[:, :3])
+            engine.backward(loss)
+        report = engine.last_report.boundaries.get("core")
+        assert (report is None) == (sequence_end == "ignore")
+        if report is not None:
+            assert report.target.shape == report.synthetic.shape
+            assert not report.target.any()
+            assert report.synthetic.any()
 
 
 def test_forward_passes_of_other_kinds_change_nothing():
@@ -423,11 +432,10 @@ def test_the_report_compares_what_was_said_with_what_came_back():
         engine.request_probe()
         train(net, engine, chunks[1:], rate=0.0, state=state)
     report = engine.last_report.boundaries["core"]
-    goes_on = ~chunks[1][2]
     assert report.true is None
     closely(report.loss, (report.synthetic - report.target).square().sum(1).mean())
     estimator = stirred_weights(Net())
-    said = rows_of_state(net, state)[goes_on] @ estimator[0].t() + estimator[1]
+    said = rows_of_state(net, state) @ estimator[0].t() + estimator[1]
     closely(report.synthetic, said)  # as it was said, before damping
     assert engine.describe()["damping"] == {"core": 0.25}
 
