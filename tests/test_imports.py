@@ -94,6 +94,7 @@ NAMES = {
         "LowRankEstimator",
         "MLPEstimator",
         "ProbeEstimator",
+        "RecurrentEstimator",
         "SobolevEstimator",
         "ZeroEstimator",
     ],
