@@ -163,6 +163,11 @@ class StageEngine(StagedEngine):
                 "Expected estimators that stages in processes of their own can tell all they ask for, but "
                 f"got {cut.who}, which needs {alone}. Train in one process: strategy='dni' or 'dni_ddp'."
             )
+        if cut.installed.estimator.delay:
+            raise EstimatorError(
+                f"Expected estimators without a delay in a pipeline, but got {cut.who}. Train in one "
+                "process: strategy='dni'."
+            )
         if cut.waits and self._staleness:
             told = cut.installed.estimator.locks
             what = f"{cut.who}, which is told first," if told else f"bp_lambda={cut.bp_lambda}"
