@@ -1,9 +1,9 @@
 """Delayed gradients: a stage is updated with what an earlier batch has left for it, some steps ago.
 
 What a boundary delays is the gradient of the parameters below it. It is taken at once, through the graph of
-its own forward pass with the weights of then, and given to the optimizer `age` steps later. That is, to
-the bit, what a stage would take later from activations and weights that it has stashed, at the cost of one set
-of gradients per step of age instead of both. Nothing of a graph outlives its step, so all can be saved.
+its own forward pass, with the weights of then, and given to the optimizer `age` steps later. That is, to the
+bit, what a stage would take later from activations and weights that it has stashed. It costs one set of
+gradients per step of age instead of both, and as no graph outlives its step, all can be saved.
 
 Ages add up downwards: a stage that waits for what comes back from a delayed one is as much older as that.
 """
