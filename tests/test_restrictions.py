@@ -154,7 +154,12 @@ RESTRICTIONS = {
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
         "Expected estimators that stages in processes of their own can tell all they ask for",
-        "Expected estimators without a delay in a pipeline",
+    ],
+    "`DelayedGradientEstimator` at some boundaries only": [
+        "Expected DelayedGradientEstimator at every boundary of a pipeline or at none",
+        "Expected to know beforehand that gradients are delayed",
+        "Expected one batch per update, one copy of the pipeline and no probes",
+        "Expected what a stage's backward pass needs to stay as it is",
     ],
     "stages with other data or another module": [
         "Expected all stages to read the same first batch",
