@@ -66,6 +66,7 @@ NAMES = {
         "Gradient",
         "GradientEstimator",
         "HasEngine",
+        "InputEstimator",
         "Instrument",
         "LeafSpec",
         "Lock",

@@ -16,14 +16,25 @@ RESTRICTIONS = {
         "to be differentiated by `manual_backward`",
         "Expected the loss to come back to boundary",
     ],
-    "a loss, activation, synthetic or target gradient that is not finite": [
+    "a loss, activation, synthetic input, synthetic or target gradient that is not finite": [
         "Expected a finite loss",
         "to give finite gradients, but got some that are not in …: its parameters",
         "to give finite gradients, but got some that are not in …: the activation there",
         "to give finite gradients, but got some that are not in …, from finite parameters",
         "Expected a finite target gradient",
         "Expected finite losses and gradients in every process",
+        "Expected finite activations and synthetic inputs",
     ],
+    "with `synthetic_inputs`, `bp_lambda` above 0": [
+        "Expected a stage that waits for nothing below a synthetic input",
+        "Expected no probe of true gradients with synthetic inputs",
+        "Expected one loss per training step with synthetic inputs",
+        "Expected no replicas with synthetic inputs",
+        "to run once in a step with synthetic inputs",
+        "to predict tensors of shapes",
+        "Expected `network_input=",
+    ],
+    "`synthetic_inputs`: a stage goes on": ["Expected no `synthetic_inputs` in a pipeline"],
     "a boundary name or pattern that names no submodule": [
         "Expected `boundaries` to name submodules",
         "Expected `boundaries` to name distinct modules",
@@ -83,6 +94,8 @@ RESTRICTIONS = {
         "Expected `estimator` to make a new estimator for boundary",
         "Expected the state of a DelayedGradientEstimator with",
         "Expected delayed gradients of the model's own parameters",
+        "for the inputs at boundary",
+        "Expected no input estimator at boundary",
     ],
     "a boundary inside a region that torch.compile had compiled": [
         "Expected every boundary",

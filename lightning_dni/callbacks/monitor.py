@@ -45,6 +45,9 @@ class GradientMonitor(pl.Callback):
     run's configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
     picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
 
+    With synthetic inputs there are no true gradients; targets are compared at the synthetic `h`, and
+    `dni_input_error/<boundary>` is the norm of synthetic minus real `h` over that of the real one.
+
     In several processes gradients, losses and weights are those of the joint batch, and skipped updates are
     added up, the same number in every process; time, samples and memory are each process's own.
 
@@ -127,6 +130,12 @@ class GradientMonitor(pl.Callback):
         self._engine = self._wandb = None
 
     def _chooses_probes(self, engine: Observable) -> bool:
+        if self._probe is None and "synthetic_inputs" in engine.describe():
+            rank_zero_info(
+                "GradientMonitor compares with target gradients only: with synthetic inputs no true gradient "
+                "comes down from the loss."
+            )
+            return False
         if self._probe is not None or not engine.probes_synchronously:
             return self._probe is not False
         rank_zero_info(

@@ -85,11 +85,16 @@ class DNIEngine(Engine):
         seed: Seed of the engine's own streams; None: torch's initial seed.
         exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
         rank: Number of this replica, which has its own streams under `rng="stage"`.
+        synthetic_inputs: Called once per boundary with its spec, whose `input` is the network's: makes what
+            predicts, in training steps, the activation that the stage above goes on from; or {pattern:
+            factory, or None for the real one}. None: every stage goes on from the real one.
+        network_input: Where that input is in the batch: "auto", an index, a key, or a callable.
+        input_optimizer: Makes the optimizer of what predicts inputs, as `estimator_optimizer` does.
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
         EstimatorError: An option is out of its range.
-        StageError: On `update="immediate"`, where there is an `exchange`.
+        StageError: On `update="immediate"` or `synthetic_inputs`, where there is an `exchange`.
 
     Attributes:
         updater: Takes immediate updates: `SplitOptimizer(optimizer)`, set before the first training step. The
@@ -202,6 +207,8 @@ class DNIEngine(Engine):
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
+        if self._inputs is not None:
+            self._inputs.begin(batch, several_losses)
         self._step = Step(settings, partial(self._install, settings), self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
@@ -217,6 +224,8 @@ class DNIEngine(Engine):
             self._steps += 1  # a step that failed will be taken again
         finally:
             self._in_forward, self._held = False, self._step.held()
+            if self._inputs is not None:
+                self._inputs.end()
             if several_losses:
                 self._step = None
 
@@ -285,6 +294,8 @@ class DNIEngine(Engine):
         self._delays.swap(cuts, self._named.values(), step.settings.accumulate)
         if step.settings.report:
             self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
+        if self._inputs is not None:
+            self._inputs.remember()
         self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)

@@ -9,9 +9,10 @@ from torch import nn
 
 from lightning_dni.core.base import Engine, UpdateTime
 from lightning_dni.core.boundary import choose_by_pattern
-from lightning_dni.core.context import Labels
+from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.inputs import InputFactory
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, made_by
 from lightning_dni.core.target import Denominator
@@ -44,6 +45,9 @@ class DNIOptions:
     loss_denominator: Denominator = "batch"
     rng: Literal["global", "stage"] = "global"
     on_nonfinite: OnNonfinite = "raise"
+    synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None
+    network_input: Where = "auto"
+    input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None
 
     def build(self, kind: type[E], model: nn.Module, **replica: Any) -> E:
         """An engine of `kind` for `model`; `replica` makes it one of several (seed, exchange, rank)."""
