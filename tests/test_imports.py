@@ -86,6 +86,7 @@ NAMES = {
         "ConvEstimator",
         "CriticCascade",
         "CriticEstimator",
+        "DelayedGradientEstimator",
         "DirectFeedbackAlignmentEstimator",
         "FeedbackAlignmentEstimator",
         "KickbackEstimator",

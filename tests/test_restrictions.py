@@ -67,6 +67,10 @@ RESTRICTIONS = {
         "Expected a floating-point context of width",
         "Expected a label or context for each row or position",
     ],
+    "with `DelayedGradientEstimator`, manual optimization": [
+        "Expected delayed gradients in one process",
+        "Expected `engine.update_estimators()` after",
+    ],
     "estimator state of other boundaries": [
         "Expected the state of boundaries",
         "Expected the state of a … at boundary …, but got that of a",
@@ -77,6 +81,8 @@ RESTRICTIONS = {
         "states of estimator optimizers",
         "Expected schedules of estimator optimizers",
         "Expected `estimator` to make a new estimator for boundary",
+        "Expected the state of a DelayedGradientEstimator with",
+        "Expected delayed gradients of the model's own parameters",
     ],
     "a boundary inside a region that torch.compile had compiled": [
         "Expected every boundary",
@@ -148,6 +154,12 @@ RESTRICTIONS = {
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
         "Expected estimators that stages in processes of their own can tell all they ask for",
+    ],
+    "`DelayedGradientEstimator` at some boundaries only": [
+        "Expected DelayedGradientEstimator at every boundary of a pipeline or at none",
+        "Expected to know beforehand that gradients are delayed",
+        "Expected one batch per update, one copy of the pipeline and no probes",
+        "Expected what a stage's backward pass needs to stay as it is",
     ],
     "stages with other data or another module": [
         "Expected all stages to read the same first batch",

@@ -50,6 +50,7 @@ class Cut:
         delivered: Whether the stage above was differentiated.
         closed: Whether the stage below was differentiated, or sits this step out.
         asleep: Whether it sits this step out.
+        age: How many optimizer steps later the stage is given its gradient.
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
@@ -83,6 +84,7 @@ class Cut:
     delivered: bool = False
     closed: bool = False
     asleep: bool = False
+    age: int = 0
     synthetic: Gradient | None = None
     arrived: list[Tensor] | None = None
     target: Gradient | None = None

@@ -29,7 +29,7 @@ True
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -42,12 +42,13 @@ from lightning_dni.core.base import Engine
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
 from lightning_dni.core.consumer import Layer, linear_layers
 from lightning_dni.core.cut import Cut, refuse_other_backward
-from lightning_dni.core.estimator import Signal
+from lightning_dni.core.delays import Delays, refuse_beside_delay
+from lightning_dni.core.estimator import Installed, Signal, who
 from lightning_dni.core.immediate import ImmediateUpdates, refuse_tied
 from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
-from lightning_dni.core.settings import Scale
+from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Step
@@ -96,7 +97,7 @@ class DNIEngine(Engine):
     """
 
     def _reset(self) -> None:
-        self._taps = Taps()
+        self._taps, self._delays = Taps(), Delays()
         self._step: Step | None = None
         self._in_forward = False
         self._held: Past = {}
@@ -201,7 +202,7 @@ class DNIEngine(Engine):
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
-        self._step = Step(settings, self._pool.install, self.profile, self._held)
+        self._step = Step(settings, partial(self._install, settings), self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._instruments = None, "nothing", []
@@ -281,6 +282,7 @@ class DNIEngine(Engine):
         cuts, number = step.finish(), self._steps - (not self._in_forward)
         self._warn_of_exact(step.consumers.exact)
         self._examine(step, cuts, number)
+        self._delays.swap(cuts, self._named.values(), step.settings.accumulate)
         if step.settings.report:
             self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
         self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
@@ -300,6 +302,39 @@ class DNIEngine(Engine):
             "backprop. Add the boundaries below them, or compare it as what it is.",
             stacklevel=2,
         )
+
+    def _install(self, settings: StepSettings, name: str, outputs: Sequence[Tensor]) -> Installed:
+        """The estimator of boundary `name`, which may have to say that it does not go with the rest."""
+        installed = self._pool.install(name, outputs)
+        if installed.estimator.delay:
+            beside = {
+                "several losses or optimizers": settings.own_parameters is not None,
+                "a gradient scaler": settings.scale is not None,
+                "other replicas": self._exchange is not None,
+                "update_probability below 1": any(p < 1 for p in self._update_probability.values()),
+            }
+            refuse_beside_delay(who(installed.estimator, name), beside)
+        return installed
+
+    @override
+    def update_estimators(self) -> None:
+        super().update_estimators()
+        self._delays.advance()
+
+    @override
+    def drop_estimator_gradients(self) -> None:
+        super().drop_estimator_gradients()
+        self._delays.advance()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        delayed = self._delays.state_dict(self._model)
+        return {**super().state_dict(), **({"delayed": delayed} if delayed else {})}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._delays.load_state_dict(state.get("delayed", []), self._model)
 
     def describe(self) -> dict[str, object]:
         """The configuration in primitives; under feedback alignment with what makes it a hybrid."""

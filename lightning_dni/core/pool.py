@@ -75,6 +75,11 @@ class EstimatorPool:
             _check_width(self._specs[name], BoundarySpec.of(name, outputs))
         return self.installed[name]
 
+    @property
+    def factories(self) -> Mapping[str, EstimatorFactory]:
+        """What makes the estimator of each boundary."""
+        return self._factories
+
     def may_need(self, signal: Signal) -> bool:
         """Whether an estimator is known to ask for `signal`, from its class or since it was built."""
         kinds = [made_by(factory) for factory in self._factories.values()]

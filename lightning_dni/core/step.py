@@ -160,6 +160,7 @@ class Step:
             bp_lambda=bp_lambda,
             waits=bp_lambda > 0 or bool(installed.estimator.locks),
             elements_unknown=self.settings.counts_elements and self.elements_per_row is None,
+            age=installed.estimator.delay,
         )
         self._owner_of.add(crossing)
         self.cuts.append(crossing)
@@ -222,6 +223,7 @@ class Step:
             current = due.pop()
             self._differentiate(current)
             for parent in current.stage.parents:
+                parent.age += current.age if parent.waits else 0
                 self._deliver(parent)
                 if parent.due:
                     due.append(parent)

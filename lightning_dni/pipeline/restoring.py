@@ -83,7 +83,16 @@ def left_out(state: Mapping[str, Any], boundaries: Sequence[str], staleness: int
         clauses.append(f"the gradient estimators at {new} start afresh: they were no boundaries")
     if "optimizers" in state and _optimizers(state, boundaries) is None:
         clauses.append("the estimators' optimizers start afresh: they were one for all boundaries")
+    late = sorted({delayed["boundary"] for delayed in state.get("delayed", [])})
+    if late and staleness is not None:
+        clauses.append(f"delayed gradients under way at {late} are dropped: they are of one process")
     moved = state.get("pipeline", {"pending": {}})
+    graphs = {name: number for name, number in moved.get("late", {}).items() if number}
+    if graphs:
+        where = ", ".join(f"{number} at {name!r}" for name, number in graphs.items())
+        clauses.append(
+            f"delayed gradients under way ({where}) are dropped: they need graphs, which nobody saves"
+        )
     waiting = {name: len(saved) for name, saved in moved["pending"].items() if saved}
     if waiting and not goes_on(state, boundaries, staleness):
         where = ", ".join(f"{number} at {name!r}" for name, number in waiting.items())

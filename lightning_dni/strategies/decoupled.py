@@ -282,6 +282,7 @@ class DecoupledTraining(Strategy):
             if state is not None:
                 if "optimizer_states" not in checkpoint:  # save_weights_only
                     del state["optimizers"], state["schedules"]
+                    state.pop("delayed", None)
                 checkpoint[CHECKPOINT_KEY] = state
         self._write(checkpoint, filepath, storage_options)
 
