@@ -170,9 +170,11 @@ class EstimatorPool:
     def describe(self) -> dict[str, object]:
         """The estimators in primitives."""
         estimators = {name: installed.estimator for name, installed in self.installed.items()}
+        delays = {name: estimator.delay for name, estimator in estimators.items() if estimator.delay}
         return {
             "estimators": {n: type(e).__name__ for n, e in estimators.items()},
             "learns_from_network": {n: e.learns_from_network for n, e in estimators.items()},
+            "delays": delays,
             "estimator_parameters": {
                 n: sum(p.numel() for p in i.parameters) for n, i in self.installed.items()
             },

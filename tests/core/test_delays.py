@@ -103,10 +103,11 @@ def test_it_is_a_pipeline_that_stashes_weights_bit_for_bit(delays, optimizer, ac
     model = net(len(delays), dtype)
     twin, before = copy.deepcopy(model), weights(model)
     data = windows(accumulate=accumulate, features=model[0][0].in_features, dtype=dtype)
-    _, losses = trained(model, delayed(*delays), data, optimizer)
+    engine, losses = trained(model, delayed(*delays), data, optimizer)
     expected = by_hand(twin, delays, data, optimizer)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert same_bits(weights(model), weights(twin))
+    assert engine.describe()["delays"] == {str(k): d for k, d in enumerate(delays) if d}
     assert not any(torch.equal(before[n], value) for n, value in weights(model).items())
 
 
