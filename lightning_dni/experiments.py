@@ -26,12 +26,20 @@ from lightning_dni.analysis.data import Kind
 from lightning_dni.analysis.implicit import Losses
 from lightning_dni.analysis.regression import LossName
 from lightning_dni.callbacks import draw_counter_example, draw_loss_surfaces
-from lightning_dni.core import DNIEngine
+from lightning_dni.core import DNIEngine, EstimatorFactory
 from lightning_dni.core.randomness import seeded
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.demos import DigitsDataModule, MLPClassifier
+from lightning_dni.estimators import (
+    BackpropEstimator,
+    CriticEstimator,
+    DelayedGradientEstimator,
+    LinearEstimator,
+)
+from lightning_dni.pipeline.together import StagesTogether
 
 Figures = Mapping[str, Any]
 Cuts = Literal["one", "everywhere"]
+Method = Literal["cDNI", "critic", "delayed"]
 
 
 def _half_squares(output: Tensor, labels: Tensor) -> Tensor:
@@ -238,3 +246,68 @@ def _descend(
     with torch.no_grad():
         output: Tensor = model(x)
     return output
+
+
+def stale_stages(
+    method: Method,
+    stages: int,
+    staleness: int,
+    steps: int = 600,
+    rows: int = 64,
+    hidden_layers: int = 8,
+    width: int = 64,
+    learning_rate: float = 1e-3,
+    sg_learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> Figures:
+    """Train a net on digits in stages that hear from above some updates late, as a pipeline's do.
+
+    The stages take turns in one process, with the lag of the pipeline. "cDNI" and "critic" are told their
+    target `staleness` updates late; "delayed" are the gradients themselves, `staleness` updates old at the
+    topmost boundary and as many older at each further one. Without a lag it is backprop.
+
+    Args:
+        method: What gives the stages their gradients.
+        stages: Their number; it divides `hidden_layers`.
+        staleness: The lag of one boundary, in updates.
+        steps: Number of updates.
+        rows: Of a batch.
+        hidden_layers: Number of hidden layers, with batch normalization.
+        width: Their width.
+        learning_rate: The net's, with Adam.
+        sg_learning_rate: The estimators'.
+        seed: Of weights and batches; the split of the data is always the same.
+
+    Returns:
+        `test_error` in percent and `train_loss`, the mean over the last 50 batches.
+    """
+    train, _, test = DigitsDataModule().load()
+    with seeded(seed, torch.device("cpu")):
+        net = MLPClassifier(hidden_size=width, num_hidden=hidden_layers).net
+        order = [torch.randperm(len(train.rows))[:rows] for _ in range(steps)]
+    batches = [(train.inputs[train.rows[i]].flatten(1), train.targets[train.rows[i]]) for i in order]
+    together = StagesTogether(
+        net,
+        [f"hidden_{k * hidden_layers // stages - 1}" for k in range(1, stages)],
+        _estimator(method, staleness),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        partial(torch.optim.Adam, lr=learning_rate),
+        batches[0],
+        staleness,
+        estimator_optimizer=partial(torch.optim.Adam, lr=sg_learning_rate),
+        seed=seed,
+    )
+    losses = [float(together.step([batch])) for batch in batches]
+    net.load_state_dict(together.state_dict())
+    with torch.no_grad():
+        scores = net.eval()(test.inputs[test.rows].flatten(1))
+    wrong = (scores.argmax(1) != test.targets[test.rows]).double().mean()
+    return {"test_error": 100 * float(wrong), "train_loss": sum(losses[-50:]) / len(losses[-50:])}
+
+
+def _estimator(method: Method, staleness: int) -> EstimatorFactory:
+    if method == "delayed":
+        return partial(DelayedGradientEstimator, delay=staleness) if staleness else BackpropEstimator
+    if method == "critic":
+        return partial(CriticEstimator, num_classes=10, label_share=0.5)
+    return partial(LinearEstimator, num_classes=10)

@@ -17,6 +17,7 @@ from lightning_dni.estimators import (
     ConvEstimator,
     CriticCascade,
     CriticEstimator,
+    DelayedGradientEstimator,
     DirectFeedbackAlignmentEstimator,
     FeedbackAlignmentEstimator,
     KickbackEstimator,
@@ -59,6 +60,7 @@ class Row:
         starts_at_zero: Whether it gives exactly zero before it has learnt anything.
         chooses: Whether it treats rows differently that it chooses at random.
         squared: Whether the network's loss is a squared error, not a cross-entropy.
+        late: Whether the stage is given it in a later step; `tests/core/test_delays.py` says what then.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Row:
     starts_at_zero: bool = True
     chooses: bool = False
     squared: bool = False
+    late: bool = False
 
     @property
     def spec(self):
@@ -123,7 +126,8 @@ def given(estimator, h, context, feedback):
     """What the stage is given in the end: what was said, or what replaces it once feedback is there."""
     record = record_of(estimator, h, context)
     with torch.no_grad():
-        corrected = estimator.correct(record, feedback) if estimator.locks else None
+        waits = estimator.locks or estimator.relays
+        corrected = estimator.correct(record, feedback) if waits else None
     said = record.gradient if corrected is None else corrected
     return None if said is None else tuple(g.detach() for g in said)
 
@@ -144,7 +148,7 @@ conv = partial(ConvEstimator, hidden_channels=(4,), kernel_size=3)
 local_loss = partial(LocalLossEstimator, num_classes=CLASSES)
 critic = partial(CriticEstimator, num_classes=CLASSES)
 backprop, fa, dfa = BackpropEstimator, FeedbackAlignmentEstimator, DirectFeedbackAlignmentEstimator
-kickback = KickbackEstimator
+kickback, delayed = KickbackEstimator, DelayedGradientEstimator
 recurrent = partial(RecurrentEstimator, hidden_size=6)
 sobolev = partial(SobolevEstimator, num_classes=CLASSES, derivative_weight=0.7)
 cascade = partial(CriticCascade, num_classes=CLASSES)
@@ -257,6 +261,9 @@ ESTIMATORS = [
     Row("control_variate-leaves", control_variate, "leaves", **CHOSEN),
     Row("control_variate-tokens", partial(control_variate, **labels), "sequence", "token labels", **CHOSEN),
     *(Row(f"backprop-{kind}", backprop, kind, **FIXED, locks=BOTH) for kind in SHAPES),
+    Row("delayed-now", partial(delayed, delay=0), **FIXED, locks=BOTH),
+    Row("delayed", delayed, **FIXED, late=True),
+    Row("delayed-leaves", partial(delayed, delay=2), "leaves", **FIXED, late=True),
     *(Row(f"fa-{kind}", fa, kind, **FIXED, locks=BOTH) for kind in SHAPES),
     *(Row(f"dfa-{kind}", dfa, kind, **FIXED, locks=UPDATE) for kind in SHAPES),
     *(Row(f"kickback-{kind}", kickback, kind, **FIXED, locks=UPDATE, squared=True) for kind in SHAPES),

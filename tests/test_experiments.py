@@ -3,13 +3,17 @@
 import pytest
 import torch
 from core.nets import unchecked
+from torch.nn import functional as F
 
 from lightning_dni.analysis import artificial_data, regress, train_deep_linear
+from lightning_dni.core.randomness import seeded
+from lightning_dni.demos import DigitsDataModule, MLPClassifier
 from lightning_dni.experiments import (
     counter_example,
     deep_linear_dynamics,
     implicit_losses,
     linear_dynamics,
+    stale_stages,
 )
 
 
@@ -69,3 +73,29 @@ def test_one_synthetic_gradient_is_below_the_output_and_the_seed_is_all_that_cou
     assert {name for name in one if name.startswith("correlation")} == {"correlation_6"}
     assert one["train_loss"] == same["train_loss"] != other["train_loss"]
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_stale_stages_without_a_lag_are_backprop_and_with_one_are_not():
+    data = DigitsDataModule().load()
+    figures = {lag: stale_stages("delayed", 2, lag, steps=6, hidden_layers=2, width=8) for lag in (0, 2)}
+    with seeded(0, torch.device("cpu")):
+        net = MLPClassifier(hidden_size=8, num_hidden=2).net
+        order = [torch.randperm(len(data.train.rows))[:64] for _ in range(6)]
+    optimizer, losses = torch.optim.Adam(net.parameters(), 1e-3), []
+    for index in order:
+        rows = data.train.rows[index]
+        loss = F.cross_entropy(net(data.train.inputs[rows].flatten(1)), data.train.targets[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    scores = net.eval()(data.test.inputs[data.test.rows].flatten(1))
+    wrong = (scores.argmax(1) != data.test.targets[data.test.rows]).double().mean()
+    assert figures[0] == {"test_error": 100 * float(wrong), "train_loss": sum(losses) / 6}
+    assert figures[2]["train_loss"] != figures[0]["train_loss"]
+
+
+@pytest.mark.parametrize("method", ["cDNI", "critic"])
+def test_stale_stages_learn(method):
+    figures = stale_stages(method, 2, 1, steps=60, hidden_layers=2, width=32, sg_learning_rate=1e-2)
+    assert figures["test_error"] < 20

@@ -58,6 +58,7 @@ def test_there_are_seven_recipes_and_these_studies():
         "random_labels",
         "representations",
         "sparse_updates",
+        "staleness",
         "zero_depth",
     ]
     assert [path.stem for path in RECIPES] == [

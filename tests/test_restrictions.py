@@ -16,14 +16,25 @@ RESTRICTIONS = {
         "to be differentiated by `manual_backward`",
         "Expected the loss to come back to boundary",
     ],
-    "a loss, activation, synthetic or target gradient that is not finite": [
+    "a loss, activation, synthetic input, synthetic or target gradient that is not finite": [
         "Expected a finite loss",
         "to give finite gradients, but got some that are not in …: its parameters",
         "to give finite gradients, but got some that are not in …: the activation there",
         "to give finite gradients, but got some that are not in …, from finite parameters",
         "Expected a finite target gradient",
         "Expected finite losses and gradients in every process",
+        "Expected finite activations and synthetic inputs",
     ],
+    "with `synthetic_inputs`, `bp_lambda` above 0": [
+        "Expected a stage that waits for nothing below a synthetic input",
+        "Expected no probe of true gradients with synthetic inputs",
+        "Expected one loss per training step with synthetic inputs",
+        "Expected no replicas with synthetic inputs",
+        "to run once in a step with synthetic inputs",
+        "to predict tensors of shapes",
+        "Expected `network_input=",
+    ],
+    "`synthetic_inputs`: a stage goes on": ["Expected no `synthetic_inputs` in a pipeline"],
     "a boundary name or pattern that names no submodule": [
         "Expected `…` to name submodules",
         "Expected `…` to name distinct modules",
@@ -67,6 +78,10 @@ RESTRICTIONS = {
         "Expected a floating-point context of width",
         "Expected a label or context for each row or position",
     ],
+    "with `DelayedGradientEstimator`, manual optimization": [
+        "Expected delayed gradients in one process",
+        "Expected `engine.update_estimators()` after",
+    ],
     "estimator state of other boundaries": [
         "Expected the state of boundaries",
         "Expected the state of a … at boundary …, but got that of a",
@@ -77,6 +92,10 @@ RESTRICTIONS = {
         "states of estimator optimizers",
         "Expected schedules of estimator optimizers",
         "Expected `estimator` to make a new estimator for boundary",
+        "Expected the state of a DelayedGradientEstimator with",
+        "Expected delayed gradients of the model's own parameters",
+        "for the inputs at boundary",
+        "Expected no input estimator at boundary",
     ],
     "a boundary inside a region that torch.compile had compiled": [
         "Expected every boundary",
@@ -170,6 +189,12 @@ RESTRICTIONS = {
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
         "Expected estimators that stages in processes of their own can tell all they ask for",
+    ],
+    "`DelayedGradientEstimator` at some boundaries only": [
+        "Expected DelayedGradientEstimator at every boundary of a pipeline or at none",
+        "Expected to know beforehand that gradients are delayed",
+        "Expected one batch per update, one copy of the pipeline and no probes",
+        "Expected what a stage's backward pass needs to stay as it is",
     ],
     "stages with other data or another module": [
         "Expected all stages to read the same first batch",

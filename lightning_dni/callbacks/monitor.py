@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,6 +19,7 @@ from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_pe
 from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.rows import check_interval, warn_of_dropped_rows
+from lightning_dni.callbacks.summary import summary_of
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow, add_up, metrics_of
 from lightning_dni.core.figures import Figures
@@ -43,7 +45,11 @@ class GradientMonitor(pl.Callback):
     allocator, whose peak is then reset, or the whole process on a CPU). Where updates may be skipped
     (`on_nonfinite="skip"`, a gradient scaler), `dni_skipped/<boundary>` counts them. Loggers also get the
     run's configuration, W&B runs the mean of the last ten probes as summaries. At the end of fit the
-    picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others.
+    picture boundary x step goes to W&B, and as `dni_gradients.png` into the log directory of others, and a
+    table says what the gradients were worth at each boundary, and what to try.
+
+    With synthetic inputs there are no true gradients; targets are compared at the synthetic `h`, and
+    `dni_input_error/<boundary>` is the norm of synthetic minus real `h` over that of the real one.
 
     In several processes gradients, losses and weights are those of the joint batch, and skipped updates are
     added up, the same number in every process; time, samples and memory are each process's own.
@@ -60,6 +66,7 @@ class GradientMonitor(pl.Callback):
             what is compared with target gradients is logged, and there is no picture. None: wherever no
             process has to wait for others; in a pipeline a probe makes all stages meet once.
         recipe: Name of the recipe, for the run's configuration.
+        summary: Print the table at the end of fit.
 
     Attributes:
         history: The probes so far; saved in checkpoints.
@@ -70,11 +77,16 @@ class GradientMonitor(pl.Callback):
     """
 
     def __init__(
-        self, every_n_train_steps: int = 50, probe: bool | None = None, recipe: str | None = None
+        self,
+        every_n_train_steps: int = 50,
+        probe: bool | None = None,
+        recipe: str | None = None,
+        summary: bool = True,
     ) -> None:
         self._every_n = check_interval(every_n_train_steps)
         self._probe = probe
         self._recipe = recipe
+        self._summary = summary
         self.history: list[Probe] = []
         self._recent: dict[str, deque[float]] = {}
         self._engine: Observable | None = None
@@ -111,7 +123,7 @@ class GradientMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the picture."""
+        """Write the picture and print the summary."""
         self._settle_row(trainer)
         if self._described and not self._measured:
             rank_zero_warn(
@@ -120,6 +132,8 @@ class GradientMonitor(pl.Callback):
             )
         if self.history:
             self._show(trainer)
+        if self._measured and self._summary and trainer.is_global_zero and self._engine is not None:
+            Console().print(summary_of(self._recent, self._engine))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,6 +141,12 @@ class GradientMonitor(pl.Callback):
         self._engine = self._wandb = None
 
     def _chooses_probes(self, engine: Observable) -> bool:
+        if self._probe is None and "synthetic_inputs" in engine.describe():
+            rank_zero_info(
+                "GradientMonitor compares with target gradients only: with synthetic inputs no true gradient "
+                "comes down from the loss."
+            )
+            return False
         if self._probe is not None or not engine.probes_synchronously:
             return self._probe is not False
         rank_zero_info(

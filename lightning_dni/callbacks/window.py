@@ -60,6 +60,8 @@ def metrics_of(figures: Figures) -> dict[str, Tensor]:
         dot, applied, true, difference = sums["weights"]
         values["dni_weight_cosine"] = cosine_of(dot, applied, true)
         values["dni_weight_error"] = norm_quotient(difference, true)
+    if "input" in sums:
+        values["dni_input_error"] = norm_quotient(*sums["input"])
     if "loss" in sums:
         values["dni_sg_loss"] = _loss(sums["loss"], sums.get("spread"))
     return {name: value.to(figures.dtype) for name, value in values.items()}

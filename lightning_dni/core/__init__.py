@@ -5,6 +5,7 @@ from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.estimator import Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.immediate import SplitOptimizer, Updater
+from lightning_dni.core.inputs import InputEstimator
 from lightning_dni.core.instrument import Instrument, Observation
 from lightning_dni.core.optimizer import OptimizerFactory
 from lightning_dni.core.pool import EstimatorFactory
@@ -22,6 +23,7 @@ __all__ = [
     "Gradient",
     "GradientEstimator",
     "HasEngine",
+    "InputEstimator",
     "Instrument",
     "LeafSpec",
     "Lock",

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.core.carry import Truncations, refuse_beside_truncations, resolve_truncations
-from lightning_dni.core.context import Labels, find_context
+from lightning_dni.core.context import Labels, Where, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
 from lightning_dni.core.immediate import ImmediateUpdates, Updater
+from lightning_dni.core.inputs import (
+    InputEstimator,
+    InputFactory,
+    SyntheticInputs,
+    no_truth,
+    refuse_replicas,
+)
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, EstimatorPool
+from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.report import StepReport
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import choose_probabilities
-from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
 from lightning_dni.errors import EstimatorError, StageError
 
@@ -64,6 +71,9 @@ class Engine(ABC):
         seed: int | None = None,
         exchange: Exchange | None = None,
         rank: int = 0,
+        synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
+        network_input: Where = "auto",
+        input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
         sequence_end: SequenceEnd = "zero",
@@ -106,6 +116,11 @@ class Engine(ABC):
             estimator_scheduler,
             estimator_clip_norm,
         )
+        self._inputs: SyntheticInputs | None = None
+        if synthetic_inputs is not None:
+            refuse_replicas(exchange)
+            names, seed = tuple(self._modules), self._pool.seed
+            self._inputs = SyntheticInputs(names, synthetic_inputs, network_input, input_optimizer, seed)
         self.profile: Profile = no_profile
         self._device = device_of(model)
         self._elements_per_row: int | None = None
@@ -164,6 +179,16 @@ class Engine(ABC):
         """
         self._bp_lambda = choose_lambdas(self._modules, value)
 
+    @property
+    def predicts_inputs(self) -> bool:
+        """Whether stages go on from synthetic inputs in training."""
+        return self._inputs is not None
+
+    @property
+    def input_estimators(self) -> dict[str, InputEstimator]:
+        """What predicts the input above each boundary, as far as built; empty without synthetic inputs."""
+        return {} if self._inputs is None else self._inputs.estimators
+
     def request_report(self) -> None:
         """Have the next training step keep its gradients for `last_report`."""
         if self._requested == "nothing":
@@ -174,7 +199,12 @@ class Engine(ABC):
 
         Args:
             instrument: What else to measure at every boundary; see `Observation`.
+
+        Raises:
+            StageError: Inputs are synthetic, and no gradient comes down from the loss to the stages.
         """
+        if self._inputs is not None:
+            raise no_truth()
         self._requested = "probe"
         if instrument is not None and instrument not in self._instruments:
             self._instruments.append(instrument)
@@ -206,6 +236,7 @@ class Engine(ABC):
             "rng": self._rng,
             "on_nonfinite": "skip" if self._health.skips else "raise",
             "seed": self._pool.seed,
+            **({} if self._inputs is None else {"synthetic_inputs": self._inputs.describe()}),
         }
 
     def time_with(self, profile: Profile) -> None:
@@ -260,11 +291,15 @@ class Engine(ABC):
         """Let each estimator take its steps; call it after the user's optimizer has stepped."""
         with self.profile("dni.estimator_step"):
             self._pool.update(self._exchange)
+            if self._inputs is not None:
+                self._inputs.update()
         self._health.end_update()
 
     def drop_estimator_gradients(self) -> None:
         """Forget what the estimators have learnt since their last step, when a step is skipped."""
         self._pool.drop_gradients()
+        if self._inputs is not None:
+            self._inputs.drop_gradients()
         self._health.end_update()
 
     @property
@@ -293,6 +328,7 @@ class Engine(ABC):
             exchange=self._exchange if last else None,
             asleep=self._asleep,
             updates=self._immediate,
+            inputs=self._inputs,
         )
 
     # ---- state
@@ -306,6 +342,7 @@ class Engine(ABC):
             "elements_per_row": self._elements_per_row,
             "skipped": self.skipped,
             **self._pool.state_dict(),
+            **({} if self._inputs is None else {"inputs": self._inputs.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -320,6 +357,8 @@ class Engine(ABC):
         self._device = self._find_device()
         steps, elements, skipped = state["steps"], state["elements_per_row"], state["skipped"]
         self._pool.load_state_dict(state, self._device)
+        if self._inputs is not None and "inputs" in state:
+            self._inputs.load_state_dict(state["inputs"], self._device)
         self._steps, self._elements_per_row = steps, elements
         self._health.restart(skipped)
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))

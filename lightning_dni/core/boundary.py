@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ class BoundarySpec:
         device: Where the activations are.
         consumer: The module that consumes the activation, once known and asked for.
         output: The network's output, once known and asked for.
+        input: The network's input, for what predicts from it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class BoundarySpec:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     consumer: nn.Module | None = None
     output: LeafSpec | None = None
+    input: LeafSpec | None = None
 
     @classmethod
     def of(cls, name: str, h: Sequence[Tensor]) -> "BoundarySpec":
@@ -85,8 +87,9 @@ class BoundarySpec:
         return {
             "name": self.name,
             "shapes": [list(leaf.shape) for leaf in self.leaves],
-            "dtypes": [str(leaf.dtype).removeprefix("torch.") for leaf in self.leaves],
+            "dtypes": [_name(leaf.dtype) for leaf in self.leaves],
             "batch_dim": self.batch_dim,
+            **({} if self.input is None else {"input": [list(self.input.shape), _name(self.input.dtype)]}),
         }
 
     @classmethod
@@ -96,7 +99,15 @@ class BoundarySpec:
             LeafSpec(tuple(shape), getattr(torch, dtype))
             for shape, dtype in zip(state["shapes"], state["dtypes"], strict=True)
         )
-        return cls(state["name"], leaves, state["batch_dim"], device)
+        spec = cls(state["name"], leaves, state["batch_dim"], device)
+        if "input" not in state:
+            return spec
+        shape, dtype = state["input"]
+        return replace(spec, input=LeafSpec(tuple(shape), getattr(torch, dtype)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:

@@ -12,6 +12,9 @@ from lightning_dni.errors import EstimatorError
 Labels = str | int | Callable[[Any], Tensor | None] | None
 """Where the context is in a batch: `"auto"`, an index, a key, a callable, or None."""
 
+Where = str | int | Callable[[Any], Tensor]
+"""Where the network's input is in a batch: `"auto"`, an index, a key, or a callable."""
+
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -36,7 +39,7 @@ def find_context(batch: Any, labels: Labels = "auto") -> Tensor | None:
     if callable(labels):
         found = labels(batch)
     else:
-        found = _search(batch) if labels == "auto" else _take(batch, labels)
+        found = _search(batch, LABEL_KEYS, 1) if labels == "auto" else _take(batch, labels, "labels")
     if found is None:
         return None
     if not isinstance(found, Tensor):
@@ -47,25 +50,59 @@ def find_context(batch: Any, labels: Labels = "auto") -> Tensor | None:
     return found.detach() if found.requires_grad else found
 
 
-def _search(batch: Any) -> Tensor | None:
+INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
+
+
+def find_input(batch: Any, network_input: Where = "auto") -> Tensor:
+    """Take the network's input out of `batch`, for what predicts from it.
+
+    `"auto"` is the batch itself, the first item of a tuple or list, or the first of `x`, `input`, `inputs`,
+    `image`, `images`, `pixel_values` in a mapping, a named tuple or a dataclass.
+
+    Args:
+        batch: What the user's training step receives.
+        network_input: `"auto"`, an index, a key or attribute, or a callable of the batch.
+
+    Raises:
+        EstimatorError: There is none, or it is no tensor of numbers to compute with.
+    """
+    found: Any
+    if callable(network_input):
+        found = network_input(batch)
+    elif network_input != "auto":
+        found = _take(batch, network_input, "network_input")
+    elif isinstance(batch, Tensor):
+        found = batch
+    else:
+        found = _search(batch, INPUT_KEYS, 0)
+    if not isinstance(found, Tensor) or not (found.is_floating_point() or found.dtype == torch.uint8):
+        got = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
+        raise EstimatorError(
+            f"Expected `network_input={network_input!r}` to give a floating-point tensor (or bytes) from the "
+            f"batch, but got {got}. Pass an index, a key, or a callable that returns the network's input."
+        )
+    return found.detach()
+
+
+def _search(batch: Any, keys: Sequence[str], place: int) -> Tensor | None:
     fields = _fields(batch)
-    candidates = [fields[key] for key in LABEL_KEYS if key in fields]
+    candidates = [fields[key] for key in keys if key in fields]
     if not fields and isinstance(batch, Sequence) and not isinstance(batch, str):
-        candidates = list(batch[1:2])
+        candidates = list(batch[place : place + 1])
     return next((c for c in candidates if isinstance(c, Tensor)), None)
 
 
-def _take(batch: Any, labels: Any) -> Any:
+def _take(batch: Any, place: Any, argument: str) -> Any:
     fields = _fields(batch)
-    if labels in fields:
-        return fields[labels]
+    if place in fields:
+        return fields[place]
     try:
-        return batch[labels]
+        return batch[place]
     except (KeyError, IndexError, TypeError):
         known = sorted(map(str, fields)) or f"a {type(batch).__name__}"
         raise EstimatorError(
-            f"Expected `labels={labels!r}` to be in the batch, but got {known}. Pass an index, a key, "
-            "or a callable that returns the label tensor."
+            f"Expected `{argument}={place!r}` to be in the batch, but got {known}. Pass an index, a key, "
+            "or a callable that returns the tensor."
         ) from None
 
 

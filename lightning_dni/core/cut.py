@@ -50,7 +50,11 @@ class Cut:
         delivered: Whether the stage above was differentiated.
         closed: Whether the stage below was differentiated, or sits this step out.
         asleep: Whether it sits this step out.
+        predicted: Whether what was passed on is a synthetic input.
+        input_error: Squared distance of the synthetic input and the square of the real one, for reports.
+        age: How many optimizer steps later the stage is given its gradient.
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
+        below: The same at the stage's own output, where something else was passed on.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
@@ -64,6 +68,7 @@ class Cut:
         lesson: What further steps of the estimator learn from.
         param_grads: Gradients of the stage's variables, until they are merged.
         estimator_grads: Gradients of the estimator's parameters, until they are merged.
+        input_grads: Those of the input estimator's, until they are merged.
     """
 
     boundary: str
@@ -83,7 +88,11 @@ class Cut:
     delivered: bool = False
     closed: bool = False
     asleep: bool = False
+    predicted: bool = False
+    input_error: Tensor | None = None
+    age: int = 0
     synthetic: Gradient | None = None
+    below: Gradient | None = None
     arrived: list[Tensor] | None = None
     target: Gradient | None = None
     output: Tensor | None = None
@@ -97,6 +106,7 @@ class Cut:
     lesson: Lesson | None = None
     param_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     estimator_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    input_grads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def who(self) -> str:
@@ -170,10 +180,9 @@ class Cut:
         """The gradient for the stage below, in units of the user's loss; None for exactly zero."""
         bp_lambda = self.bp_lambda
         synthetic = None
-        if self.synthetic is not None and bp_lambda < 1.0:
-            synthetic = [
-                (g * self.factor).to(h.dtype) for g, h in zip(self.synthetic, self.outputs, strict=True)
-            ]
+        said = self.synthetic if self.below is None else self.below
+        if said is not None and bp_lambda < 1.0:
+            synthetic = [(g * self.factor).to(h.dtype) for g, h in zip(said, self.outputs, strict=True)]
         if not self.waits or bp_lambda == 0.0:
             return synthetic
         if self.arrived is None:
@@ -215,6 +224,20 @@ def claim(parents: Iterable[Cut], consumer: str) -> None:
                 "a module that contains both ways, so that one output carries everything upwards."
             )
         parent.consumer = consumer
+
+
+def refuse_waiting(cut: Cut) -> None:
+    """Refuse a stage that waits for what comes back to something that it has not made.
+
+    Raises:
+        EstimatorError: A synthetic input was passed on.
+    """
+    if cut.predicted and cut.waits:
+        what = cut.who if cut.installed.estimator.locks else f"bp_lambda={cut.bp_lambda} for {cut.who}"
+        raise EstimatorError(
+            f"Expected a stage that waits for nothing below a synthetic input, but got {what}. Pass "
+            f"synthetic_inputs={{{cut.boundary!r}: None, ...}}, bp_lambda=0, or another estimator."
+        )
 
 
 def refuse_no_gradient(cut: Cut) -> None:

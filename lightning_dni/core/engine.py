@@ -28,7 +28,6 @@ Example: a plain torch loop.
 True
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -42,15 +41,15 @@ from typing_extensions import override
 from lightning_dni.core.base import Engine
 from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
-from lightning_dni.core.carry import state_argument
-from lightning_dni.core.consumer import Layer, linear_layers
+from lightning_dni.core.consumer import Layer, linear_layers, warn_of_hybrid
 from lightning_dni.core.cut import Cut, refuse_other_backward
-from lightning_dni.core.estimator import Signal
-from lightning_dni.core.immediate import ImmediateUpdates, refuse_tied
+from lightning_dni.core.delays import Delays, refuse_beside_delay
+from lightning_dni.core.estimator import Installed, Signal, who
+from lightning_dni.core.immediate import ImmediateUpdates, expect_updater, refuse_tied
 from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
-from lightning_dni.core.settings import Scale
+from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Step
@@ -88,6 +87,11 @@ class DNIEngine(Engine):
         seed: Seed of the engine's own streams; None: torch's initial seed.
         exchange: Averages gradients over replicas, which need one `seed`; None: there are no others.
         rank: Number of this replica, which has its own streams under `rng="stage"`.
+        synthetic_inputs: Called once per boundary with its spec, whose `input` is the network's: makes what
+            predicts, in training steps, the activation that the stage above goes on from; or {pattern:
+            factory, or None for the real one}. None: every stage goes on from the real one.
+        network_input: Where that input is in the batch: "auto", an index, a key, or a callable.
+        input_optimizer: Makes the optimizer of what predicts inputs, as `estimator_optimizer` does.
         truncations: In place of boundaries, names or patterns of recurrent submodules, called as
             `module(input, state)`, at whose state backprop through time is truncated; or {pattern: the
             dimension of the state that counts rows}.
@@ -98,7 +102,7 @@ class DNIEngine(Engine):
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
         EstimatorError: An option is out of its range.
-        StageError: On `update="immediate"`, where there is an `exchange`.
+        StageError: On `update="immediate"` or `synthetic_inputs`, where there is an `exchange`.
 
     Attributes:
         updater: Takes immediate updates: `SplitOptimizer(optimizer)`, set before the first training step. The
@@ -106,7 +110,7 @@ class DNIEngine(Engine):
     """
 
     def _reset(self) -> None:
-        self._taps = Taps()
+        self._taps, self._delays = Taps(), Delays()
         self._step: Step | None = None
         self._in_forward = False
         self._held: Past = {}
@@ -135,7 +139,7 @@ class DNIEngine(Engine):
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
         self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
-        self._chunks.attach(self._watch_states)
+        self._chunks.attach(self._taps, self._runs_forward)
         if self._pool.may_need(Signal.CONSUMER):
             self._watch_layers()
         self._device = device_of(self._model)
@@ -155,7 +159,7 @@ class DNIEngine(Engine):
         self.detach()
 
     def _on_boundary(self, name: str, output: Any) -> Any:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+        if self._step is None or not self._runs_forward():
             return None
         passed_on = self._step.cut(name, output)
         if not self._taps.watches_layers and self._pool.installed_needs(name, Signal.CONSUMER):
@@ -167,22 +171,11 @@ class DNIEngine(Engine):
     def _stage_seed(self, boundary: str | None, call: int) -> int:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
-    def _on_state(self, name: str, state: Any) -> Any:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
-            return state
-        return self._chunks.enter(name, state)
-
-    def _on_returned(self, name: str, output: Any) -> Any:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
-            return None
-        return self._chunks.leave(name, output)
-
-    def _watch_states(self, name: str, module: nn.Module) -> None:
-        enter, leave = partial(self._on_state, name), partial(self._on_returned, name)
-        self._taps.attach_states(module, state_argument(module), enter, leave)
+    def _runs_forward(self) -> bool:
+        return self._in_forward and torch.is_grad_enabled()
 
     def _on_output(self, output: Any) -> None:
-        if self._step is not None and self._in_forward and torch.is_grad_enabled():
+        if self._step is not None and self._runs_forward():
             self._step.see_output(output)
 
     def _watch_layers(self) -> None:
@@ -234,7 +227,9 @@ class DNIEngine(Engine):
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
-        self._step = Step(settings, self._pool.install, self.profile, self._held)
+        if self._inputs is not None:
+            self._inputs.begin(batch, several_losses)
+        self._step = Step(settings, partial(self._install, settings), self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._instruments = None, "nothing", []
@@ -252,6 +247,8 @@ class DNIEngine(Engine):
             self._steps += 1  # a step that failed will be taken again
         finally:
             self._in_forward, self._held = False, self._step.held()
+            if self._inputs is not None:
+                self._inputs.end()
             if several_losses:
                 self._end_step()
 
@@ -264,20 +261,11 @@ class DNIEngine(Engine):
     ) -> ImmediateUpdates | None:
         if self._update != "immediate":
             return None
-        if several_losses:
-            raise StageError(
-                "Expected one loss per training step with update='immediate', but got several_losses=True: "
-                "stages below one loss would step before another's forward pass. Pass update='step'."
-            )
+        updater = expect_updater(self.updater, several_losses)
         if not last or self._requested == "probe":
             return None
-        if self.updater is None:
-            raise StageError(
-                "Expected `engine.updater` to be set with update='immediate', but got none. Write "
-                "`engine.updater = SplitOptimizer(optimizer)` before the training loop."
-            )
         judges = self._health.skips or self._checks_values
-        return ImmediateUpdates(self.updater, self._named, self._bp_lambda, accumulate > 1, judges)
+        return ImmediateUpdates(updater, self._named, self._bp_lambda, accumulate > 1, judges)
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate `loss` through the last stage and merge every gradient that counts.
@@ -328,10 +316,13 @@ class DNIEngine(Engine):
         self._warn_of_exact(step.consumers.exact)
         lessons = self._chunks.finish(step.settings, step.elements_per_row, number)
         self._examine(step, cuts, number)
+        self._delays.swap(cuts, self._named.values(), step.settings.accumulate)
         if step.settings.report:
             made = report_step(number, step, cuts, self._model, self._report, self.profile)
             self._report = replace(made, boundaries={**made.boundaries, **self._chunks.bootstrap.reports})
         lessons += step.merge(cuts, lambda: self._named | self._pool.named_parameters())
+        if self._inputs is not None:
+            self._inputs.remember()
         self._pool.remember(lessons)
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
@@ -341,14 +332,31 @@ class DNIEngine(Engine):
         known = self._exact or []
         new = [what for what in found if what not in known]
         self._exact = known + new
-        if not new:
-            return
-        warnings.warn(
-            "Expected every linear layer and convolution but the first to read the output of a boundary with "
-            f"feedback alignment, but the gradient passes exactly through {new}: this is a hybrid with "
-            "backprop. Add the boundaries below them, or compare it as what it is.",
-            stacklevel=2,
-        )
+        if new:
+            warn_of_hybrid(new)
+
+    def _install(self, settings: StepSettings, name: str, outputs: Sequence[Tensor]) -> Installed:
+        """The estimator of boundary `name`, which may have to say that it does not go with the rest."""
+        installed = self._pool.install(name, outputs)
+        if installed.estimator.delay:
+            beside = {
+                "several losses or optimizers": settings.own_parameters is not None,
+                "a gradient scaler": settings.scale is not None,
+                "other replicas": self._exchange is not None,
+                "update_probability below 1": any(p < 1 for p in self._update_probability.values()),
+            }
+            refuse_beside_delay(who(installed.estimator, name), beside)
+        return installed
+
+    @override
+    def update_estimators(self) -> None:
+        super().update_estimators()
+        self._delays.advance()
+
+    @override
+    def drop_estimator_gradients(self) -> None:
+        super().drop_estimator_gradients()
+        self._delays.advance()
 
     def describe(self) -> dict[str, object]:
         """The configuration in primitives; under feedback alignment with what makes it a hybrid."""
@@ -375,11 +383,12 @@ class DNIEngine(Engine):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a restart, in tensors and primitives."""
-        state = super().state_dict()
-        return state | {"truncations": self._chunks.state_dict()} if self._chunks.names else state
+        own = {"delayed": self._delays.state_dict(self._model), "truncations": self._chunks.state_dict()}
+        return super().state_dict() | {name: found for name, found in own.items() if found}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; see `Engine.load_state_dict`."""
         super().load_state_dict(state)
+        self._delays.load_state_dict(state.get("delayed", []), self._model)
         self._chunks.load_state_dict(state.get("truncations", {}), self._device)

@@ -137,6 +137,8 @@ class GradientEstimator(nn.Module, ABC):
     """Number of classes where the context is integer labels."""
     context_size: int | None = None
     """Width of the context where it is continuous."""
+    delay: int = 0
+    """How many optimizer steps later the stage is given the gradient that comes back through it."""
     ignore_index: int | None = None
     """Label of rows or positions that are padding; it need not be one of the classes."""
 

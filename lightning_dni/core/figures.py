@@ -17,9 +17,11 @@ FAMILIES = {
     "loss": ("sum", "rows"),
     "spread": ("square_sum", "rows"),
     "weights": ("dot", "applied_square", "true_square", "difference_square"),
+    "input": ("difference_square", "real_square"),
 }
 """What is summed, by what it tells about: synthetic against target and true gradient, target against true
-gradient, the estimator's loss, the target around its mean, applied against true gradient of the weights."""
+gradient, the estimator's loss, the target around its mean, applied against true gradient of the weights,
+synthetic against real input of the stage above."""
 
 _DOUBLE = len(FAMILIES)
 

@@ -1,7 +1,7 @@
 """The estimators' optimizers, their schedules and their clipping."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +13,15 @@ from lightning_dni.errors import EstimatorError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """Something with parameters that are trained."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """These."""
 
 
 class EstimatorOptimizers:
@@ -28,6 +37,7 @@ class EstimatorOptimizers:
         boundaries: Names of all boundaries.
         schedule: Makes a learning-rate scheduler from an optimizer; None for constant rates.
         clip_norm: Norm to which the gradients of each estimator are clipped; None for no clipping.
+        argument: What the user calls `factory`, for errors.
 
     Attributes:
         clip_norm: The same.
@@ -43,24 +53,25 @@ class EstimatorOptimizers:
         boundaries: Sequence[str],
         schedule: ScheduleFactory | None = None,
         clip_norm: float | None = None,
+        argument: str = "estimator_optimizer",
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise EstimatorError(
                 f"Expected `estimator_clip_norm` to be a norm above 0, or None, but got {clip_norm!r}."
             )
-        self._factories = {n: choose_by_pattern(n, factory, "estimator_optimizer") for n in boundaries}
-        self._schedule = schedule
+        self._factories = {n: choose_by_pattern(n, factory, argument) for n in boundaries}
+        self._schedule, self._argument = schedule, argument
         self.clip_norm = clip_norm
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
         self._owned: list[tuple[nn.Parameter, ...]] = []
-        self._waiting: dict[str, Installed] = {}
+        self._waiting: dict[str, Trained] = {}
 
     def __iter__(self) -> Iterator[Optimizer]:
         self.make()
         return iter(self._optimizers)
 
-    def add(self, boundary: str, installed: Installed) -> None:
+    def add(self, boundary: str, installed: Trained) -> None:
         """Take over the parameters of the estimator at `boundary`."""
         if installed.parameters:
             self._waiting[boundary] = installed
@@ -82,7 +93,7 @@ class EstimatorOptimizers:
         for names in by_factory.values():
             owned = [self._waiting.pop(name).parameters for name in names]
             group = {"params": [p for each in owned for p in each], "boundaries": names}
-            optimizer = _make(self._factories[names[0]], group)
+            optimizer = _make(self._factories[names[0]], group, self._argument)
             self._optimizers.append(optimizer)
             self._owned += owned
             if self._schedule is not None:
@@ -188,11 +199,11 @@ class EstimatorOptimizers:
             optimizer.load_state_dict({key: value for key, value in state.items() if key != "kind"})
 
 
-def _make(factory: OptimizerFactory, group: dict[str, Any]) -> Optimizer:
+def _make(factory: OptimizerFactory, group: dict[str, Any], argument: str) -> Optimizer:
     optimizer = factory([group])
     if not isinstance(optimizer, Optimizer):
         raise EstimatorError(
-            f"Expected `estimator_optimizer` to make a torch optimizer from parameters, but got "
+            f"Expected `{argument}` to make a torch optimizer from parameters, but got "
             f"{type(optimizer).__name__}. Pass partial(torch.optim.Adam, lr=...), for example."
         )
     return optimizer

@@ -75,6 +75,11 @@ class EstimatorPool:
             _check_width(self._specs[name], BoundarySpec.of(name, outputs))
         return self.installed[name]
 
+    @property
+    def factories(self) -> Mapping[str, EstimatorFactory]:
+        """What makes the estimator of each boundary."""
+        return self._factories
+
     def may_need(self, signal: Signal) -> bool:
         """Whether an estimator is known to ask for `signal`, from its class or since it was built."""
         kinds = [made_by(factory) for factory in self._factories.values()]
@@ -165,9 +170,11 @@ class EstimatorPool:
     def describe(self) -> dict[str, object]:
         """The estimators in primitives."""
         estimators = {name: installed.estimator for name, installed in self.installed.items()}
+        delays = {name: estimator.delay for name, estimator in estimators.items() if estimator.delay}
         return {
             "estimators": {n: type(e).__name__ for n, e in estimators.items()},
             "learns_from_network": {n: e.learns_from_network for n, e in estimators.items()},
+            "delays": delays,
             "estimator_parameters": {
                 n: sum(p.numel() for p in i.parameters) for n, i in self.installed.items()
             },

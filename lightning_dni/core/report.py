@@ -12,7 +12,8 @@ from lightning_dni.core.cut import Cut
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.probe import Truth, observe, run_instruments, true_gradients
-from lightning_dni.core.step import Profile, Step, no_profile
+from lightning_dni.core.profile import Profile, no_profile
+from lightning_dni.core.step import Step
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class BoundaryReport:
             the step out.
         true_weights: Their true gradients, on probe steps.
         measured: What each instrument that was asked for has measured, by name.
+        input_error: Squared distance of the synthetic input to the activation, and the activation's square,
+            summed; None where the activation was passed on.
     """
 
     synthetic: Tensor
@@ -43,6 +46,7 @@ class BoundaryReport:
     applied_weights: Mapping[str, Tensor]
     true_weights: Mapping[str, Tensor]
     measured: Mapping[Instrument, Mapping[str, Tensor]] = field(default_factory=dict)
+    input_error: Tensor | None = None
 
 
 class Utilization(NamedTuple):
@@ -199,6 +203,7 @@ def report_boundary(
         applied_weights=_sum_by_name(applied, names),
         true_weights=_sum_by_name(true, names),
         measured=measured or {},
+        input_error=cuts[0].input_error,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.immediate import ImmediateUpdates
+from lightning_dni.core.inputs import Crossed, SyntheticInputs, not_finite
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.target import Denominator, denominator
 from lightning_dni.errors import EstimatorError
@@ -39,6 +40,7 @@ class StepSettings:
         exchange: Averages the gradients of this step over replicas; None where nothing is exchanged.
         asleep: The boundaries (and `LAST_STAGE`) whose stage sits this step out.
         updates: Updates stages as soon as their gradients are there; None: all wait for the end.
+        inputs: Predicts what a stage goes on from; None: that is what the one below has made.
 
     Raises:
         EstimatorError: `accumulate` is below one.
@@ -61,6 +63,7 @@ class StepSettings:
     exchange: Exchange | None = None
     asleep: frozenset[str] = frozenset()
     updates: ImmediateUpdates | None = None
+    inputs: SyntheticInputs | None = None
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -76,6 +79,23 @@ class StepSettings:
     def counts_elements(self) -> bool:
         """Whether the denominator is only known once the network's output was seen."""
         return self.loss_denominator == "elements" and self.elements_per_row is None
+
+    def cross(self, boundary: str, outputs: Sequence[Tensor], calls: int) -> Crossed:
+        """What passes on in place of `outputs` of the boundary, which has run `calls` times in this step.
+
+        Raises:
+            EstimatorError: It is to be predicted, and cannot be, or is not finite.
+        """
+        if self.inputs is None or not self.inputs.covers(boundary):
+            return Crossed([h.detach().requires_grad_() for h in outputs])
+        learns, share = boundary not in self.asleep, 1.0 / self.accumulate
+        crossed = self.inputs.cross(boundary, outputs, calls, learns, share, self.report)
+        looks = self.skips or (self.check_values and self.scale is None)
+        if looks and crossed.loss is not None and not bool(crossed.loss.isfinite()):
+            if not self.skips:
+                raise not_finite(boundary)
+            crossed.gradients = []
+        return crossed
 
     def factor(self, h: Sequence[Tensor], value: Any, elements_per_row: int | None) -> float | Tensor:
         """What turns a gradient in units of the per-row loss into one of the user's scaled loss."""

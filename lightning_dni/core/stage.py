@@ -154,12 +154,14 @@ def local_gradients(
 def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Add each gradient to its variable's `.grad`."""
     for variable, gradient in gradients:
-        if variable.grad is None:
-            variable.grad = gradient
-        elif variable.grad.is_sparse and not gradient.is_sparse:
-            variable.grad = gradient + variable.grad
-        else:
-            variable.grad = variable.grad.add_(gradient)
+        variable.grad = add(variable.grad, gradient)
+
+
+def add(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """`total`, in place where that can be, and `gradient`."""
+    if total is None:
+        return gradient
+    return gradient + total if total.is_sparse and not gradient.is_sparse else total.add_(gradient)
 
 
 @contextmanager

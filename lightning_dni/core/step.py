@@ -17,7 +17,7 @@ updates a stage steps in 2 already (`core/immediate.py`).
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,28 +36,21 @@ from lightning_dni.core.cut import (
     refuse_no_gradient,
     refuse_told_twice,
     refuse_untold,
+    refuse_waiting,
 )
 from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.owners import Owners, Past
 from lightning_dni.core.probe import donated_buffer_errors
+from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.sparse import sit_out
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize
+from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize, synthesize_below
 from lightning_dni.core.value import close_value, differentiable, open_value
 
 Context = Tensor | None
-Profile = Callable[[str], AbstractContextManager[object]]
-"""Times what runs inside it, under a name."""
-
 _OF_OUTPUT = {Signal.OUTPUT, Signal.OUTPUT_GRADIENT, Signal.ESTIMATOR_ABOVE}
-_UNTIMED: AbstractContextManager[object] = nullcontext()
-
-
-def no_profile(name: str) -> AbstractContextManager[object]:
-    """Time nothing."""
-    return _UNTIMED
 
 
 class Step:
@@ -150,17 +143,23 @@ class Step:
         self._consume(stage, f"boundary {boundary!r}", outputs)
         installed = self._install(boundary, outputs)
         bp_lambda = 1.0 if installed.estimator.relays else self.settings.bp_lambda[boundary]
+        passed = self.settings.cross(boundary, outputs, self.fired[boundary])
         crossing = Cut(
             boundary=boundary,
             installed=installed,
             outputs=outputs,
-            leaves=[h.detach().requires_grad_() for h in outputs],
+            leaves=passed.leaves,
+            predicted=passed.synthetic,
+            input_error=passed.error,
+            input_grads=passed.gradients,
             stage=stage,
             factor=self.settings.factor(outputs, value, self.elements_per_row),
             bp_lambda=bp_lambda,
             waits=bp_lambda > 0 or bool(installed.estimator.locks),
             elements_unknown=self.settings.counts_elements and self.elements_per_row is None,
+            age=installed.estimator.delay,
         )
+        refuse_waiting(crossing)
         self._owner_of.add(crossing)
         self.cuts.append(crossing)
         return crossing
@@ -188,9 +187,12 @@ class Step:
 
     def _synthesize(self, crossing: Cut) -> None:
         estimator = crossing.installed.estimator
-        record = synthesize(crossing, self.context_for(crossing), self.settings)
+        context = self.context_for(crossing)
+        record = synthesize(crossing, context, self.settings)
         if record.gradient is not None:
             crossing.synthetic = tuple(g.detach() for g in record.gradient)
+        if crossing.predicted:
+            synthesize_below(crossing, context)
         if crossing.installed.parameters or crossing.waits:
             crossing.record = record
             crossing.awaited = set(estimator.needs)
@@ -222,6 +224,7 @@ class Step:
             current = due.pop()
             self._differentiate(current)
             for parent in current.stage.parents:
+                parent.age += current.age if parent.waits else 0
                 self._deliver(parent)
                 if parent.due:
                     due.append(parent)
@@ -303,7 +306,7 @@ class Step:
         if self.settings.report:
             return
         if crossing.closed:
-            crossing.synthetic = None
+            crossing.synthetic = crossing.below = None
             if crossing.delivered:
                 crossing.arrived = None
                 if crossing.learned or crossing.record is None:
@@ -381,13 +384,15 @@ class Step:
         Returns:
             What to learn from again.
         """
-        gradients = [pair for cut in counted for pair in (*cut.param_grads, *cut.estimator_grads)]
+        made = [(*c.param_grads, *c.estimator_grads, *c.input_grads) for c in counted]
+        gradients = [pair for each in made for pair in each]
         if self.settings.exchange is None:
             accumulate(gradients)
         else:
             self.settings.exchange.merge(gradients, named)
         for crossing in counted:  # who asks for a second backward pass is told so, but keeps nothing alive
-            crossing.param_grads, crossing.estimator_grads, crossing.stage = [], [], Stage([], [])
+            crossing.param_grads, crossing.estimator_grads, crossing.input_grads = [], [], []
+            crossing.stage = Stage([], [])
         return [crossing.lesson for crossing in counted if crossing.lesson is not None]
 
     def _counted(self, top: Sequence[Cut]) -> list[Cut]:

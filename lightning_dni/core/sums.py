@@ -47,6 +47,8 @@ class BoundarySums:
                 self._add("bootstrap", _vector(difference_sums(target, true)))
         if report.loss is not None:
             self.update_loss(report.loss, len(synthetic), target if report.regresses else None)
+        if report.input_error is not None:
+            self._add("input", report.input_error)
         _add_by_name(self._applied, report.applied_weights)
         _add_by_name(self._true, report.true_weights)
 

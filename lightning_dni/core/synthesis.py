@@ -35,6 +35,21 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     return Record(h, context, gradient, state)
 
 
+def synthesize_below(cut: Cut, context: Tensor | None) -> None:
+    """Have the estimator say, too, what the stage below is given at its own output.
+
+    Raises:
+        EstimatorError: The gradient has the wrong shape.
+    """
+    h = tuple(h.detach().to(torch.promote_types(h.dtype, torch.float32)) for h in cut.outputs)
+    with estimating(cut.installed, h[0], grad=False):
+        below, _ = cut.installed.estimator.synthesize(h, context, None)
+    if below is not None:
+        check_shapes(below, h, cut.who)
+        cut.below = tuple(g.detach() for g in below)
+        cut.said = observed(below) if cut.said is None else cut.said + observed(below)
+
+
 def correct(cut: Cut, record: Record, feedback: Feedback) -> None:
     """Let an estimator that was told first say something else.
 

@@ -8,6 +8,7 @@ says that a sequence goes on: a row does where the state comes in as it went out
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_dni.core.carry import (
     keep_rows,
     resolve_truncations,
     returned_state,
+    state_argument,
     with_state,
 )
 from lightning_dni.core.chunk import (
@@ -41,6 +43,7 @@ from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import Installed, Record, Signal, who
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.synthesis import check_shapes, check_zero, estimating, observed
+from lightning_dni.core.tap import Taps
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Install = Callable[[str, Sequence[Tensor]], Installed]
@@ -77,12 +80,13 @@ class RecurrentCuts:
         self._numbers = count()
         self.reset()
 
-    def attach(self, attach_states: Callable[[str, nn.Module], None]) -> None:
-        """Have every recurrent module hooked by `attach_states`."""
+    def attach(self, taps: Taps, runs_forward: Callable[[], bool]) -> None:
+        """Hook every recurrent module; the hooks are dead but where `runs_forward`."""
         modules = named_submodules(self._model) if self._dims else {}
         self._modules = {name: modules[name] for name in self._dims}
         for name, module in self._modules.items():
-            attach_states(name, module)
+            enter, leave = partial(self._enter, runs_forward, name), partial(self._leave, runs_forward, name)
+            taps.attach_states(module, state_argument(module), enter, leave)
 
     def begin_step(self) -> None:
         """Forget a step that has not ended, and the reports of the last one."""
@@ -104,6 +108,12 @@ class RecurrentCuts:
         return tuple(self._dims)
 
     # ---- on the way up
+
+    def _enter(self, runs_forward: Callable[[], bool], name: str, state: Any) -> Any:
+        return self.enter(name, state) if runs_forward() else state
+
+    def _leave(self, runs_forward: Callable[[], bool], name: str, output: Any) -> Any:
+        return self.leave(name, output) if runs_forward() else None
 
     def enter(self, name: str, state: Any) -> Any:
         """What the module `name` shall read instead of `state`, so that no gradient gets past a chunk."""

@@ -5,6 +5,7 @@ from lightning_dni.estimators.cascade import CriticCascade
 from lightning_dni.estimators.control_variate import ControlVariateEstimator
 from lightning_dni.estimators.conv import ConvEstimator
 from lightning_dni.estimators.critic import CriticEstimator
+from lightning_dni.estimators.delayed import DelayedGradientEstimator
 from lightning_dni.estimators.direct_feedback_alignment import DirectFeedbackAlignmentEstimator
 from lightning_dni.estimators.feedback_alignment import FeedbackAlignmentEstimator
 from lightning_dni.estimators.kickback import KickbackEstimator
@@ -23,6 +24,7 @@ __all__ = [
     "ConvEstimator",
     "CriticCascade",
     "CriticEstimator",
+    "DelayedGradientEstimator",
     "DirectFeedbackAlignmentEstimator",
     "FeedbackAlignmentEstimator",
     "KickbackEstimator",

@@ -27,8 +27,8 @@ PROP = "prop_alpha"
 def catalog() -> list[tuple[str, ...]]:
     """The rows under `HEADINGS`: what predicts the gradient first, then what waits longest first.
 
-    A stage runs after the one below under any of them, so all have the forward lock; only inputs that are
-    synthetic, too, would lift it.
+    A stage runs after the one below under any of them, so all have the forward lock; only synthetic inputs
+    lift it, whatever the gradients are.
     """
     kinds = [getattr(estimators, name) for name in estimators.__all__]
     listed: list[tuple[type[GradientEstimator], dict[str, Any]]] = [(kind, {}) for kind in kinds]

@@ -9,8 +9,8 @@ from enum import Enum
 from time import perf_counter
 from typing import NamedTuple
 
+from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.report import Utilization
-from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.pipeline.message import Inlet, Links, Message, Outlet
 
 

@@ -13,7 +13,7 @@ what `DNIEngine` does in one process. Where `bp_lambda` > 0, step 2 waits for th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import ONE_PROCESS, rows_of
+from lightning_dni.core.estimator import rows_of
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
@@ -32,6 +32,7 @@ from lightning_dni.core.tap import Taps
 from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
+    Received,
     ask,
     differentiate,
     differentiate_truly,
@@ -41,10 +42,12 @@ from lightning_dni.pipeline.crossing import (
     say_again,
 )
 from lightning_dni.pipeline.inbox import Inbox
-from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.late import Late, delays_in_common, refuse_in_late_stage
+from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.refusals import refuse_what_is_told
 from lightning_dni.pipeline.restoring import goes_on, restrict
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
@@ -63,16 +66,29 @@ class StageEngine(StagedEngine):
         self._inbox = Inbox(self._links, 0, 0)
         self._step: StepSettings | None = None
         self._crossing: Pending | None = None
+        self._late: Late | None = None
         self._seen: Tensor | None = None
         self._loss: Tensor | None = None
-        self._number, self._updates = 0, -1
+        self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
+
+    def join(self, stage: int, links: Links, staleness: int, device: torch.device | None = None) -> None:
+        """Become stage `stage` of a pipeline; see `StagedEngine.join`.
+
+        Raises:
+            EstimatorError: `staleness` is not an integer of at least 0, or gradients are delayed otherwise.
+        """
+        super().join(stage, links, staleness, device)
+        self._delays = delays_in_common(self._pool.factories, staleness)
 
     def _take_part(self, plan: StagePlan) -> None:
         self._elements_per_row = self._elements_per_row or plan.elements_per_row
         kept = [crossing for crossing in self._inbox.pending if crossing.is_complete]
-        self._inbox = Inbox(self._links, self._staleness, len(plan.boundaries) - self.stage)
+        above = len(plan.boundaries) - self.stage
+        self._inbox = Inbox(self._links, self._staleness, above)
         self._inbox.restore(kept)  # of a fit before this one
+        late = self._delays and above > 0
+        self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
         if self._saved is not None:
             self._take_over(self._saved)
 
@@ -121,7 +137,10 @@ class StageEngine(StagedEngine):
     def run(self, step: Callable[[], T]) -> T | None:
         """Run the user's training step as this stage; None where it is not the last one."""
         own = partial(self._draw_own, self._number)
-        with self.profile("pipeline.forward"):
+        own_weights = (p for p in self._model.parameters() if id(p) in self._own)
+        late, buffers = self._late, self._model.buffers()
+        stashing = nullcontext() if late is None else late.stashing(own_weights, buffers)
+        with self.profile("pipeline.forward"), stashing:
             return self._placed().run(step, Kind.TRAIN, self._number, self._on_output, own)
 
     def _see_output(self, output: Any) -> None:
@@ -154,38 +173,34 @@ class StageEngine(StagedEngine):
         ask(cut, context, self._step, keeps_graph=self._staleness == 0)
         self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
         if not cut.waits:
-            self._differentiate(cut)
+            self._differentiate(cut, received, self._number)
 
     def _refuse_what_is_told(self, cut: Cut) -> None:
-        alone = sorted(s.value for s in cut.installed.estimator.needs & ONE_PROCESS)
-        if alone:
-            raise EstimatorError(
-                "Expected estimators that stages in processes of their own can tell all they ask for, but "
-                f"got {cut.who}, which needs {alone}. Train in one process: strategy='dni' or 'dni_ddp'."
-            )
-        if cut.waits and self._staleness:
-            told = cut.installed.estimator.locks
-            what = f"{cut.who}, which is told first," if told else f"bp_lambda={cut.bp_lambda}"
-            raise EstimatorError(
-                f"Expected a stage that does not wait, with staleness={self._staleness}, but got {what} at "
-                f"boundary {cut.boundary!r}. Pass staleness=0, or schedule='1f1b' for exact gradients."
-            )
+        assert self._step is not None
+        refuse_what_is_told(cut, self._staleness)
+        if cut.installed.estimator.delay:
+            beside = {
+                "accumulated batches": self._step.accumulate > 1,
+                "several copies": self._exchange is not None,
+                "a probe": self._step.probe,
+            }
+            refuse_in_late_stage(cut.who, self._delays, beside)
 
-    def _differentiate(self, cut: Cut) -> None:
-        received = self._placed().received
+    def _differentiate(self, cut: Cut, received: Received, step: int) -> None:
         with self.profile("dni.local_backward"):
             assert self._step is not None
             differentiate(cut, received, keep_graph=self._step.probe)
-        self._send_back(gradients_at(received))
+        self._send_back(gradients_at(received), step)
         if self._step.exchange is not None:
             self._step.exchange.offer(cut.param_grads)
 
-    def _send_back(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Tell the stage below what its output was worth."""
+    def _send_back(self, gradients: tuple[Tensor | None, ...], step: int | None = None) -> None:
+        """Tell the stage below what its output was worth, in this step or an earlier one."""
         if gradients:
             assert self._links.gradient_out is not None
             facts = (float(self._elements_per_row or 0),)
-            self._links.gradient_out.send(Message(self._number, Kind.TRAIN, gradients, facts=facts))
+            number = self._number if step is None else step
+            self._links.gradient_out.send(Message(number, Kind.TRAIN, gradients, facts=facts))
 
     # ---- backward, as a strategy calls it around its own
 
@@ -211,13 +226,17 @@ class StageEngine(StagedEngine):
             self._look()
             self._merge([])
             return
+        if self._late is not None and crossing is not None:
+            self._inbox.add(self._number, self._updates, None)
+            self._merge(self._go_back(self._late, crossing))
+            return
         self._inbox.add(self._number, self._updates, crossing)
         made: list[tuple[Tensor, Tensor]] = []
         if crossing is not None:
             if crossing.cut.waits:
                 self._inbox.take_gradient(crossing)
                 say_again(crossing)
-                self._differentiate(crossing.cut)
+                self._differentiate(crossing.cut, self._placed().received, crossing.step)
             if self._step is not None and self._step.probe:
                 self._probe(crossing)
             self._examine(crossing.cut)
@@ -225,6 +244,17 @@ class StageEngine(StagedEngine):
         else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
             self._send_back(gradients_at(self._placed().received))
         self._merge(made)
+
+    def _go_back(self, late: Late, crossing: Pending) -> list[tuple[Tensor, Tensor]]:
+        """Have `crossing` wait, and differentiate what has waited long enough."""
+        late.add(crossing, self._placed().received)
+        made: list[tuple[Tensor, Tensor]] = []
+        for due, received, weights in late.due(self._updates):
+            with weights.restored():
+                self._differentiate(due.cut, received, due.step)
+            self._examine(due.cut)
+            made, due.cut.param_grads = made + due.cut.param_grads, []
+        return made
 
     def _merge(self, made: list[tuple[Tensor, Tensor]]) -> None:
         """Add what was set aside to `.grad`, averaged over the copies of this stage where there are any."""
@@ -290,6 +320,8 @@ class StageEngine(StagedEngine):
             return
         with self.clock.doing(Activity.ESTIMATOR):
             due = self._inbox.collect(self._updates)
+            if self._late is not None:
+                due += self._late.gone()
             if not due:
                 return
             for crossing in due:
@@ -327,6 +359,8 @@ class StageEngine(StagedEngine):
     def drain(self) -> None:
         """Receive what is under way, without learning from it: it can then be saved."""
         self._inbox.drain()
+        if self._late is not None:
+            self._late.drain(self._updates)
 
     @property
     def waits_for_part(self) -> bool:
@@ -342,6 +376,7 @@ class StageEngine(StagedEngine):
             "staleness": self._staleness,
             "updates": self._updates,
             "pending": {} if self._boundary is None else {self._boundary: save(self._inbox.pending)},
+            "late": {} if self._late is None else {str(self._boundary): len(self._late)},
         }
         return state
 

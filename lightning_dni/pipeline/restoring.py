@@ -66,13 +66,16 @@ def norm_of(
     return norms[str(stage)] if same else None
 
 
-def left_out(state: Mapping[str, Any], boundaries: Sequence[str], staleness: int | None) -> list[str]:
+def left_out(
+    state: Mapping[str, Any], boundaries: Sequence[str], staleness: int | None, inputs: bool = False
+) -> list[str]:
     """What of `state` is not gone on with, one clause each.
 
     Args:
         state: As it was saved, by a pipeline or in one process.
         boundaries: Those that there are now.
         staleness: The lag that there is now; None in one process.
+        inputs: Whether there are synthetic inputs now.
     """
     gone = [name for name in state["estimators"] if name not in boundaries]
     new = [name for name in boundaries if name not in state["boundaries"]]
@@ -83,7 +86,19 @@ def left_out(state: Mapping[str, Any], boundaries: Sequence[str], staleness: int
         clauses.append(f"the gradient estimators at {new} start afresh: they were no boundaries")
     if "optimizers" in state and _optimizers(state, boundaries) is None:
         clauses.append("the estimators' optimizers start afresh: they were one for all boundaries")
+    if inputs != ("inputs" in state):
+        what = "start afresh: there were none" if inputs else "are dropped: there are none any more"
+        clauses.append(f"the input estimators {what}")
+    late = sorted({delayed["boundary"] for delayed in state.get("delayed", [])})
+    if late and staleness is not None:
+        clauses.append(f"delayed gradients under way at {late} are dropped: they are of one process")
     moved = state.get("pipeline", {"pending": {}})
+    graphs = {name: number for name, number in moved.get("late", {}).items() if number}
+    if graphs:
+        where = ", ".join(f"{number} at {name!r}" for name, number in graphs.items())
+        clauses.append(
+            f"delayed gradients under way ({where}) are dropped: they need graphs, which nobody saves"
+        )
     waiting = {name: len(saved) for name, saved in moved["pending"].items() if saved}
     if waiting and not goes_on(state, boundaries, staleness):
         where = ", ".join(f"{number} at {name!r}" for name, number in waiting.items())

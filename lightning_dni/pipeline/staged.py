@@ -9,9 +9,9 @@ import torch
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.instrument import Instrument
+from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import StepReport
-from lightning_dni.core.step import Profile, no_profile
 from lightning_dni.errors import EstimatorError, StageError
 from lightning_dni.pipeline.clock import StageClock
 from lightning_dni.pipeline.message import Kind, Links, Message
@@ -50,6 +50,11 @@ class StagedEngine(Engine):
             raise EstimatorError(
                 "Expected no `update` and no `update_probability` in a pipeline, but got one: every stage "
                 "runs and updates by itself, in every batch. Leave them out."
+            )
+        if self._inputs is not None:
+            raise EstimatorError(
+                "Expected no `synthetic_inputs` in a pipeline, but got some: a stage goes on from what the "
+                "one below has sent. Leave them out, or train in one process: strategy='dni'."
             )
         if self._truncations:
             raise EstimatorError(

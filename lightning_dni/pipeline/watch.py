@@ -1,7 +1,6 @@
 """A thread beside the one that trains: it knows when another stage has failed, died or frozen.
 
-It takes nothing for dead that is only slow. A call that holds the interpreter's lock stops heartbeats too,
-so on the same machine the operating system is asked; only far processes are judged by their silence.
+Whom it takes for dead is decided in `judge.py`; here the others are told, and this process is ended in time.
 """
 
 import atexit
@@ -10,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import reduce
@@ -18,19 +17,19 @@ from operator import or_
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from threading import enumerate as enumerate_threads
-from typing import Any, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lightning_dni.errors import StageError
+from lightning_dni.pipeline.beacon import Address, Beacon, Lookout
 from lightning_dni.pipeline.board import PERIOD, Board, Fault, Store, prepare
+from lightning_dni.pipeline.judge import Judge, Limits, peers_of
 from lightning_dni.pipeline.process import Condition, Process, this_process
 
 T = TypeVar("T")
-
-FEW = 32
-"""So many processes all watch each other; more watch their neighbours only."""
 
 LONGEST = 40
 """Lines of a traceback that are told."""
@@ -40,24 +39,6 @@ CALL = "dni call"
 
 TICK = 0.1
 REMEDY = "Every stage stops; see the log of that one, and start again from the last checkpoint."
-
-
-class Limits(NamedTuple):
-    """Seconds after which something is done.
-
-    Attributes:
-        silence: Without a heartbeat, until a stopped process on this machine is ended.
-        far_silence: Without a heartbeat, until a process on another machine is taken for dead.
-        patience: Between a lost connection and naming it as the cause.
-        grace: Between an error elsewhere and ending this process, where the training thread stays away.
-        farewell: The same where the training thread knows of the error.
-    """
-
-    silence: float = 5.0
-    far_silence: float = 60.0
-    patience: float = 2.0
-    grace: float = 3.0
-    farewell: float = 60.0
 
 
 def open_watch(name: str, limits: Limits = Limits()) -> "Watch":  # noqa: B008
@@ -88,7 +69,20 @@ def open_watch(name: str, limits: Limits = Limits()) -> "Watch":  # noqa: B008
     if store is None:
         _, host, port = said[0]
         store = _store(host, port, timeout)
-    return Watch(store, rank, [Process(*process) for process, _, _ in said], limits)
+    processes = [Process(*process) for process, _, _ in said]
+    beacon, beacons = _beacons(rank, processes, host)
+    return Watch(store, rank, processes, limits, beacon, beacons)
+
+
+def _beacons(rank: int, processes: Sequence[Process], host: str) -> tuple[Beacon | None, dict[int, Address]]:
+    """This process's beacon, where there are several machines, and those that it looks out for."""
+    if len({process.machine for process in processes}) == 1:
+        return None, {}
+    beacon = Beacon(host)
+    said: list[Any] = [None] * len(processes)
+    dist.all_gather_object(said, tuple(beacon.address))
+    far = (p.rank for p in processes if rank == 0 and p.machine != processes[0].machine)
+    return beacon, {rank: Address(*said[rank]) for rank in far}
 
 
 def _store(host: str, port: int, timeout: timedelta, is_master: bool = False) -> Any:
@@ -105,24 +99,31 @@ class Watch:
         rank: Of this process.
         processes: All of them, by rank.
         limits: Seconds after which something is done.
+        beacon: Answers for this process.
+        beacons: Those of processes on other machines, by rank.
 
     Attributes:
         where: What the training thread is doing, as "step 15".
     """
 
-    def __init__(self, store: Store, rank: int, processes: Sequence[Process], limits: Limits) -> None:
-        self._rank, self._processes, self._limits = rank, list(processes), limits
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        processes: Sequence[Process],
+        limits: Limits,
+        beacon: Beacon | None = None,
+        beacons: Mapping[int, Address] = MappingProxyType({}),
+    ) -> None:
+        self._rank, self._limits, self._beacon, self._lookout = rank, limits, beacon, Lookout(beacons)
         self._pid = os.getpid()
-        self._peers = _peers_of(rank, len(processes))
-        self._board = Board(store, rank, self._peers)
+        peers = peers_of(rank, len(processes))
+        self._board = Board(store, rank, peers)
+        self._judge = Judge(rank, peers, processes, limits, self._board, self._lookout)
         self._fault: Fault | None = None
         self._known_since = self._told_since = 0.0
         self._told = False
         self._closing = Event()
-        self._silent = dict.fromkeys(self._peers, 0.0)
-        self._heard = dict.fromkeys(self._peers, 0)
-        self._stale, self._passes = 0.0, 0
-        self._gone_at: dict[int, int] = {}
         self._thread = Thread(target=self._run, name="dni watch", daemon=True)
         self._thread.start()
         atexit.register(self._at_exit)
@@ -140,8 +141,8 @@ class Watch:
 
     def rename(self, names: Sequence[str]) -> None:
         """Say what each process does, by rank, where that was not known at first."""
-        pairs = zip(self._processes, names, strict=True)
-        self._processes = [process._replace(name=name) for process, name in pairs]
+        pairs = zip(self._judge.processes, names, strict=True)
+        self._judge.processes = [process._replace(name=name) for process, name in pairs]
 
     def ask(self, asked: int) -> None:
         """Tell all processes, with the next heartbeats, that this one asks for something."""
@@ -173,7 +174,7 @@ class Watch:
         known = self._fault is not None
         if not known:
             said = f"{type(exception).__name__}: {str(exception).strip()}".rstrip(".: ")
-            me = self._processes[self._rank]
+            me = self._judge.processes[self._rank]
             self._publish(
                 f"{me} failed in {self.where}: {said}. {REMEDY}\nThat stage says:\n{_trace(exception)}"
             )
@@ -184,7 +185,7 @@ class Watch:
         """The error to raise where a connection was lost: the cause, if it becomes known soon."""
         self._await_fault(self._limits.patience)
         if self._fault is None:
-            me = self._processes[self._rank]
+            me = self._judge.processes[self._rank]
             self._publish(f"{me} noticed in {self.where}: {str(symptom).strip()} {REMEDY}")
         return self._error()
 
@@ -221,6 +222,7 @@ class Watch:
         if self._closing.is_set() or os.getpid() != self._pid:
             return
         self._closing.set()
+        self._lookout.close()
         atexit.unregister(self._at_exit)
         self._thread.join(seconds)
         self._board.mine.left = True
@@ -228,6 +230,8 @@ class Watch:
         if self._rank == 0:
             self._await_others(seconds)
         self._board.stop(1.0)
+        if self._beacon is not None:
+            self._beacon.put_out()
 
     def _at_exit(self) -> None:
         """Nobody has closed it: the script was left by an exception, or forgot to."""
@@ -248,7 +252,7 @@ class Watch:
         beat = self._board.beats[rank]
         # the exchange in which this count was read may have been over before; two more cannot
         has_read = beat.count > count + 2
-        running = self._processes[rank].condition() in (Condition.RUNNING, Condition.UNKNOWN)
+        running = self._judge.processes[rank].condition() in (Condition.RUNNING, Condition.UNKNOWN)
         return running and not (beat.left or has_read or self._board.lost)
 
     # ---- errors
@@ -297,62 +301,11 @@ class Watch:
         if self._board.fault is not None:
             self._learn(self._board.fault)
             return
-        self._look_at_store(seconds)
-        for rank in self._peers:
-            if self._fault is None and not self._board.beats[rank].left:
-                self._look_at(rank, seconds)
-
-    def _look_at_store(self, seconds: float) -> None:
-        if self._passes != self._board.passes:
-            self._passes, self._stale = self._board.passes, 0.0
-            return
-        self._stale += seconds
-        keeper = self._processes[0]
-        if self._rank == 0 or self._board.beats[0].left:
-            return
-        if self._board.lost is not None or self._stale > self._limits.silence:
-            self._judge(keeper, self._stale, lost=self._board.lost is not None)
-
-    def _look_at(self, rank: int, seconds: float) -> None:
-        count = self._board.beats[rank].count
-        if count != self._heard[rank]:
-            self._silent[rank] = 0.0
-        elif not self._stale:  # else nobody can be heard
-            self._silent[rank] += seconds
-        self._heard[rank] = count
-        if self._passes_since_gone(rank) or self._silent[rank] > self._limits.silence:
-            self._judge(self._processes[rank], self._silent[rank])
-
-    def _passes_since_gone(self, rank: int) -> int:
-        """How often the board was read since a process was seen to be gone: its last word comes first."""
-        if self._processes[rank].condition() is not Condition.GONE:
-            return 0
-        first = self._gone_at.setdefault(rank, self._board.passes)
-        self._board.refresh()
-        return self._board.passes - first
-
-    def _judge(self, process: Process, silent: float, lost: bool = False) -> None:
-        """Say that a process is dead, if it is."""
-        condition = process.condition()
-        found = f"its process {process.pid} {condition.value}"
-        if condition is Condition.GONE:
-            self._publish(f"{process} is gone: {found}, last heard of in {self._where(process)}. {REMEDY}")
-        elif condition is Condition.STOPPED and silent > self._limits.silence:
-            self._publish(
-                f"{process} is frozen: {found} and sends no heartbeat for {silent:.0f} s, last heard of in "
-                f"{self._where(process)}; it was killed. {REMEDY}"
-            )
-            process.kill()
-        elif condition is Condition.UNKNOWN and silent > self._limits.far_silence:
-            self._publish(
-                f"{process} is dead or cannot be reached: no heartbeat for {silent:.0f} s, last heard of in "
-                f"{self._where(process)}. {REMEDY}"
-            )
-        elif lost and silent > self._limits.silence:
-            self._publish(f"{process} cannot be reached: {self._board.lost}. {REMEDY}")
-
-    def _where(self, process: Process) -> str:
-        return self._board.beats[process.rank].where
+        verdict = self._judge.look(seconds)
+        if verdict is not None:
+            self._publish(f"{verdict.text} {REMEDY}")
+            if verdict.frozen is not None:
+                verdict.frozen.kill()
 
     def _leave_in_time(self, now: float) -> None:
         """End a process whose training thread is stuck, as in a collective that never ends."""
@@ -365,14 +318,6 @@ class Watch:
             stuck = f"The training thread was stuck in {self.where}, so this process ends here."
             os.write(2, f"{self._fault.text}\n{stuck}\n".encode())
             os._exit(1)
-
-
-def _peers_of(rank: int, size: int) -> list[int]:
-    """Whom to watch; rank 0 keeps the store and has to know about all, and all about it."""
-    if rank == 0 or size <= FEW:
-        return [r for r in range(size) if r != rank]
-    around: Iterable[int] = (0, rank - 2, rank - 1, rank + 1, rank + 2)
-    return sorted({r % size for r in around} - {rank})
 
 
 def _call(function: Callable[[], Any], device: int | None, outcome: SimpleQueue[tuple[bool, Any]]) -> None:

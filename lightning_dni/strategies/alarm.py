@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_dni.pipeline.watch import Limits, Watch, open_watch
+from lightning_dni.pipeline.judge import Limits
+from lightning_dni.pipeline.watch import Watch, open_watch
 from lightning_dni.strategies._compat import MisconfigurationException, mute_saving, rank_zero_warn
 from lightning_dni.strategies.agreement import callbacks_of
 from lightning_dni.strategies.placement import Place

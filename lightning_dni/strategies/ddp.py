@@ -15,9 +15,10 @@ from typing_extensions import override
 from lightning_dni.core.base import Engine, UpdateTime
 from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.carry import Truncations
-from lightning_dni.core.context import Labels
+from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.inputs import InputFactory
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
@@ -54,6 +55,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         update: As in `DNIStrategy`; with several processes "step" only.
         loss_denominator: As in `DNIStrategy`.
         rng: As in `DNIStrategy`; streams of "stage" differ between processes.
+        synthetic_inputs: As in `DNIStrategy`; with one process only.
+        network_input: As in `DNIStrategy`.
+        input_optimizer: As in `DNIStrategy`.
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
         truncations: As in `DNIStrategy`, in one process only.
         damping: As in `DNIStrategy`.
@@ -89,6 +93,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
+        synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
+        network_input: Where = "auto",
+        input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
         sequence_end: SequenceEnd = "zero",
@@ -118,6 +125,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,
+            "synthetic_inputs": synthetic_inputs,
+            "network_input": network_input,
+            "input_optimizer": input_optimizer,
             "truncations": truncations,
             "damping": damping,
             "sequence_end": sequence_end,

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
-from lightning_dni.core.step import no_profile
+from lightning_dni.core.profile import no_profile
 from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
@@ -117,7 +117,7 @@ class DecoupledTraining(Strategy):
 
     def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
         """Say what a fit from `state` does not go on with."""
-        clauses = left_out(state, self.engine.boundaries, staleness)
+        clauses = left_out(state, self.engine.boundaries, staleness, self.engine.predicts_inputs)
         if clauses:
             rank_zero_warn(f"Not all that the checkpoint holds is gone on with: {'; '.join(clauses)}.")
 
@@ -282,6 +282,8 @@ class DecoupledTraining(Strategy):
             if state is not None:
                 if "optimizer_states" not in checkpoint:  # save_weights_only
                     del state["optimizers"], state["schedules"]
+                    state.pop("delayed", None)
+                    state.get("inputs", {}).pop("optimizers", None)
                 checkpoint[CHECKPOINT_KEY] = state
         self._write(checkpoint, filepath, storage_options)
 

@@ -129,6 +129,6 @@ def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole["skipped"] = {n: max(state["skipped"][n] for state in states) for n in whole["skipped"]}
     under_way = [state["pipeline"] for state in upwards]
     whole["pipeline"] = dict(under_way[0])
-    for key in whole["pipeline"].keys() & {"pending", "norms"}:
+    for key in whole["pipeline"].keys() & {"pending", "late", "norms"}:
         whole["pipeline"][key] = {name: value for each in under_way for name, value in each[key].items()}
     return whole

@@ -11,9 +11,10 @@ from lightning_dni.core.base import Engine, UpdateTime
 from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import choose_by_pattern
 from lightning_dni.core.carry import Truncations
-from lightning_dni.core.context import Labels
+from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.inputs import InputFactory
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory, made_by
 from lightning_dni.core.target import Denominator
@@ -46,6 +47,9 @@ class DNIOptions:
     loss_denominator: Denominator = "batch"
     rng: Literal["global", "stage"] = "global"
     on_nonfinite: OnNonfinite = "raise"
+    synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None
+    network_input: Where = "auto"
+    input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None
     truncations: Truncations | None = None
     damping: float | Mapping[str, float] = 1.0
     sequence_end: SequenceEnd = "zero"

@@ -58,8 +58,8 @@ class DNIPipelineStrategy(StagedTraining):
             on each, also where it logs: a row has the last one's value, an epoch's mean counts rows. What it
             returns beside the loss comes in lists. Hooks around backward run once per batch.
         silence: Seconds without a sign of life after which a stage that is stopped counts as frozen, and is
-            ended; a slow one is left alone. On another machine, where nobody sees whether it is stopped or
-            slow, 12 times as many.
+            ended, or one on another machine that does not answer as dead or out of reach; a slow one is
+            left alone. Where other machines cannot be called at all (a firewall), 12 times as many.
         stages: Number of stages with boundaries="auto"; None: that of the processes. A divisor of it makes
             copies of the pipeline.
         save_sharded: Whether a checkpoint is a folder into which every stage writes its own tensors, in a

@@ -10,8 +10,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_dni.core.base import UpdateTime
 from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.carry import Truncations
-from lightning_dni.core.context import Labels
+from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.health import OnNonfinite
+from lightning_dni.core.inputs import InputFactory
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
 from lightning_dni.core.pool import EstimatorFactory
 from lightning_dni.core.target import Denominator
@@ -47,6 +48,12 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             callable of batch and h. Where manual optimization accumulates `loss / n`, estimators that do not
             see the network's gradient (LocalLossEstimator) need n times the rows: a callable says so.
         rng: "global" draws the module's random numbers as ever; "stage" gives every stage its own stream.
+        synthetic_inputs: Called once per boundary with its spec, whose `input` is the network's: makes what
+            predicts, in training, the activation that the stage above goes on from, such as
+            MLPInputEstimator; or {pattern: factory, or None for the real activation}. Validation, test and
+            prediction always go on from the real one.
+        network_input: Where that input is in the batch: "auto", an index, a key, or a callable.
+        input_optimizer: Makes the optimizer of what predicts inputs; or {pattern: factory}. None: Adam, 1e-3.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
             it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
         truncations: In place of `boundaries`, names or patterns of recurrent submodules, called as
@@ -82,6 +89,9 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         loss_denominator: Denominator = "batch",
         rng: Literal["global", "stage"] = "global",
         on_nonfinite: OnNonfinite = "raise",
+        synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
+        network_input: Where = "auto",
+        input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         truncations: Truncations | None = None,
         damping: float | Mapping[str, float] = 1.0,
         sequence_end: SequenceEnd = "zero",
@@ -103,6 +113,9 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "loss_denominator": loss_denominator,
             "rng": rng,
             "on_nonfinite": on_nonfinite,
+            "synthetic_inputs": synthetic_inputs,
+            "network_input": network_input,
+            "input_optimizer": input_optimizer,
             "truncations": truncations,
             "damping": damping,
             "sequence_end": sequence_end,

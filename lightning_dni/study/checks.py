@@ -52,7 +52,7 @@ def check_name(key: str, name: Any) -> str:
     return str(name)
 
 
-def check_names(key: str, value: Any) -> tuple[str, ...]:
+def check_names(key: str, value: Any, of: str = "metrics") -> tuple[str, ...]:
     """A name or a list of names.
 
     Raises:
@@ -60,7 +60,7 @@ def check_names(key: str, value: Any) -> tuple[str, ...]:
     """
     names = [value] if isinstance(value, str) else list(value or [])
     if not all(isinstance(name, str) for name in names):
-        raise StudyError(f"Expected `{key}` to be a list of metrics' names, but got {value!r}.")
+        raise StudyError(f"Expected `{key}` to be a list of {of}' names, but got {value!r}.")
     return tuple(names)
 
 

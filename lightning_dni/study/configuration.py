@@ -40,7 +40,7 @@ class Picture:
     x: str
     y: tuple[str, ...]
     line: str | None = None
-    panel: str | None = None
+    panel: tuple[str, ...] = ()
     x_scale: str = "linear"
     y_scale: str = "linear"
     title: str | None = None
@@ -266,9 +266,11 @@ def _picture(node: Any, axes: Mapping[str, Any], table: Sequence[str]) -> Pictur
             "Add them."
         )
     y = check_names("picture.y", given.get("y") or list(table))
-    for key in ("x", "line", "panel"):
+    panel = check_names("picture.panel", given.get("panel"), "axes")
+    check_keys("picture.panel", panel, list(axes))
+    for key in ("x", "line"):
         if given.get(key) is not None:
             check_keys(f"picture.{key}", [given[key]], [*axes, *(["step"] if key == "x" else [])])
     for key in ("x_scale", "y_scale"):
         check_keys(f"picture.{key}", [given.get(key, "linear")], ["linear", "log"])
-    return Picture(**{**given, "y": y})
+    return Picture(**{**given, "y": y, "panel": panel})

@@ -1,8 +1,9 @@
 """The picture of a study: a metric over an axis or over steps, a line per value of another axis."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ STEP = "step"
 
 
 def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure:
-    """Rows are metrics, columns the values of the axis `panel`; bars and bands are standard deviations.
+    """Rows are metrics, columns the values of the axes in `panel`; bars and bands are standard deviations.
 
     Args:
         study: Has a picture.
@@ -27,21 +28,25 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
     picture = study.picture
     assert picture is not None
     cells = [each for each in by_cell(study, results) if each.finished]
-    panels = study.axes[picture.panel] if picture.panel else [None]
+    panels = [dict(zip(picture.panel, names, strict=True)) for names in _combinations(study, picture)]
     rows = len(picture.y)
     figure = Figure(figsize=(max(5.5 * len(panels), 7), 3.8 * rows), dpi=110, layout="constrained")
     grid = figure.subplots(rows, len(panels), squeeze=False, sharex=True, sharey="row")
     for row, metric in enumerate(picture.y):
         for column, panel in enumerate(panels):
-            shown = [each for each in cells if panel is None or each.cell[picture.panel or ""] == panel]
+            shown = [each for each in cells if panel.items() <= each.cell.items()]
             axes = grid[row][column]
             _draw_panel(axes, study, picture, metric, shown, out)
-            if panel is not None and row == 0:
-                axes.set_title(f"{picture.panel}: {panel}", fontsize=10)
+            if row == 0:
+                axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
             axes.label_outer()
     _add_legend(figure, picture)
     figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
     return figure
+
+
+def _combinations(study: Study, picture: Picture) -> Iterable[tuple[str, ...]]:
+    return itertools.product(*(study.axes[axis] for axis in picture.panel))
 
 
 def _draw_panel(
@@ -125,4 +130,6 @@ def _add_legend(figure: Figure, picture: Picture) -> None:
         handles, labels = axes.get_legend_handles_labels()
         found.update(dict(zip(labels, handles, strict=True)))
     if picture.line is not None and found and picture.line != picture.x:
-        figure.legend(found.values(), found.keys(), loc="outside right upper", title=picture.line, fontsize=9)
+        figure.legend(
+            found.values(), found.keys(), loc="outside lower center", ncols=6, title=picture.line, fontsize=9
+        )

@@ -69,9 +69,9 @@ def test_only_the_topmost_hears_of_the_network_above():
         model, batch = mlp(), blobs()
         engine = attached(model, ["0", "1"], cascade)
         run_step(engine, model, batch)
+        own = torch.Generator().manual_seed(3)
         for estimator in engine.estimators.values():
-            nn.init.constant_(estimator.head.stack.layers[0].weight, 0.3)
-            nn.init.normal_(estimator.head.stack.layers[0].bias, generator=torch.Generator().manual_seed(3))
+            nn.init.normal_(estimator.head.stack.layers[0].weight, generator=own)
             estimator.zero_grad()
         nn.init.normal_(model[2].weight, generator=torch.Generator().manual_seed(seed))
         run_step(engine, model, batch)

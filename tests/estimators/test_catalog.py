@@ -32,6 +32,7 @@ def test_every_estimator_is_in_it_once_with_its_option():
         ("LinearEstimator", "yes", "forward", "no"),
         ("LinearEstimator, prop_alpha=a", "yes", "forward, update, backward", "no"),
         ("BackpropEstimator", "no", "forward, update, backward", "no"),
+        ("DelayedGradientEstimator", "no", "forward", "no"),
         ("FeedbackAlignmentEstimator", "no", "forward, update, backward", "no"),
         ("DirectFeedbackAlignmentEstimator", "no", "forward, update", "yes"),
         ("KickbackEstimator", "no", "forward, update", "yes"),

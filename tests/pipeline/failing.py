@@ -17,8 +17,9 @@ import torch.distributed as dist
 from processes import free_port
 
 from lightning_dni.pipeline.connect import close, connect
+from lightning_dni.pipeline.judge import Limits
 from lightning_dni.pipeline.message import Kind, Links, Message
-from lightning_dni.pipeline.watch import Limits, open_watch
+from lightning_dni.pipeline.watch import open_watch
 
 STAGES = 4
 RANKS = [[stage] for stage in reversed(range(STAGES))]

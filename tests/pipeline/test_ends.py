@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from processes import free_port
+from versions import newer_torch
 
 HERE = Path(__file__).parent
 
 
+@newer_torch  # the older leaves a temporary folder, and a word about it
 @pytest.mark.slow
 def test_processes_end_as_they_should():
     codes = subprocess.run(

@@ -7,7 +7,7 @@ import pytest
 from pipeline import failing
 from pipeline.failing import STAGES, run
 
-from lightning_dni.pipeline.watch import Limits
+from lightning_dni.pipeline.judge import Limits
 
 
 def assert_all_stopped(outcome, victim, says, seconds):

@@ -14,6 +14,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from strategies.pipelined import in_turn, once, pipeline
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, state_of
 
+from lightning_dni.estimators import DelayedGradientEstimator
+
 STAGES = 3
 MODULE = {"dropout": 0.3, "batch_norm": True}
 KINDS = {
@@ -41,6 +43,7 @@ KINDS = {
         {},
     ),
 }
+DELAYED = {"staleness": 2, "estimator": partial(DelayedGradientEstimator, delay=2)}
 CRITIC = {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}
 
 
@@ -178,6 +181,17 @@ def write(rank, folder, name, options):
     run(annealed(), options, max_epochs=1, enable_checkpointing=True, callbacks=[keep_all(folder, name)])
 
 
+def save_while_gradients_are_delayed(rank, folder):
+    """Saving and validating disturb nothing; whether it was so."""
+    bare = state_of(run(annealed(), DELAYED))
+    keep = keep_all(folder, "delayed-")
+    whole = run(
+        annealed(), DELAYED, val=loader(16), val_check_interval=4, callbacks=[keep], enable_checkpointing=True
+    )
+    assert_same_state(state_of(whole), bare)
+    return len(bare)
+
+
 def resume_another(rank, folder, path, options, stages=STAGES, **of_module):
     """What is said when a checkpoint of somebody else's is resumed, where it begins, and how it ends."""
     start = Start()
@@ -218,6 +232,8 @@ def three():
         "from plain": partial(
             another, path="plain-step=5.ckpt", options={"staleness": 0, "bp_lambda": 1.0}, dropout=0.0
         ),
+        "delayed": partial(save_while_gradients_are_delayed, folder=folder()),
+        "delayed again": partial(another, path="delayed-step=5.ckpt", options=DELAYED),
         "another lag": partial(another, path="two-step=5.ckpt", options={**CRITIC, "staleness": 1}),
     }
     return in_turn(STAGES, scenes)

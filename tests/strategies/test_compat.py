@@ -15,6 +15,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from lightning_utilities.core import rank_zero
 from strategies import test_compat_stages
 from torchmetrics import MeanMetric
+from versions import newer_lightning
 
 import lightning_dni.strategies
 from lightning_dni.strategies import _compat
@@ -298,6 +299,7 @@ def test_the_loss_is_divided_by_the_number_of_accumulated_batches_also_in_a_shor
     assert arrived == pytest.approx([1 / 3] * 4)
 
 
+@newer_lightning
 def test_mute_saving_keeps_callbacks_from_saving_upon_an_exception(tmp_path):
     savers = [
         pl.callbacks.OnExceptionCheckpoint(tmp_path),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dni.core import GradientEstimator, Signal
 from lightning_dni.demos import GPT
+from lightning_dni.estimators import DelayedGradientEstimator
 from lightning_dni.pipeline.together import StagesTogether
 
 
@@ -148,6 +149,16 @@ WITH_LAG = {
         "local_loss 1": Case(four(), {"staleness": 1, "estimator": VECTOR_ESTIMATORS["local_loss"]}),
     },
 }
+DELAYED = {
+    3: {
+        f"{optimizer} {lag}": Case(
+            partial(net, dropout=0.3, batch_norm=True, optimizer=optimizer),
+            {"estimator": partial(DelayedGradientEstimator, delay=lag), "staleness": lag},
+        )
+        for optimizer, lag in (("sgd", 2), ("adam", 1))
+    },
+    4: {"sgd 1": Case(four(), {"estimator": DelayedGradientEstimator, "staleness": 1})},
+}
 
 
 @once
@@ -155,6 +166,7 @@ def pipelined(stages):
     """Every fit with that many stages, in one set of processes."""
     cases = {("no lag", name): case for name, case in WITHOUT_LAG[stages].items()}
     cases |= {("lag", name): case for name, case in WITH_LAG.get(stages, {}).items()}
+    cases |= {("delayed", name): case for name, case in DELAYED.get(stages, {}).items()}
     return fit_cases(stages, {**cases, ("no lag", "plain"): PLAIN[stages]})
 
 
@@ -198,6 +210,20 @@ def test_without_lag_a_pipeline_is_one_process(stages, name):
     else:
         assert all(n.startswith("net.2") for n in moved)
     assert moved
+
+
+@pytest.mark.parametrize(("stages", "name"), named(DELAYED))
+def test_with_delayed_gradients_a_pipeline_is_one_process(stages, name):
+    found, case = pipelined(stages)["delayed", name], DELAYED[stages][name]
+    losses, module, _ = case.in_one_process(stages)
+    assert found[0]["losses"] == losses
+    assert_all_ranks_end_with(found, weights(module))
+    before = weights(case.make())
+    assert all(different(before[n], p) for n, p in module.named_parameters())
+
+
+def different(one, other):
+    return not torch.equal(one, other)
 
 
 def test_what_was_skipped_is_counted():

@@ -189,6 +189,19 @@ def test_another_lag_drops_what_is_under_way_and_says_so():
     assert different(first["start"], saved("two")["state_dict"]) == []
 
 
+def test_delayed_gradients_under_way_are_dropped_and_that_is_said():
+    assert min(three()["delayed"]) > 50
+    first, *others = three()["delayed again"]
+    assert first["said"] == [
+        "Not all that the checkpoint holds is gone on with: delayed gradients under way (4 at 'net.0', 2 at "
+        "'net.1') are dropped: they need graphs, which nobody saves."
+    ]
+    assert not any(rank["said"] for rank in others)
+    for rank in (first, *others):
+        assert different(rank["start"], saved("delayed")["state_dict"]) == []
+        assert different(rank["weights"], first["weights"]) == []
+
+
 @pytest.mark.parametrize(
     ("name", "source", "clauses"),
     [

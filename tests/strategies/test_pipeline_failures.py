@@ -29,6 +29,7 @@ from strategies.failing_fits import (
     trainer_of,
 )
 from strategies.staged_fits import staged_trainer
+from versions import newer_lightning
 
 from lightning_dni import DNIPipelineStrategy, DNIStrategy
 
@@ -194,6 +195,7 @@ class Asks(pl.Callback):
         trainer.strategy.barrier()
 
 
+@newer_lightning
 @pytest.mark.parametrize("first", [True, False])
 def test_nobody_waits_for_stages_that_have_stopped(first):
     late = ModelCheckpoint("left", save_on_exception=True, save_on_train_epoch_end=True)

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.plugins.precision import MixedPrecision
 from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch import nn
+from versions import newer_lightning
 
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.core import Lock
@@ -120,7 +121,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[newer_lightning] if what == "a time" else []) for what in REFUSED]
+)
 def test_what_stages_cannot_do_is_refused_on_every_rank(what):
     trainer, kind, strategy, message = REFUSED[what]
 

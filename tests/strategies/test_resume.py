@@ -25,7 +25,8 @@ from strategies.loops import MLP, linear_dni
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, leaves, state_of
 from versions import safe_loading
 
-from lightning_dni.estimators import CriticEstimator, LocalLossEstimator
+from lightning_dni import MLPInputEstimator
+from lightning_dni.estimators import CriticEstimator, DelayedGradientEstimator, LocalLossEstimator
 
 
 def annealed(seed=0, **options):
@@ -54,6 +55,12 @@ KINDS = {
         "estimator_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5),
         "estimator_clip_norm": 0.1,
     },
+    "delayed": {"estimator": partial(DelayedGradientEstimator, delay=2)},
+    "synthetic inputs": {
+        "synthetic_inputs": partial(MLPInputEstimator, hidden_sizes=(8,)),
+        "update_probability": 0.5,
+        "input_optimizer": partial(torch.optim.Adam, lr=1e-2),
+    },
     "several": {
         "estimator_steps": 2,
         "estimator_optimizer": {"net.0": torch.optim.Adam, "*": torch.optim.SGD},
@@ -66,6 +73,8 @@ KINDS = {
     [
         *((kind, 1) for kind in KINDS),
         ("noisy", 3),
+        ("delayed", 3),
+        ("synthetic inputs", 3),
         ("several", 3),
         ("scheduled", 3),
         ("sparse and immediate", 3),

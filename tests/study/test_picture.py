@@ -59,6 +59,12 @@ def test_named_values_lie_side_by_side():
     assert [round(place) for place in found["0.5"][0]] == [0, 1]
 
 
+def test_several_axes_make_a_panel_per_combination():
+    figure = drawn("{x: step, y: loss, panel: [rate, kind]}")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f"rate: {rate}, kind: {kind}" for rate in ("0.5", "1.0") for kind in ("a", "b")]
+
+
 def test_curves_over_steps_in_panels():
     figure = drawn("{x: step, y: [loss, final], line: rate, panel: kind, y_scale: log, title: Curves}")
     assert [axes.get_title() for axes in figure.axes] == ["kind: a", "kind: b", "", ""]

@@ -1,0 +1,92 @@
+"""What the monitor prints when a fit has ended."""
+
+import pytest
+from callbacks.test_monitor import monitored
+from fits import BOUNDARIES, dni
+
+from lightning_dni.callbacks import GradientMonitor
+from lightning_dni.callbacks.engine import key_of
+from lightning_dni.callbacks.summary import advise
+from lightning_dni.estimators import LocalLossEstimator, ZeroEstimator
+
+GOOD = {
+    "dni_true_gradient_cosine": 0.8,
+    "dni_sg_error": 0.6,
+    "dni_norm_ratio": 0.9,
+    "dni_target_error": 0.6,
+    "dni_bootstrap_error": 0.0,
+}
+
+
+def printed(capsys):
+    """The cells of each boundary's row, and what is advised there."""
+    out = capsys.readouterr().out
+    assert "Synthetic gradients at the end of fit" in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    advice = dict(line.split(": ", 1) for line in out.splitlines() if line.startswith("net."))
+    return [(*row, advice.get(row[0], "")) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def test_the_figures_are_the_means_of_the_last_probes(capsys):
+    rows, _, _ = monitored(1, max_epochs=2)
+    table = printed(capsys)
+    assert [row[0] for row in table] == BOUNDARIES
+    last = sorted(rows)[-10:]
+    for name, kind, cosine, error, _, _, certain, _ in table:
+        assert kind == "Linear"
+        for key, shown in (("dni_true_gradient_cosine", cosine), ("dni_sg_error", error)):
+            values = [rows[step][key_of(key, name)] for step in last]
+            assert float(shown) == pytest.approx(sum(values) / 10, rel=5e-3)
+        errors = [rows[step][key_of("dni_weight_error", name)] for step in last]
+        assert certain == f"{sum(e < 1 for e in errors)} of 10"
+
+
+def test_zero_is_told_what_it_does_and_a_local_loss_is_not_blamed(capsys):
+    monitored(
+        2, strategy=dni(estimator={"net.0": ZeroEstimator, "net.1": lambda s: LocalLossEstimator(s, 3)})
+    )
+    (_, zero, *_, nothing), (_, local, *_, silent) = printed(capsys)
+    assert (zero, nothing) == ("Zero", "no gradient: nothing below learns")
+    assert (local, silent) == ("LocalLoss", "")
+
+
+def test_exact_gradients_need_no_advice(capsys):
+    monitored(2, strategy=dni(bp_lambda=1.0))
+    assert [row[-2:] for row in printed(capsys)] == [("5 of 5", "")] * 2
+
+
+def test_without_probes_the_target_is_all_there_is(capsys):
+    monitored(2, monitor=GradientMonitor(2, probe=False))
+    for _, _, cosine, error, ratio, target, certain, _ in printed(capsys):
+        assert [cosine, error, ratio, certain] == ["-"] * 4
+        assert float(target) > 0
+
+
+@pytest.mark.parametrize("options", [{"summary": False}, {"every_n_train_steps": 1000}], ids=str)
+def test_nothing_is_printed_where_nothing_is_asked_or_measured(capsys, options):
+    monitored(2, monitor=GradientMonitor(**{"every_n_train_steps": 2, **options}))
+    assert "end of fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("figures", "start"),
+    [
+        ({}, ""),
+        ({"dni_sg_error": 0.95, "dni_bootstrap_error": 0.95}, "its target is wrong itself"),
+        ({"dni_sg_error": 2.5, "dni_norm_ratio": 2.0}, "too large"),
+        ({"dni_sg_error": 0.95, "dni_norm_ratio": 0.1}, "too small"),
+        ({"dni_sg_error": 1.1, "dni_true_gradient_cosine": -0.1}, "another direction"),
+        ({"dni_sg_error": 0.95, "dni_true_gradient_cosine": 0.4}, "a larger estimator"),
+        ({"dni_sg_error": None, "dni_target_error": 1.2}, "worse than no gradient"),
+        ({"dni_sg_error": None, "dni_target_error": 0.7}, ""),
+    ],
+)
+def test_advice(figures, start):
+    said = advise({**GOOD, **figures})
+    assert said.startswith(start)
+    assert bool(said) == bool(start)
