@@ -59,7 +59,7 @@ def test_every_dtype_is_restored(dtype):
 
 
 def test_no_dtype_of_torch_is_forgotten():
-    """Left out are those of quantized tensors, experimental ones, and those of less than a byte per element."""
+    """Left out are those of quantized tensors, experimental ones, and those below a byte per element."""
     known = {d for d in vars(torch).values() if isinstance(d, torch.dtype)}
     left_out = {str(d).removeprefix("torch.") for d in known - set(DTYPES)}
     odd = (
