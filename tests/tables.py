@@ -26,6 +26,7 @@ from lightning_dni.estimators import (
     LowRankEstimator,
     MLPEstimator,
     ProbeEstimator,
+    RecurrentEstimator,
     SobolevEstimator,
     ZeroEstimator,
 )
@@ -148,6 +149,7 @@ local_loss = partial(LocalLossEstimator, num_classes=CLASSES)
 critic = partial(CriticEstimator, num_classes=CLASSES)
 backprop, fa, dfa = BackpropEstimator, FeedbackAlignmentEstimator, DirectFeedbackAlignmentEstimator
 kickback, delayed = KickbackEstimator, DelayedGradientEstimator
+recurrent = partial(RecurrentEstimator, hidden_size=6)
 sobolev = partial(SobolevEstimator, num_classes=CLASSES, derivative_weight=0.7)
 cascade = partial(CriticCascade, num_classes=CLASSES)
 low_rank, control_variate = partial(LowRankEstimator, rank=3), partial(ControlVariateEstimator, fraction=0.5)
@@ -250,6 +252,11 @@ ESTIMATORS = [
     Row("low_rank-padded-tokens", partial(low_rank, **PADDED), "sequence", "token labels"),
     Row("linear-padded-tokens", partial(linear, **PADDED), "sequence", "token labels"),
     Row("mlp-plain-padded-tokens", partial(plain_mlp, **PADDED), "sequence", "token labels"),
+    Row("recurrent", recurrent),
+    Row("recurrent-labels", partial(recurrent, **labels), context="labels"),
+    Row("recurrent-vectors", partial(recurrent, **vectors), context="vectors"),
+    Row("recurrent-leaves", recurrent, "leaves"),
+    Row("recurrent-tokens", partial(recurrent, **labels), "sequence", "token labels"),
     Row("control_variate-labels", partial(control_variate, **labels), context="labels", **CHOSEN),
     Row("control_variate-leaves", control_variate, "leaves", **CHOSEN),
     Row("control_variate-tokens", partial(control_variate, **labels), "sequence", "token labels", **CHOSEN),

@@ -89,8 +89,12 @@ def test_full_lambda_is_fabrics_own_training(precision):
     }
     without = {
         **{
-            f"            engine.{line}\n": ""
-            for line in ("prepare_backward(loss)", "finish_backward()", "update_estimators()")
+            f"            {line}\n": ""
+            for line in (
+                "loss = engine.prepare_backward(loss)",
+                "engine.finish_backward()",
+                "engine.update_estimators()",
+            )
         },
         "with engine:": "if True:",
         "with engine.training_step(batch):": "if True:",

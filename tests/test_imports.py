@@ -96,6 +96,7 @@ NAMES = {
         "LowRankEstimator",
         "MLPEstimator",
         "ProbeEstimator",
+        "RecurrentEstimator",
         "SobolevEstimator",
         "ZeroEstimator",
     ],

@@ -36,8 +36,8 @@ RESTRICTIONS = {
     ],
     "`synthetic_inputs`: a stage goes on": ["Expected no `synthetic_inputs` in a pipeline"],
     "a boundary name or pattern that names no submodule": [
-        "Expected `boundaries` to name submodules",
-        "Expected `boundaries` to name distinct modules",
+        "Expected `…` to name submodules",
+        "Expected `…` to name distinct modules",
     ],
     "a boundary that did not run": ["Expected every boundary to run"],
     "a path around a boundary": [
@@ -124,9 +124,31 @@ RESTRICTIONS = {
         "Expected update='step' with … processes",
         "Expected an optimizer that keeps its state by parameter",
     ],
+    "with `truncations`, several processes": [
+        "Expected no `truncations` in several processes",
+        "Expected no replicas with `truncations`",
+        "Expected no `…` with `truncations`",
+        "Expected `boundaries` or `truncations`, but got both",
+    ],
+    "a truncation that does not return (output, state)": [
+        "to return (output, state)",
+        "Expected a recurrent module that reads forward",
+        "whose batch dimension is known",
+        "to have the same number of rows in dimension",
+        "Expected every truncation to run",
+    ],
+    "at a truncation, an estimator": [
+        "Expected an estimator that learns from the target gradient alone",
+        "Expected a truncation for",
+    ],
+    "a state with the graph of an earlier step": [
+        "Expected the state that comes into truncation",
+        "Expected one backward pass through each chunk",
+    ],
     "`update` and `update_probability`": [
         "Expected no `update` and no `update_probability` in a pipeline",
         "Expected no `…` under strategy=…",
+        "Expected no `truncations` in a pipeline",
     ],
     "a number of processes that is no multiple of the stages": [
         "processes or a multiple of it",

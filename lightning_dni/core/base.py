@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
+from lightning_dni.core.carry import Truncations, refuse_beside_truncations, resolve_truncations
 from lightning_dni.core.context import Labels, Where, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
@@ -72,6 +74,9 @@ class Engine(ABC):
         synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
         network_input: Where = "auto",
         input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        truncations: Truncations | None = None,
+        damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
     ) -> None:
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
@@ -84,13 +89,17 @@ class Engine(ABC):
                 "for the others' gradients in the forward pass. Pass update='step'."
             )
         self._model = model
-        self._modules = resolve_boundaries(model, boundaries)
+        if truncations:
+            refuse_beside_truncations(boundaries, bp_lambda, update_probability, update, exchange)
+        self._modules = {} if truncations else resolve_boundaries(model, boundaries)
+        self._truncations, self._damping, self._sequence_end = truncations, damping, sequence_end
+        self._names = (*self._modules, *resolve_truncations(model, truncations))
         self._output_name = output
         resolve_output(model, output)
         self._labels = labels
         self._loss_denominator = loss_denominator
         self._rng = rng
-        self._health = Health(on_nonfinite, self._modules)
+        self._health = Health(on_nonfinite, self._names)
         self._exchange, self._replica = exchange, (rank,) if rank else ()
         self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
         self._update_probability = choose_probabilities(self._modules, update_probability)
@@ -99,7 +108,7 @@ class Engine(ABC):
         self._immediate: ImmediateUpdates | None = None
         self.updater: Updater | None = None
         self._pool = EstimatorPool(
-            tuple(self._modules),
+            self._names,
             estimator,
             estimator_optimizer or partial(torch.optim.Adam, lr=1e-3, fused=True),
             estimator_steps,
@@ -133,8 +142,8 @@ class Engine(ABC):
 
     @property
     def boundaries(self) -> tuple[str, ...]:
-        """Names of the boundaries, in the order in which the model registers them."""
-        return tuple(self._modules)
+        """Names of the boundaries (or truncations), in the order in which the model registers them."""
+        return self._names
 
     @property
     def estimators(self) -> dict[str, GradientEstimator]:
@@ -263,8 +272,8 @@ class Engine(ABC):
         return True
 
     @abstractmethod
-    def prepare_backward(self, loss: Tensor) -> None:
-        """First third of a backward pass, for whoever differentiates the loss."""
+    def prepare_backward(self, loss: Tensor) -> Tensor:
+        """First third of a backward pass, for whoever differentiates the loss that this returns."""
 
     @abstractmethod
     def finish_backward(self) -> None:

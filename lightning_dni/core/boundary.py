@@ -111,6 +111,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Find the submodules of `model` that are boundaries; see `resolve_submodules`."""
+    return resolve_submodules(model, patterns, "boundaries")
+
+
+def resolve_submodules(model: nn.Module, patterns: Sequence[str], argument: str) -> dict[str, nn.Module]:
     """Find the submodules of `model` that the names or fnmatch patterns in `patterns` mean.
 
     A wildcard stays on its level: `net.*` means the children of `net`, not what is inside them. Names
@@ -124,7 +129,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
     """
     if isinstance(patterns, str) or not patterns:
         raise BoundaryError(
-            f"Expected `boundaries` to be a non-empty list of submodule names, but got {patterns!r}. "
+            f"Expected `{argument}` to be a non-empty list of submodule names, but got {patterns!r}. "
             f"The children of {type(model).__name__} are {[n for n, _ in model.named_children()]}."
         )
     modules = named_submodules(model)
@@ -135,7 +140,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
         matches = [name for name in names if name == pattern]
         matches = matches or [name for name in names if matches_levels(name, pattern)]
         if not matches:
-            raise BoundaryError(_unknown(model, pattern, names))
+            raise BoundaryError(_unknown(model, pattern, names, argument))
         chosen.update(matches)
     found: dict[str, nn.Module] = {}
     for name in (name for name in names if name in chosen):
@@ -143,7 +148,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
         twin = next((other for other, m in found.items() if m is module), None)
         if twin is not None:
             raise BoundaryError(
-                f"Expected `boundaries` to name distinct modules, but {twin!r} and {name!r} are the "
+                f"Expected `{argument}` to name distinct modules, but {twin!r} and {name!r} are the "
                 "same module object. Name it once: every call of it is cut."
             )
         found[name] = module
@@ -176,11 +181,11 @@ def matches_levels(name: str, pattern: str) -> bool:
     return len(levels) == len(patterns) and all(map(fnmatchcase, levels, patterns))
 
 
-def _unknown(model: nn.Module, pattern: str, names: Sequence[str]) -> str:
+def _unknown(model: nn.Module, pattern: str, names: Sequence[str], argument: str) -> str:
     close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"Expected `boundaries` to name submodules of {type(model).__name__}, but got {pattern!r}."
+        f"Expected `{argument}` to name submodules of {type(model).__name__}, but got {pattern!r}."
         f"{hint} `print(model)` shows all names."
     )
 

@@ -1,6 +1,7 @@
 """The layers that read an activation: their vector-Jacobian product may be the estimator's instead."""
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -213,3 +214,13 @@ class Consumers:
 def asks_for_consumer(cut: Cut) -> bool:
     """Whether the layers that read the activation of `cut` are swapped."""
     return Signal.CONSUMER in cut.installed.estimator.needs
+
+
+def warn_of_hybrid(exact: Sequence[str]) -> None:
+    """Say through what the gradient passes unswapped."""
+    warnings.warn(
+        "Expected every linear layer and convolution but the first to read the output of a boundary with "
+        f"feedback alignment, but the gradient passes exactly through {exact}: this is a hybrid with "
+        "backprop. Add the boundaries below them, or compare it as what it is.",
+        stacklevel=3,
+    )

@@ -28,9 +28,9 @@ Example: a plain torch loop.
 True
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,12 +39,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
-from lightning_dni.core.consumer import Layer, linear_layers
+from lightning_dni.core.consumer import Layer, linear_layers, warn_of_hybrid
 from lightning_dni.core.cut import Cut, refuse_other_backward
 from lightning_dni.core.delays import Delays, refuse_beside_delay
 from lightning_dni.core.estimator import Installed, Signal, who
-from lightning_dni.core.immediate import ImmediateUpdates, refuse_tied
+from lightning_dni.core.immediate import ImmediateUpdates, expect_updater, refuse_tied
 from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
@@ -53,6 +54,7 @@ from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
 from lightning_dni.core.step import Step
 from lightning_dni.core.tap import Taps, one_graph_errors
+from lightning_dni.core.truncation import RecurrentCuts
 from lightning_dni.errors import StageError
 
 
@@ -90,6 +92,12 @@ class DNIEngine(Engine):
             factory, or None for the real one}. None: every stage goes on from the real one.
         network_input: Where that input is in the batch: "auto", an index, a key, or a callable.
         input_optimizer: Makes the optimizer of what predicts inputs, as `estimator_optimizer` does.
+        truncations: In place of boundaries, names or patterns of recurrent submodules, called as
+            `module(input, state)`, at whose state backprop through time is truncated; or {pattern: the
+            dimension of the state that counts rows}.
+        damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
+        sequence_end: What is taught at a truncation about rows that do not go on: "zero", that nothing comes
+            back to them (an episode has ended); or "ignore", nothing (a sequence was cut off).
 
     Raises:
         BoundaryError: A boundary or pattern names no submodule.
@@ -108,6 +116,13 @@ class DNIEngine(Engine):
         self._held: Past = {}
         self._named: dict[str, nn.Parameter] = {}
         self._exact: list[str] | None = None
+        self._chunks = RecurrentCuts(
+            self._model,
+            self._truncations,
+            self._damping,
+            self._pool.install,
+            Bootstrap(self._health, self._sequence_end),
+        )
 
     # ---- hooks
 
@@ -124,6 +139,7 @@ class DNIEngine(Engine):
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
         self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
+        self._chunks.attach(self._taps, self._runs_forward)
         if self._pool.may_need(Signal.CONSUMER):
             self._watch_layers()
         self._device = device_of(self._model)
@@ -132,6 +148,7 @@ class DNIEngine(Engine):
     def detach(self) -> None:
         """Take every hook off the model and forget the step in progress."""
         self._taps.remove()
+        self._chunks.reset()
         self._step, self._in_forward = None, False
 
     def __enter__(self) -> "DNIEngine":
@@ -142,7 +159,7 @@ class DNIEngine(Engine):
         self.detach()
 
     def _on_boundary(self, name: str, output: Any) -> Any:
-        if self._step is None or not self._in_forward or not torch.is_grad_enabled():
+        if self._step is None or not self._runs_forward():
             return None
         passed_on = self._step.cut(name, output)
         if not self._taps.watches_layers and self._pool.installed_needs(name, Signal.CONSUMER):
@@ -154,8 +171,11 @@ class DNIEngine(Engine):
     def _stage_seed(self, boundary: str | None, call: int) -> int:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
+    def _runs_forward(self) -> bool:
+        return self._in_forward and torch.is_grad_enabled()
+
     def _on_output(self, output: Any) -> None:
-        if self._step is not None and self._in_forward and torch.is_grad_enabled():
+        if self._step is not None and self._runs_forward():
             self._step.see_output(output)
 
     def _watch_layers(self) -> None:
@@ -213,6 +233,7 @@ class DNIEngine(Engine):
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
         self._report, self._requested, self._instruments = None, "nothing", []
+        self._chunks.begin_step()
         self._in_forward = True
         staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
@@ -220,6 +241,8 @@ class DNIEngine(Engine):
                 yield
             if several_losses:
                 refuse_other_backward(self._step.cuts)
+                lessons = self._chunks.end_sequences(settings)
+                self._pool.remember([lesson for lesson in lessons if lesson is not None])
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
         finally:
@@ -227,27 +250,22 @@ class DNIEngine(Engine):
             if self._inputs is not None:
                 self._inputs.end()
             if several_losses:
-                self._step = None
+                self._end_step()
+
+    def _end_step(self) -> None:
+        self._step = None
+        self._chunks.end_step()
 
     def _immediate_updates(
         self, accumulate: int, several_losses: bool, last: bool
     ) -> ImmediateUpdates | None:
         if self._update != "immediate":
             return None
-        if several_losses:
-            raise StageError(
-                "Expected one loss per training step with update='immediate', but got several_losses=True: "
-                "stages below one loss would step before another's forward pass. Pass update='step'."
-            )
+        updater = expect_updater(self.updater, several_losses)
         if not last or self._requested == "probe":
             return None
-        if self.updater is None:
-            raise StageError(
-                "Expected `engine.updater` to be set with update='immediate', but got none. Write "
-                "`engine.updater = SplitOptimizer(optimizer)` before the training loop."
-            )
         judges = self._health.skips or self._checks_values
-        return ImmediateUpdates(self.updater, self._named, self._bp_lambda, accumulate > 1, judges)
+        return ImmediateUpdates(updater, self._named, self._bp_lambda, accumulate > 1, judges)
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate `loss` through the last stage and merge every gradient that counts.
@@ -257,7 +275,7 @@ class DNIEngine(Engine):
             BoundaryError: A boundary did not run, or a path leaks around one.
             EstimatorError: An estimator was never told the network's output.
         """
-        self.prepare_backward(loss)
+        loss = self.prepare_backward(loss)
         if self.differentiates_loss:
             loss.backward()  # type: ignore[no-untyped-call]
         self.finish_backward()
@@ -268,14 +286,20 @@ class DNIEngine(Engine):
         """Whether the loss of this step is to be differentiated, or the last stage sits the step out."""
         return self._step is None or LAST_STAGE not in self._step.settings.asleep
 
-    def prepare_backward(self, loss: Tensor) -> None:
-        """First third of `backward`, for whoever differentiates the loss: check the way down."""
+    def prepare_backward(self, loss: Tensor) -> Tensor:
+        """First third of `backward`, for whoever differentiates the loss: check the way down.
+
+        Returns:
+            The loss that is to be differentiated, of the same value; at truncations it brings the
+            synthetic gradients in.
+        """
         if self._step is None:
             raise StageError(
                 "Expected a training step before backward, but got none. Run the forward pass inside "
                 "`with engine.training_step(batch):`."
             )
         self._step.prepare(loss)
+        return self._chunks.prepare(loss, self._step.settings, self._step.elements_per_row)
 
     def finish_backward(self) -> None:
         """Last third of `backward`: settle what came back and merge it into `.grad`."""
@@ -285,18 +309,21 @@ class DNIEngine(Engine):
             self._finish(step)
         finally:
             if not self._in_forward:  # else the forward pass of another loss may follow
-                self._step = None
+                self._end_step()
 
     def _finish(self, step: Step) -> None:
         cuts, number = step.finish(), self._steps - (not self._in_forward)
         self._warn_of_exact(step.consumers.exact)
+        lessons = self._chunks.finish(step.settings, step.elements_per_row, number)
         self._examine(step, cuts, number)
         self._delays.swap(cuts, self._named.values(), step.settings.accumulate)
         if step.settings.report:
-            self._report = report_step(number, step, cuts, self._model, self._report, self.profile)
+            made = report_step(number, step, cuts, self._model, self._report, self.profile)
+            self._report = replace(made, boundaries={**made.boundaries, **self._chunks.bootstrap.reports})
+        lessons += step.merge(cuts, lambda: self._named | self._pool.named_parameters())
         if self._inputs is not None:
             self._inputs.remember()
-        self._pool.remember(step.merge(cuts, lambda: self._named | self._pool.named_parameters()))
+        self._pool.remember(lessons)
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
 
@@ -305,14 +332,8 @@ class DNIEngine(Engine):
         known = self._exact or []
         new = [what for what in found if what not in known]
         self._exact = known + new
-        if not new:
-            return
-        warnings.warn(
-            "Expected every linear layer and convolution but the first to read the output of a boundary with "
-            f"feedback alignment, but the gradient passes exactly through {new}: this is a hybrid with "
-            "backprop. Add the boundaries below them, or compare it as what it is.",
-            stacklevel=2,
-        )
+        if new:
+            warn_of_hybrid(new)
 
     def _install(self, settings: StepSettings, name: str, outputs: Sequence[Tensor]) -> Installed:
         """The estimator of boundary `name`, which may have to say that it does not go with the rest."""
@@ -337,19 +358,12 @@ class DNIEngine(Engine):
         super().drop_estimator_gradients()
         self._delays.advance()
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        delayed = self._delays.state_dict(self._model)
-        return {**super().state_dict(), **({"delayed": delayed} if delayed else {})}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._delays.load_state_dict(state.get("delayed", []), self._model)
-
     def describe(self) -> dict[str, object]:
         """The configuration in primitives; under feedback alignment with what makes it a hybrid."""
         facts = super().describe()
+        if self._chunks.names:
+            facts |= {"truncations": list(self._chunks.names), "damping": dict(self._chunks.damping)}
+            facts["sequence_end"] = self._sequence_end
         if self._pool.may_need(Signal.CONSUMER):
             known = "known after the first step" if self._exact is None else "proper"
             facts["feedback_alignment"] = f"hybrid, exact through {self._exact}" if self._exact else known
@@ -363,3 +377,18 @@ class DNIEngine(Engine):
             self._health.observe(number, step.loss, cuts)
         if self._exchange is None and (step.settings.check_values or self._health.is_crowded):
             self._health.look(at_once=step.settings.check_values and not scaled)
+
+    # ---- state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a restart, in tensors and primitives."""
+        own = {"delayed": self._delays.state_dict(self._model), "truncations": self._chunks.state_dict()}
+        return super().state_dict() | {name: found for name, found in own.items() if found}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; see `Engine.load_state_dict`."""
+        super().load_state_dict(state)
+        self._delays.load_state_dict(state.get("delayed", []), self._model)
+        self._chunks.load_state_dict(state.get("truncations", {}), self._device)

@@ -69,6 +69,8 @@ class Feedback(NamedTuple):
         network_input: The network's input.
         above: The estimator of the next boundary and what it said for the same rows; None for the topmost
             one, which is told the network's output in its place.
+        future: At a truncation, the synthetic gradient at the end of the next chunk, which goes on from this
+            one; None elsewhere.
     """
 
     target: Gradient | None = None
@@ -81,6 +83,7 @@ class Feedback(NamedTuple):
     consumer: nn.Module | None = None
     network_input: Tensor | None = None
     above: "tuple[GradientEstimator, Record] | None" = None
+    future: Gradient | None = None
 
 
 class Facts(NamedTuple):
@@ -113,7 +116,8 @@ class GradientEstimator(nn.Module, ABC):
         relays: Whether the gradient is the target itself, which is then applied as it came, to the bit.
         keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
             Otherwise `synthesize` runs without a graph and `loss` builds it again.
-        regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else.
+        regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else (but for auxiliary
+            tasks at truncations).
         differentiates: Whether a regressing estimator has `parameter_gradients`; no graph of it is built
             then.
         stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.

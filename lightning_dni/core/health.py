@@ -91,6 +91,26 @@ class Health:
             self._unread.append(Observation(step, loss.sum() if loss.ndim else loss, "loss"))
         self._unread += [Observation(step, v, "lesson", c.boundary, c.installed) for c, v in lessons]
 
+    def watch(
+        self,
+        step: int,
+        value: Tensor,
+        what: Literal["gradient", "lesson"],
+        boundary: str,
+        installed: Installed,
+    ) -> None:
+        """Keep one scalar that must be finite."""
+        self._unread.append(Observation(step, value, what, boundary, installed))
+
+    def leaves_out(self, value: Tensor, boundary: str, installed: Installed) -> bool:
+        """Whether a scalar is not finite, which is counted; for who leaves out what it stands for."""
+        if math.isfinite(*_numbers([value])):
+            return False
+        self._count(boundary)
+        if not self.skips:
+            self._suspects[boundary] = installed
+        return True
+
     def look(self, exchange: Exchange | None = None, at_once: bool = False) -> None:
         """Look at what was observed since the last look; waits for an accelerator, once.
 

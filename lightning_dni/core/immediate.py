@@ -185,6 +185,25 @@ def _full_precision(device: str) -> Iterator[None]:
         torch.clear_autocast_cache()  # it holds what the parameters were before
 
 
+def expect_updater(updater: Updater | None, several_losses: bool) -> Updater:
+    """What takes immediate updates.
+
+    Raises:
+        StageError: Nothing does, or the step has several losses.
+    """
+    if several_losses:
+        raise StageError(
+            "Expected one loss per training step with update='immediate', but got several_losses=True: "
+            "stages below one loss would step before another's forward pass. Pass update='step'."
+        )
+    if updater is None:
+        raise StageError(
+            "Expected `engine.updater` to be set with update='immediate', but got none. Write "
+            "`engine.updater = SplitOptimizer(optimizer)` before the training loop."
+        )
+    return updater
+
+
 def refuse_tied(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> None:
     """Refuse parameters that modules of different stages have in common.
 

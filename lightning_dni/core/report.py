@@ -1,7 +1,7 @@
 """Facts of one training step, and the face that the engine shows to callbacks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -204,6 +204,22 @@ def report_boundary(
         true_weights=_sum_by_name(true, names),
         measured=measured or {},
         input_error=cuts[0].input_error,
+    )
+
+
+def with_rows_of(one: BoundaryReport | None, other: BoundaryReport) -> BoundaryReport:
+    """`other` with the rows of `one`, of the same boundary and step, above its own."""
+    if one is None or one.target is None or other.target is None:
+        return other
+    loss = other.loss
+    if one.loss is not None and other.loss is not None:
+        here, there = len(one.synthetic), len(other.synthetic)
+        loss = (one.loss * here + other.loss * there) / max(1, here + there)
+    return replace(
+        other,
+        synthetic=torch.cat([one.synthetic, other.synthetic]),
+        target=torch.cat([one.target, other.target]),
+        loss=loss,
     )
 
 

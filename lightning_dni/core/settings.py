@@ -99,8 +99,12 @@ class StepSettings:
 
     def factor(self, h: Sequence[Tensor], value: Any, elements_per_row: int | None) -> float | Tensor:
         """What turns a gradient in units of the per-row loss into one of the user's scaled loss."""
-        divisor = denominator(self.loss_denominator, self.batch, value, rows_of(h), elements_per_row)
-        factor = 1.0 / (divisor * self.accumulate)
+        factor = self.share(h, value, elements_per_row)
         return (
             factor if self.scale is None else factor * (self.scale() if callable(self.scale) else self.scale)
         )
+
+    def share(self, h: Sequence[Tensor], value: Any, elements_per_row: int | None) -> float | Tensor:
+        """The same for the loss as it is before a gradient scaler multiplies it."""
+        divisor = denominator(self.loss_denominator, self.batch, value, rows_of(h), elements_per_row)
+        return 1.0 / (divisor * self.accumulate)

@@ -27,9 +27,9 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     with estimating(installed, h[0], grad=learns and estimator.keeps_graph and not installed.explicit):
         gradient, state = estimator.synthesize(h, context, None)
     if gradient is not None:
-        check_shapes(gradient, h, cut)
+        check_shapes(gradient, h, cut.who)
         if cut.elements_unknown:
-            _check_zero(gradient, cut)
+            check_zero(gradient, cut.who)
     if gradient is not None or not estimator.locks:
         cut.said = observed(h if gradient is None else gradient)
     return Record(h, context, gradient, state)
@@ -45,7 +45,7 @@ def synthesize_below(cut: Cut, context: Tensor | None) -> None:
     with estimating(cut.installed, h[0], grad=False):
         below, _ = cut.installed.estimator.synthesize(h, context, None)
     if below is not None:
-        check_shapes(below, h, cut)
+        check_shapes(below, h, cut.who)
         cut.below = tuple(g.detach() for g in below)
         cut.said = observed(below) if cut.said is None else cut.said + observed(below)
 
@@ -62,7 +62,7 @@ def correct(cut: Cut, record: Record, feedback: Feedback) -> None:
     with estimating(cut.installed, record.h[0], grad=False):
         corrected = cut.installed.estimator.correct(record, feedback)
     if corrected is not None:
-        check_shapes(corrected, record.h, cut)
+        check_shapes(corrected, record.h, cut.who)
         cut.synthetic, cut.said = corrected, observed(corrected)
 
 
@@ -84,12 +84,7 @@ def differentiate_loss(
     loss = learn(installed, record, feedback, share)
     if loss is None:
         return None
-    if not loss.requires_grad and any(p.requires_grad for p in installed.parameters):
-        raise EstimatorError(
-            f"Expected the loss of {cut.who} to depend on its parameters, but got one without a graph. Where "
-            "`record.gradient` carries none (`record.gradient[0].requires_grad` is False), call `synthesize` "
-            "again in `loss`."
-        )
+    check_graph(loss, installed, cut.who)
     cut.learnt = loss.detach()
     cut.loss = cut.learnt / share if settings.report else None
     return local_gradients([loss], None, installed.parameters)
@@ -130,16 +125,30 @@ def _apart(installed: Installed, device: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def check_shapes(gradient: Gradient, h: Sequence[Tensor], cut: Cut) -> None:
+def check_graph(loss: Tensor, installed: Installed, who: str) -> None:
+    """Refuse a loss from which nothing can be learnt.
+
+    Raises:
+        EstimatorError: Naming `who` made it.
+    """
+    if not loss.requires_grad and any(p.requires_grad for p in installed.parameters):
+        raise EstimatorError(
+            f"Expected the loss of {who} to depend on its parameters, but got one without a graph. Where "
+            "`record.gradient` carries none (`record.gradient[0].requires_grad` is False), call `synthesize` "
+            "again in `loss`."
+        )
+
+
+def check_shapes(gradient: Gradient, h: Sequence[Tensor], who: str) -> None:
     """Refuse a gradient that does not fit `h`.
 
     Raises:
-        EstimatorError: Naming the estimator of `cut`.
+        EstimatorError: Naming `who` gave it.
     """
     if len(gradient) != len(h) or any(g.shape != t.shape for g, t in zip(gradient, h, strict=True)):
         expected, got = [tuple(t.shape) for t in h], [tuple(t.shape) for t in gradient]
         raise EstimatorError(
-            f"Expected {cut.who} to give one gradient per activation, of shapes {expected}, but got {got}."
+            f"Expected {who} to give one gradient per activation, of shapes {expected}, but got {got}."
         )
 
 
@@ -149,10 +158,15 @@ def observed(gradient: Sequence[Tensor]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def _check_zero(gradient: Gradient, cut: Cut) -> None:
+def check_zero(gradient: Gradient, who: str) -> None:
+    """Refuse a gradient other than zero while nobody knows what the user's loss is divided by.
+
+    Raises:
+        EstimatorError: Naming `who` gave it.
+    """
     if any(bool(g.any()) for g in gradient):
         raise EstimatorError(
-            f"Expected the network's output to be seen before {cut.who} gives anything but zero, because "
+            f"Expected the network's output to be seen before {who} gives anything but zero, because "
             "loss_denominator='elements' counts its elements, but got none so far. Pass `output=` the name "
             "of the submodule that gives it, or a callable `loss_denominator`."
         )

@@ -50,6 +50,34 @@ class InputTap(Tap):
         return None if given is None else (given, *args[1:])
 
 
+class StateTap:
+    """Hands over the state with which a recurrent module is called, as `module(input, state)`.
+
+    Args:
+        on_state: Receives it; its replacement goes in.
+        name: Name of the argument, for who passes it by name; None where it has none.
+    """
+
+    def __init__(self, on_state: OnOutput, name: str | None) -> None:
+        self._on_state: OnOutput = torch.compiler.disable(on_state)  # type: ignore[no-untyped-call]
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the state over, None where there is none."""
+        if len(args) > 1:
+            return (args[0], self._on_state(args[1]), *args[2:]), kwargs
+        if self._name is not None and self._name in kwargs:
+            return args, kwargs | {self._name: self._on_state(kwargs[self._name])}
+        self._on_state(None)
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
 def _inert() -> Callable[..., None]:
     return inert
 
@@ -140,6 +168,19 @@ class Taps:
             self._handles.append(layer.register_forward_pre_hook(InputTap(partial(enter, name, layer))))
             tap = Tap(partial(leave, name, layer))
             self._handles.append(layer.register_forward_hook(tap, prepend=True))
+
+    def attach_states(self, module: nn.Module, name: str | None, enter: OnOutput, leave: OnOutput) -> None:
+        """Hook a recurrent module, so that it may be given another state and that what it returns is seen.
+
+        Args:
+            module: The module.
+            name: Name of its argument that is the state.
+            enter: Receives the state; gives what to read instead.
+            leave: Receives what the module returns.
+        """
+        tap = StateTap(enter, name)
+        self._handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(Tap(leave)))
 
     def _install(self, module: nn.Module, on_output: OnOutput) -> None:
         self._handles.append(module.register_forward_hook(Tap(partial(self._once, on_output))))

@@ -1,5 +1,6 @@
 """Tiny models and data modules for recipes, tests and docstrings."""
 
+from lightning_dni.demos.copying import CopyCurriculum, CopyDataModule, CopyModel
 from lightning_dni.demos.digits import DigitsDataModule
 from lightning_dni.demos.gpt import GPT
 from lightning_dni.demos.language import GPTLanguageModel
@@ -12,6 +13,9 @@ from lightning_dni.demos.text import TextDataModule, count_tokens
 __all__ = [
     "GPT",
     "ConvClassifier",
+    "CopyCurriculum",
+    "CopyDataModule",
+    "CopyModel",
     "DigitsDataModule",
     "GPTLanguageModel",
     "MLPClassifier",

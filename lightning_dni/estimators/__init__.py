@@ -14,6 +14,7 @@ from lightning_dni.estimators.local_loss import LocalLossEstimator
 from lightning_dni.estimators.low_rank import LowRankEstimator
 from lightning_dni.estimators.mlp import MLPEstimator
 from lightning_dni.estimators.probe import ProbeEstimator
+from lightning_dni.estimators.recurrent import RecurrentEstimator
 from lightning_dni.estimators.sobolev import SobolevEstimator
 from lightning_dni.estimators.zero import ZeroEstimator
 
@@ -32,6 +33,7 @@ __all__ = [
     "LowRankEstimator",
     "MLPEstimator",
     "ProbeEstimator",
+    "RecurrentEstimator",
     "SobolevEstimator",
     "ZeroEstimator",
 ]

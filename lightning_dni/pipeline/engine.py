@@ -200,9 +200,10 @@ class StageEngine(StagedEngine):
             loss.backward()  # type: ignore[no-untyped-call]
         self.finish_backward()
 
-    def prepare_backward(self, loss: Tensor) -> None:
+    def prepare_backward(self, loss: Tensor) -> Tensor:
         """First third of `backward`: look at the loss, on the last stage."""
         self._loss = loss.detach() if self.is_last else None
+        return loss
 
     def finish_backward(self) -> None:
         """Last third of `backward`: send back what the loss has left below, merge what was set aside."""

@@ -253,8 +253,9 @@ class ExactEngine(StagedEngine):
 
     # ---- backward, as a strategy calls it around its own
 
-    def prepare_backward(self, loss: Tensor) -> None:
+    def prepare_backward(self, loss: Tensor) -> Tensor:
         """Nothing: the losses of the microbatches have been differentiated."""
+        return loss
 
     def finish_backward(self) -> None:
         """Put the gradients that were set aside into `.grad`."""

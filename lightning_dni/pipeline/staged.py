@@ -56,6 +56,11 @@ class StagedEngine(Engine):
                 "Expected no `synthetic_inputs` in a pipeline, but got some: a stage goes on from what the "
                 "one below has sent. Leave them out, or train in one process: strategy='dni'."
             )
+        if self._truncations:
+            raise EstimatorError(
+                f"Expected no `truncations` in a pipeline, but got {list(self._truncations)}: a state stays "
+                "in its stage. Train in one process."
+            )
         self.clock = StageClock()
         self.time_with(no_profile)
         self._reporting = Reporting(0, (), self.clock)

@@ -13,6 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine, UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
+from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.health import OnNonfinite
@@ -23,6 +25,7 @@ from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException, Precision
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
+from lightning_dni.strategies.options import refuse_truncations
 from lightning_dni.strategies.reducer import GradientReducer
 from lightning_dni.strategies.updates import refuse_replicas
 
@@ -56,6 +59,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         network_input: As in `DNIStrategy`.
         input_optimizer: As in `DNIStrategy`.
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
+        truncations: As in `DNIStrategy`, in one process only.
+        damping: As in `DNIStrategy`.
+        sequence_end: As in `DNIStrategy`.
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
         process_group_backend: As in DDPStrategy: "gloo" or "nccl"; None: what the accelerator uses.
@@ -90,6 +96,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
         network_input: Where = "auto",
         input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        truncations: Truncations | None = None,
+        damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
@@ -119,6 +128,9 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             "synthetic_inputs": synthetic_inputs,
             "network_input": network_input,
             "input_optimizer": input_optimizer,
+            "truncations": truncations,
+            "damping": damping,
+            "sequence_end": sequence_end,
         }
         super().__init__(
             given,
@@ -147,6 +159,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             return super()._build_engine(module)
         options = self._options_for(module)
         refuse_replicas(options, self.world_size)
+        refuse_truncations(options, self.strategy_name)
         self._reducer = GradientReducer(self._bucket_cap_mb, self._timeout)
         seed = self.broadcast(torch.initial_seed())
         return options.build(DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank)

@@ -192,7 +192,7 @@ class DecoupledTraining(Strategy):
         """Differentiate the loss through the last stage and merge every gradient that counts."""
         module = self.lightning_module
         assert module is not None
-        self.engine.prepare_backward(closure_loss)
+        closure_loss = self.engine.prepare_backward(closure_loss)
         # as Strategy.backward, but merged before on_after_backward, whose hooks see all gradients
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)

@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dni.core.base import Engine, UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import choose_by_pattern
+from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
@@ -48,6 +50,9 @@ class DNIOptions:
     synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None
     network_input: Where = "auto"
     input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None
+    truncations: Truncations | None = None
+    damping: float | Mapping[str, float] = 1.0
+    sequence_end: SequenceEnd = "zero"
 
     def build(self, kind: type[E], model: nn.Module, **replica: Any) -> E:
         """An engine of `kind` for `model`; `replica` makes it one of several (seed, exchange, rank)."""
@@ -58,14 +63,17 @@ def options_given(given: Mapping[str, Any]) -> DNIOptions | None:
     """The options passed to a strategy, or None where it was left to the module to give them.
 
     Raises:
-        MisconfigurationException: Some are passed, but not both `boundaries` and `estimator`.
+        MisconfigurationException: Some are passed, but not both `boundaries` (or `truncations`) and
+            `estimator`.
     """
-    if given["boundaries"] is not None and given["estimator"] is not None:
-        return DNIOptions(**given)
+    where = {**given, "boundaries": given["boundaries"] or []} if given.get("truncations") else given
+    if where["boundaries"] is not None and given["estimator"] is not None:
+        return DNIOptions(**where)
     if passed(given):
         raise MisconfigurationException(
-            "Expected `boundaries` and `estimator` together where a strategy is given options, or no option "
-            f"(the module's `configure_dni` gives them then), but got only {passed(given)}."
+            "Expected `boundaries` and `estimator` together where a strategy is given options (or "
+            "`truncations` and `estimator`), or no option (the module's `configure_dni` gives them then), "
+            f"but got only {passed(given)}."
         )
     return None
 
@@ -80,6 +88,20 @@ def refuse_auto(options: DNIOptions, strategy: str) -> DNIOptions:
         raise MisconfigurationException(
             f"Expected `boundaries` to be names of submodules under strategy={strategy!r}, but got 'auto'. "
             "Name them; only strategy='dni_pipeline' chooses them, so that its stages take equally long."
+        )
+    return options
+
+
+def refuse_truncations(options: DNIOptions, strategy: str) -> DNIOptions:
+    """Refuse truncations where several processes train.
+
+    Raises:
+        MisconfigurationException: There are some.
+    """
+    if options.truncations:
+        raise MisconfigurationException(
+            f"Expected no `truncations` in several processes, but got {list(options.truncations)} under "
+            f"strategy={strategy!r}. Train under strategy='dni' on one device."
         )
     return options
 
@@ -108,11 +130,13 @@ def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
     options: Any = hook()
     if exact and isinstance(options, Mapping):
         options = {"estimator": no_estimator, **options}
+    if isinstance(options, Mapping) and options.get("truncations"):
+        options = {"boundaries": [], **options}
     if not isinstance(options, Mapping) or not {"boundaries", "estimator"} <= set(options) <= set(known):
         got = sorted(map(str, options)) if isinstance(options, Mapping) else type(options).__name__
         raise MisconfigurationException(
-            f"Expected {type(module).__name__}.configure_dni() to return a dict with 'boundaries' and "
-            f"'estimator' and otherwise only keys of {known}, but got {got}."
+            f"Expected {type(module).__name__}.configure_dni() to return a dict with 'boundaries' (or "
+            f"'truncations') and 'estimator' and otherwise only keys of {known}, but got {got}."
         )
     if exact:
         return DNIOptions(options["boundaries"], no_estimator, output=options.get("output"))

@@ -8,6 +8,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dni.core.base import UpdateTime
+from lightning_dni.core.bootstrap import SequenceEnd
+from lightning_dni.core.carry import Truncations
 from lightning_dni.core.context import Labels, Where
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.inputs import InputFactory
@@ -54,6 +56,13 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         input_optimizer: Makes the optimizer of what predicts inputs; or {pattern: factory}. None: Adam, 1e-3.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
             it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
+        truncations: In place of `boundaries`, names or patterns of recurrent submodules, called as
+            `module(input, state)`: backprop through time ends at the state that comes in, and at the one that
+            goes out a synthetic gradient stands for the losses to come; or {pattern: the dimension of the
+            state that counts sequences}.
+        damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
+        sequence_end: What rows teach at a truncation that do not go on: "zero", that nothing comes back to
+            them (an episode has ended), or "ignore", nothing (a sequence was cut off).
         checkpoint_io: As in any strategy.
         precision_plugin: As in any strategy.
 
@@ -83,6 +92,9 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         synthetic_inputs: InputFactory | Mapping[str, InputFactory | None] | None = None,
         network_input: Where = "auto",
         input_optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        truncations: Truncations | None = None,
+        damping: float | Mapping[str, float] = 1.0,
+        sequence_end: SequenceEnd = "zero",
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
@@ -104,6 +116,9 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
             "synthetic_inputs": synthetic_inputs,
             "network_input": network_input,
             "input_optimizer": input_optimizer,
+            "truncations": truncations,
+            "damping": damping,
+            "sequence_end": sequence_end,
         }
         super().__init__(given, device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self._parallel_devices: list[torch.device] | None = None

@@ -33,7 +33,7 @@ from lightning_dni.strategies.common import StagesInCommon
 from lightning_dni.strategies.copies import Copies
 from lightning_dni.strategies.exact import ExactSchedule, refuse_own_backward, run_schedule
 from lightning_dni.strategies.gathering import gather
-from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from
+from lightning_dni.strategies.options import AUTO, DNIOptions, hears_output, options_from, refuse_truncations
 from lightning_dni.strategies.placement import Place, Trial, compare_plans
 from lightning_dni.strategies.refusals import (
     refuse_unsupported,
@@ -91,7 +91,8 @@ class StagedTraining(StagesInCommon):
         return {"num_replicas": place.copies, "rank": place.copy}
 
     def _given(self, module: pl.LightningModule) -> DNIOptions:
-        return self._options or options_from(module, exact=self._exact is not None)
+        options = self._options or options_from(module, exact=self._exact is not None)
+        return refuse_truncations(options, "dni_pipeline")
 
     @override
     def _options_for(self, module: pl.LightningModule) -> DNIOptions:

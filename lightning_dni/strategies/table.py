@@ -12,8 +12,10 @@ from lightning_dni.core.boundary import (
     LAST_STAGE,
     choose_by_pattern,
     modules_by_stage,
+    named_submodules,
     resolve_boundaries,
 )
+from lightning_dni.core.carry import resolve_truncations
 from lightning_dni.core.pool import locks_made_by, made_by
 from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies.options import DNIOptions
@@ -36,7 +38,8 @@ def describe(module: pl.LightningModule, options: DNIOptions) -> None:
 
 def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, ...]]:
     """The rows of the table, the last stage at the end."""
-    boundaries = resolve_boundaries(module, options.boundaries)
+    truncated = resolve_truncations(module, options.truncations)
+    boundaries = {} if truncated else resolve_boundaries(module, options.boundaries)
     sizes: dict[str, int] = {}
     seen: set[nn.Parameter] = set()
     for stage, found in modules_by_stage(module, boundaries).items():
@@ -48,6 +51,10 @@ def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, .
         factory = choose_by_pattern(name, options.estimator, "estimator")
         bp_lambda = float(choose_by_pattern(name, options.bp_lambda, "bp_lambda"))
         rows.append((name, f"{sizes[name]:,}", *_facts(factory, bp_lambda)))
+    for name in truncated:
+        size = sum(p.numel() for p in named_submodules(module)[name].parameters() if p.requires_grad)
+        factory = choose_by_pattern(name, options.estimator, "estimator")
+        rows.append((f"end of a chunk of {name}", f"{size:,}", *_facts(factory, 0.0)))
     return [*rows, (LAST_STAGE, f"{sizes[LAST_STAGE]:,}", "the loss itself", "yes", "nothing")]
 
 

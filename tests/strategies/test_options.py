@@ -165,6 +165,8 @@ for options in (
     {"estimator_steps": 1.5},
     {"bp_lambda": None},
     {"on_nonfinite": "ignore"},
+    {"boundaries": None, "truncations": ["net"], "damping": "0.1"},
+    {"sequence_end": "stop"},
 ):
     try:
         fit(net(), dni(**options))
@@ -190,6 +192,8 @@ def test_arguments_of_a_wrong_type_are_named_where_no_type_checker_runs(pytestco
         "EstimatorError: Expected `estimator_steps` to be an integer of at least 1"[:62],
         "EstimatorError: Expected `bp_lambda` to be in [0, 1], but got None for"[:62],
         "EstimatorError: Expected `on_nonfinite` to be 'raise' or 'skip', but g"[:62],
+        "EstimatorError: Expected `damping` to be above 0 and up to 1, but got '0"[:62],
+        "EstimatorError: Expected `sequence_end` to be 'zero' or 'ignore', but g"[:62],
     ]
 
 

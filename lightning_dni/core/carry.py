@@ -1,0 +1,196 @@
+"""The state that a recurrent module hands on, in rows that an estimator can see and that can be compared."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_dni.core.boundary import COMPILED, resolve_submodules
+from lightning_dni.core.value import close_value, open_value
+from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+
+Truncations = Sequence[str] | Mapping[str, int]
+"""Names or patterns of recurrent submodules; or {pattern: batch dimension of the state}."""
+
+
+def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> dict[str, int | None]:
+    """The recurrent submodules of `model` by name, with the batch dimension of their state if it was said.
+
+    Raises:
+        BoundaryError: A pattern matches nothing, or a module's state cannot be handed on.
+    """
+    if not truncations:
+        return {}
+    found = resolve_submodules(model, list(truncations), "truncations")
+    for name, module in found.items():
+        if getattr(core_of(module), "bidirectional", False):
+            raise BoundaryError(
+                f"Expected a recurrent module that reads forward at truncation {name!r}, but got a "
+                "bidirectional one, which needs the whole sequence. Pass bidirectional=False."
+            )
+    said = truncations if isinstance(truncations, Mapping) else {}
+    by_name: dict[str, int | None] = dict.fromkeys(found)
+    for pattern, dim in said.items():
+        by_name |= dict.fromkeys(resolve_submodules(model, [pattern], "truncations"), dim)
+    return by_name
+
+
+def refuse_beside_truncations(
+    boundaries: Sequence[str], bp_lambda: Any, update_probability: Any, update: str, exchange: Any
+) -> None:
+    """Refuse options of an engine that do not go with truncations.
+
+    Raises:
+        BoundaryError: There are boundaries, too.
+        EstimatorError: Something asks for gradients that nobody has, or for stages.
+        StageError: There are replicas.
+    """
+    if boundaries:
+        raise BoundaryError(
+            f"Expected `boundaries` or `truncations`, but got both, {list(boundaries)} beside truncations: a "
+            "stage that is closed in the forward pass would never hear of the gradient at the end of its "
+            "chunk. Pass one of them."
+        )
+    for argument, value, default in (
+        ("bp_lambda", bp_lambda, 0.0),
+        ("update_probability", update_probability, 1.0),
+        ("update", update, "step"),
+    ):
+        if value != default:
+            raise EstimatorError(
+                f"Expected no `{argument}` with `truncations`, but got {value!r}: there are no stages, and "
+                "the true gradient of the future is never there. Leave it out."
+            )
+    if exchange is not None:
+        raise StageError(
+            "Expected no replicas with `truncations`, but got an `exchange`. Train in one process."
+        )
+
+
+def core_of(module: nn.Module) -> nn.Module:
+    """The module without torch.compile's wrapper."""
+    core: nn.Module = getattr(module, COMPILED, module)
+    return core
+
+
+def state_argument(module: nn.Module) -> str | None:
+    """Name of the second argument of a module, which is its state; None where it has no name."""
+    names = list(inspect.signature(core_of(module).forward).parameters)
+    return names[1] if len(names) > 1 else None
+
+
+def returned_state(name: str, module: nn.Module, output: Any) -> Any:
+    """The state in what a module returns: all of it for torch's cells, else its second half.
+
+    Raises:
+        BoundaryError: There are not two halves.
+    """
+    if isinstance(core_of(module), nn.RNNCellBase):
+        return output
+    if not isinstance(output, tuple) or len(output) != 2:
+        got = f"{len(output)} values" if isinstance(output, tuple) else type(output).__name__
+        raise BoundaryError(
+            f"Expected truncation {name!r} to return (output, state), but got {got} from "
+            f"{type(core_of(module)).__name__}. Choose a module that is called as module(input, state) and "
+            "returns both, as nn.LSTM does."
+        )
+    return output[1]
+
+
+def with_state(module: nn.Module, output: Any, state: Any) -> Any:
+    """What the module returns with `state` in it."""
+    return state if isinstance(core_of(module), nn.RNNCellBase) else (output[0], state)
+
+
+class StateValue:
+    """A state opened into its floating-point tensors, which may be replaced.
+
+    Args:
+        name: The truncation, for messages.
+        state: A tensor, or a tuple, list or dict of tensors.
+
+    Attributes:
+        tensors: The floating-point tensors in it.
+    """
+
+    def __init__(self, name: str, state: Any) -> None:
+        self._flat, self._structure = open_value(name, state)
+        self._places = [
+            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        self.tensors: list[Tensor] = [self._flat[i] for i in self._places]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Any:
+        """The same structure with other tensors in it."""
+        flat = list(self._flat)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            flat[place] = tensor
+        return close_value(flat, self._structure)
+
+
+def find_batch_dim(name: str, module: nn.Module, state: Sequence[Tensor], said: int | None) -> int:
+    """The dimension of every tensor of `state` that counts rows.
+
+    It is what the user has `said`; 1 for nn.LSTM, nn.GRU and nn.RNN, be they batch_first or not; and 0 where
+    all tensors are `[batch, features]`.
+
+    Raises:
+        BoundaryError: It cannot be told, or the tensors do not agree on it.
+    """
+    shapes = [tuple(tensor.shape) for tensor in state]
+    stacked = isinstance(core_of(module), nn.RNNBase)
+    dim = said if said is not None else int(stacked)
+    if said is None and any(len(shape) != 2 + stacked for shape in shapes):
+        raise BoundaryError(
+            f"Expected a state of truncation {name!r} whose batch dimension is known ([layers, batch, "
+            f"features] of nn.LSTM, nn.GRU and nn.RNN, [batch, features] of others), but got {shapes}. Pass "
+            f"truncations={{{name!r}: 0}}, or whichever dimension counts sequences; unbatched input needs a "
+            "batch dimension of 1."
+        )
+    if any(len(shape) <= dim for shape in shapes) or len({shape[dim] for shape in shapes}) > 1:
+        raise BoundaryError(
+            f"Expected all tensors in the state of truncation {name!r} to have the same number of rows in "
+            f"dimension {dim}, but got shapes {shapes}. Pass truncations={{{name!r}: k}}, where dimension k "
+            "counts sequences."
+        )
+    return dim
+
+
+def to_rows(tensor: Tensor, batch_dim: int) -> Tensor:
+    """A state tensor as `[batch, ...]`; where the batch does not come first, the rest is one row of features.
+
+    >>> to_rows(torch.zeros(2, 3, 5), 1).shape
+    torch.Size([3, 10])
+    """
+    rows = tensor.movedim(batch_dim, 0)
+    return rows.flatten(1) if batch_dim else rows
+
+
+def from_rows(rows: Tensor, like: Tensor, batch_dim: int) -> Tensor:
+    """Undo `to_rows` for a tensor of the shape of `like`."""
+    return rows.reshape(like.movedim(batch_dim, 0).shape).movedim(0, batch_dim)
+
+
+def same_rows(left: Sequence[Tensor], entered: Sequence[Tensor], batch_dim: int) -> Bool[Tensor, " batch"]:
+    """Which rows of a state come in as they went out, to the bit.
+
+    >>> same_rows([torch.ones(3, 2)], [torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])], 0)
+    tensor([ True, False, False])
+    """
+    pairs = zip(left, entered, strict=True)
+    equal = [to_rows(out.to(back) == back, batch_dim).flatten(1).all(1) for out, back in pairs]
+    return equal[0] if len(equal) == 1 else torch.stack(equal).all(0)
+
+
+def keep_rows(state: Any, rows: Tensor | None) -> Any:
+    """An estimator's state `[batch, ...]` for sequences that go on in these `rows`; it is zero in others."""
+    if rows is None or state is None:
+        return None
+    return pytree.tree_map(
+        lambda s: torch.where(rows.view(-1, *[1] * (s.ndim - 1)), s, 0.0) if isinstance(s, Tensor) else s,
+        state,
+    )
