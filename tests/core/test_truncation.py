@@ -34,6 +34,7 @@ from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 from lightning_dni.estimators import (
     BackpropEstimator,
     CriticEstimator,
+    DelayedGradientEstimator,
     LinearEstimator,
     LocalLossEstimator,
     MLPEstimator,
@@ -507,6 +508,7 @@ class Waits(GradientEstimator):
         (partial(CriticEstimator, num_classes=2), "needs ['network output']"),
         (partial(LocalLossEstimator, num_classes=2), "never hears of it"),
         (BackpropEstimator, "waits for it"),
+        (DelayedGradientEstimator, "waits for it"),
         (lambda spec: Waits(), "waits for it"),
     ],
 )
@@ -599,6 +601,7 @@ def test_a_second_loss_through_a_chunk_is_refused():
         ({"bp_lambda": 0.5}, EstimatorError, "Expected no `bp_lambda` with `truncations`"),
         ({"update_probability": 0.5}, EstimatorError, "Expected no `update_probability` with"),
         ({"update": "immediate"}, EstimatorError, "Expected no `update` with `truncations`"),
+        ({"synthetic_inputs": Mock()}, EstimatorError, "Expected no `synthetic_inputs` with `truncations`"),
         ({"exchange": Mock(spec=Exchange)}, StageError, "Expected no replicas with `truncations`"),
         ({"damping": 0.0}, EstimatorError, "Expected `damping` to be above 0 and up to 1, but got 0.0"),
         ({"truncations": ["cor"]}, BoundaryError, "Expected `truncations` to name .* Did you mean 'core'"),
