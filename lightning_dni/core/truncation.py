@@ -352,7 +352,7 @@ def _checked(damping: Any) -> float:
 def _refuse_estimator(installed: Installed, name: str) -> None:
     estimator = installed.estimator
     needs = sorted(signal.value for signal in estimator.needs - {Signal.TARGET})
-    waits = bool(estimator.locks) or estimator.relays
+    waits = bool(estimator.locks or estimator.delay)
     if needs or waits or (installed.parameters and not estimator.needs):
         why = f"needs {needs}" if needs else "waits for it" if waits else "never hears of it"
         raise EstimatorError(

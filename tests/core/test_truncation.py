@@ -29,6 +29,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
+from lightning_dni import MLPInputEstimator
 from lightning_dni.core import DNIEngine, Exchange, GradientEstimator, Lock, Signal
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 from lightning_dni.estimators import (
@@ -599,6 +600,11 @@ def test_a_second_loss_through_a_chunk_is_refused():
     [
         ({"boundaries": ["head"]}, BoundaryError, "Expected `boundaries` or `truncations`, but got both"),
         ({"bp_lambda": 0.5}, EstimatorError, "Expected no `bp_lambda` with `truncations`"),
+        (
+            {"synthetic_inputs": MLPInputEstimator},
+            EstimatorError,
+            "Expected no `synthetic_inputs` with `truncations`",
+        ),
         ({"update_probability": 0.5}, EstimatorError, "Expected no `update_probability` with"),
         ({"update": "immediate"}, EstimatorError, "Expected no `update` with `truncations`"),
         ({"synthetic_inputs": Mock()}, EstimatorError, "Expected no `synthetic_inputs` with `truncations`"),
