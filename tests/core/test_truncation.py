@@ -607,7 +607,6 @@ def test_a_second_loss_through_a_chunk_is_refused():
         ),
         ({"update_probability": 0.5}, EstimatorError, "Expected no `update_probability` with"),
         ({"update": "immediate"}, EstimatorError, "Expected no `update` with `truncations`"),
-        ({"synthetic_inputs": Mock()}, EstimatorError, "Expected no `synthetic_inputs` with `truncations`"),
         ({"exchange": Mock(spec=Exchange)}, StageError, "Expected no replicas with `truncations`"),
         ({"damping": 0.0}, EstimatorError, "Expected `damping` to be above 0 and up to 1, but got 0.0"),
         ({"truncations": ["cor"]}, BoundaryError, "Expected `truncations` to name .* Did you mean 'core'"),
