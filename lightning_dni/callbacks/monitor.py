@@ -132,8 +132,9 @@ class GradientMonitor(pl.Callback):
             )
         if self.history:
             self._show(trainer)
-        if self._measured and self._summary and trainer.is_global_zero and self._engine is not None:
-            Console().print(summary_of(self._recent, self._engine))
+        engine = self._engine
+        if self._summary and self._measured and trainer.is_global_zero and engine and engine.bp_lambda:
+            Console().print(summary_of(self._recent, engine))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

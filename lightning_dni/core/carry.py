@@ -40,7 +40,12 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
 
 
 def refuse_beside_truncations(
-    boundaries: Sequence[str], bp_lambda: Any, update_probability: Any, update: str, exchange: Any
+    boundaries: Sequence[str],
+    bp_lambda: Any,
+    update_probability: Any,
+    update: str,
+    synthetic_inputs: Any,
+    exchange: Any,
 ) -> None:
     """Refuse options of an engine that do not go with truncations.
 
@@ -59,6 +64,7 @@ def refuse_beside_truncations(
         ("bp_lambda", bp_lambda, 0.0),
         ("update_probability", update_probability, 1.0),
         ("update", update, "step"),
+        ("synthetic_inputs", synthetic_inputs, None),
     ):
         if value != default:
             raise EstimatorError(

@@ -153,6 +153,22 @@ class Cut:
                 for g, leaf in zip(grads, self.leaves, strict=True)
             ]
 
+    def let_go(self, keep: bool) -> None:
+        """Drop what neither the estimator nor the stage needs any more.
+
+        Args:
+            keep: Whether a report still needs what was said and what came back.
+        """
+        if self.learned and (self.closed or not self.waits):
+            self.record = self.output = self.output_gradient = self.above = None
+        if keep or not self.closed:
+            return
+        self.synthetic = self.below = None
+        if self.delivered:
+            self.arrived = None
+            if self.learned or self.record is None:
+                self.target = None
+
     @property
     def learns_from_arrived(self) -> bool:
         """Whether the SG loss is differentiated from what arrived, without making the target first."""

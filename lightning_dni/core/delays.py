@@ -49,7 +49,8 @@ class Delays:
             raise StageError(
                 f"Expected `engine.update_estimators()` after {accumulate} backward passes, but got one "
                 "more: delayed gradients are due by the number of optimizer steps. Call it after every "
-                "`optimizer.step()`, or `engine.drop_estimator_gradients()` where that is skipped."
+                "`optimizer.step()`, or `engine.drop_estimator_gradients()` where that is skipped, and pass "
+                "`accumulate=` to `training_step` where several passes make a step."
             )
         self._passes += 1
         own = set(parameters)

@@ -108,7 +108,7 @@ class Step:
         self._synthesize(crossing)
         if boundary in self.settings.asleep:
             sit_out(crossing, self.settings.probe, self.settings.report)
-            self._let_go(crossing)
+            crossing.let_go(self.settings.report)
         elif not crossing.waits:
             self._settle(crossing)
         if self.settings.exchange is not None:
@@ -255,7 +255,7 @@ class Step:
             self.settings.updates.take(crossing, self.fired)
         if not self.settings.probe:
             crossing.outputs = []
-        self._let_go(crossing)
+        crossing.let_go(self.settings.report)
 
     def _deliver(self, crossing: Cut) -> None:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
@@ -284,7 +284,7 @@ class Step:
         if crossing.record is not None and not crossing.awaited and not crossing.learned:
             crossing.learned = True
             self._learn(crossing, crossing.feedback())
-        self._let_go(crossing)
+        crossing.let_go(self.settings.report)
 
     def _learn(self, crossing: Cut, feedback: Feedback) -> None:
         record, share = crossing.record, 1.0 / self.settings.accumulate
@@ -298,19 +298,6 @@ class Step:
             self.settings.exchange.offer(crossing.estimator_grads)
         if self.settings.keep_lessons:
             crossing.lesson = (crossing.installed, record, feedback, share)
-
-    def _let_go(self, crossing: Cut) -> None:
-        """Drop what neither the estimator nor the stage needs any more."""
-        if crossing.learned and (crossing.closed or not crossing.waits):
-            crossing.record = crossing.output = crossing.output_gradient = crossing.above = None
-        if self.settings.report:
-            return
-        if crossing.closed:
-            crossing.synthetic = crossing.below = None
-            if crossing.delivered:
-                crossing.arrived = None
-                if crossing.learned or crossing.record is None:
-                    crossing.target = None
 
     # ---- on the way down
 

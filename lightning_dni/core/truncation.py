@@ -354,8 +354,9 @@ def _checked(damping: Any) -> float:
 def _refuse_estimator(installed: Installed, name: str) -> None:
     estimator = installed.estimator
     needs = sorted(signal.value for signal in estimator.needs - {Signal.TARGET})
-    if needs or estimator.locks or (installed.parameters and not estimator.needs):
-        why = f"needs {needs}" if needs else "waits for it" if estimator.locks else "never hears of it"
+    waits = bool(estimator.locks or estimator.delay)
+    if needs or waits or (installed.parameters and not estimator.needs):
+        why = f"needs {needs}" if needs else "waits for it" if waits else "never hears of it"
         raise EstimatorError(
             f"Expected an estimator that learns from the target gradient alone at truncation {name!r}, but "
             f"{type(estimator).__name__} {why}: the next chunk is not there yet. Use LinearEstimator, "

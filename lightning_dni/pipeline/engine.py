@@ -42,7 +42,7 @@ from lightning_dni.pipeline.crossing import (
     say_again,
 )
 from lightning_dni.pipeline.inbox import Inbox
-from lightning_dni.pipeline.late import Late, delays_in_common, refuse_in_late_stage
+from lightning_dni.pipeline.late import Late, delays_in_common
 from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
@@ -159,7 +159,7 @@ class StageEngine(StagedEngine):
             return
         received = self._placed().received
         cut = open_cut(self._boundary, outputs, received, self._own, self._pool.install, self._step, value)
-        self._refuse_what_is_told(cut)
+        refuse_what_is_told(cut, self._staleness, self._delays, self._step, self._exchange is not None)
         estimator = cut.installed.estimator
         context = check_context(
             self._step.context,
@@ -174,17 +174,6 @@ class StageEngine(StagedEngine):
         self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
         if not cut.waits:
             self._differentiate(cut, received, self._number)
-
-    def _refuse_what_is_told(self, cut: Cut) -> None:
-        assert self._step is not None
-        refuse_what_is_told(cut, self._staleness)
-        if cut.installed.estimator.delay:
-            beside = {
-                "accumulated batches": self._step.accumulate > 1,
-                "several copies": self._exchange is not None,
-                "a probe": self._step.probe,
-            }
-            refuse_in_late_stage(cut.who, self._delays, beside)
 
     def _differentiate(self, cut: Cut, received: Received, step: int) -> None:
         with self.profile("dni.local_backward"):

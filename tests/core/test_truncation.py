@@ -29,11 +29,13 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
+from lightning_dni import MLPInputEstimator
 from lightning_dni.core import DNIEngine, Exchange, GradientEstimator, Lock, Signal
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 from lightning_dni.estimators import (
     BackpropEstimator,
     CriticEstimator,
+    DelayedGradientEstimator,
     LinearEstimator,
     LocalLossEstimator,
     MLPEstimator,
@@ -508,6 +510,7 @@ class Waits(GradientEstimator):
         (partial(CriticEstimator, num_classes=2), "needs ['network output']"),
         (partial(LocalLossEstimator, num_classes=2), "never hears of it"),
         (BackpropEstimator, "waits for it"),
+        (DelayedGradientEstimator, "waits for it"),
         (lambda spec: Waits(), "waits for it"),
     ],
 )
@@ -598,6 +601,11 @@ def test_a_second_loss_through_a_chunk_is_refused():
     [
         ({"boundaries": ["head"]}, BoundaryError, "Expected `boundaries` or `truncations`, but got both"),
         ({"bp_lambda": 0.5}, EstimatorError, "Expected no `bp_lambda` with `truncations`"),
+        (
+            {"synthetic_inputs": MLPInputEstimator},
+            EstimatorError,
+            "Expected no `synthetic_inputs` with `truncations`",
+        ),
         ({"update_probability": 0.5}, EstimatorError, "Expected no `update_probability` with"),
         ({"update": "immediate"}, EstimatorError, "Expected no `update` with `truncations`"),
         ({"exchange": Mock(spec=Exchange)}, StageError, "Expected no replicas with `truncations`"),

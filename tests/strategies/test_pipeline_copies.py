@@ -69,3 +69,33 @@ def test_copies_do_what_one_process_does_on_the_joint_batch(stages, options, acc
             for name, value in weights(trainer.strategy.engine.estimators[boundary]).items():
                 torch.testing.assert_close(estimator[name], value, atol=1e-10, rtol=0)
     assert {name for _, estimators in found for name in estimators} == set(STAGES[stages])
+
+
+def fit_clipped(rank, copies):
+    warnings.simplefilter("ignore")
+    module = net().double()
+    trainer = quiet_trainer(
+        pipeline(2, clip_norm="lagged"),
+        devices=2 * copies,
+        max_epochs=2,
+        use_distributed_sampler=False,
+        precision="64-true",
+        gradient_clip_val=0.05,
+    )
+    trainer.fit(module, part(rank % 2) if copies == 2 else DataLoader(dataset(), 8))
+    return weights(module)
+
+
+def unclipped():
+    module = net().double()
+    strategy = DNIStrategy(STAGES[2], LINEAR, rng="stage")
+    fit(module, strategy, DataLoader(dataset(), 8), max_epochs=2, precision="64-true")
+    return weights(module)
+
+
+def test_copies_clip_by_the_lagged_norm_of_the_joint_batch():
+    joint, _ = on_ranks(fit_clipped, 1, grouped=False)
+    assert any(not torch.equal(joint[name], loose) for name, loose in unclipped().items())
+    for own in on_ranks(fit_clipped, 2, world_size=4, grouped=False, seconds=120):
+        for name, value in own.items():
+            torch.testing.assert_close(value, joint[name], atol=1e-10, rtol=0)
