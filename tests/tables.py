@@ -254,7 +254,6 @@ ESTIMATORS = [
     Row("mlp-plain-padded-tokens", partial(plain_mlp, **PADDED), "sequence", "token labels"),
     Row("recurrent", recurrent),
     Row("recurrent-labels", partial(recurrent, **labels), context="labels"),
-    Row("recurrent-vectors", partial(recurrent, **vectors), context="vectors"),
     Row("recurrent-leaves", recurrent, "leaves"),
     Row("recurrent-tokens", partial(recurrent, **labels), "sequence", "token labels"),
     Row("control_variate-labels", partial(control_variate, **labels), context="labels", **CHOSEN),
