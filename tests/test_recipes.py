@@ -49,6 +49,8 @@ def fit(recipe, *words, callbacks=()):
 def test_there_are_seven_recipes_and_these_studies():
     assert [path.stem for path in STUDIES] == [
         "approximators",
+        "character_lstm",
+        "copy",
         "critical_points",
         "deep_linear_dynamics",
         "depth_sweep",

@@ -147,7 +147,8 @@ class RecurrentCuts:
 
     def _find_before(self, name: str, entered: Sequence[Tensor]) -> tuple[Ending | None, Tensor | None]:
         """The end of a chunk from which these sequences go on, and which of them do."""
-        here = [call.ending for chunk, call in self._calls.values() if chunk.truncation == name]
+        calls = [call for chunk, call in self._calls.values() if chunk.truncation == name]
+        here = [call.ending for call in calls if not call.continued]
         shapes = [t.shape for t in entered]
         fitting = [e for e in [*self._held.get(name, ()), *here] if [v.shape for v in e.values] == shapes]
         if not fitting:
@@ -297,7 +298,8 @@ class RecurrentCuts:
         if self.bootstrap.sequence_end == "ignore":
             return []
         lessons: list[Lesson | None] = []
-        for name in {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}:
+        begun = {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}
+        for name in (name for name in self._dims if name in begun):
             for ending in self._held.get(name, ()):
                 if ending.learned or ending.record is None:
                     continue

@@ -7,11 +7,13 @@ from lightning_dni.demos.language import GPTLanguageModel
 from lightning_dni.demos.mnist import MNISTDataModule
 from lightning_dni.demos.models import ConvClassifier, MLPClassifier
 from lightning_dni.demos.random_labels import RandomLabelsDataModule
+from lightning_dni.demos.reading import CharacterModel, ReadingDataModule
 from lightning_dni.demos.resnet import ResNet, ResNetClassifier
 from lightning_dni.demos.text import TextDataModule, count_tokens
 
 __all__ = [
     "GPT",
+    "CharacterModel",
     "ConvClassifier",
     "CopyCurriculum",
     "CopyDataModule",
@@ -21,6 +23,7 @@ __all__ = [
     "MLPClassifier",
     "MNISTDataModule",
     "RandomLabelsDataModule",
+    "ReadingDataModule",
     "ResNet",
     "ResNetClassifier",
     "TextDataModule",

@@ -27,11 +27,13 @@ class Chunk(NamedTuple):
         inputs: One symbol, the sign to copy, or nothing, one-hot, and a number of copies over ten.
         targets: The symbol to say, or `SILENT`.
         anew: Which sequences begin with this chunk.
+        ahead: The targets of the steps that follow in the sequence, one-hot: a context for estimators.
     """
 
     inputs: Float[Tensor, " steps batch features"]
     targets: Int64[Tensor, " steps batch"]
     anew: Bool[Tensor, " batch"]
+    ahead: Float[Tensor, " batch classes_ahead"]
 
 
 class CopyStream(IterableDataset[Chunk]):
@@ -46,6 +48,7 @@ class CopyStream(IterableDataset[Chunk]):
         chunk_length: steps of a chunk.
         batch_size: number of sequences at once.
         symbols: number of different symbols.
+        look_ahead: steps whose targets stand in `ahead`.
         seed: of the symbols.
 
     Attributes:
@@ -53,8 +56,10 @@ class CopyStream(IterableDataset[Chunk]):
         copies: how often they are to be said.
     """
 
-    def __init__(self, task: str, chunk_length: int, batch_size: int, symbols: int, seed: int) -> None:
-        self._repeats, self._symbols = task == "repeat_copy", symbols
+    def __init__(
+        self, task: str, chunk_length: int, batch_size: int, symbols: int, look_ahead: int, seed: int
+    ) -> None:
+        self._repeats, self._symbols, self._look_ahead = task == "repeat_copy", symbols, look_ahead
         self._steps, self._batch_size, self._seed = chunk_length, batch_size, seed
         self.length = self.copies = 1
 
@@ -91,22 +96,41 @@ class CopyStream(IterableDataset[Chunk]):
         return inputs, targets
 
     def __iter__(self) -> Iterator[Chunk]:
-        generator, place = torch.Generator().manual_seed(self._seed), torch.arange(self._batch_size)
-        sequences = [tuple(part[0] for part in self._draw(1, generator)) for _ in range(self._batch_size)]
-        at = (place % self.chunks_per_sequence).tolist()
+        generator, rows = torch.Generator().manual_seed(self._seed), torch.arange(self._batch_size)
+        here, further = torch.arange(self._steps), torch.arange(self._look_ahead) + self._steps
+        inputs, targets = self._draw(self._batch_size, generator)
+        lengths = torch.full_like(rows, inputs.shape[1])
+        at = rows % self.chunks_per_sequence * self._steps
         while True:
-            begin = [k * self._steps for k in at]
+            index = at.unsqueeze(1) + here
+            coming = F.pad(targets, (0, self._look_ahead), value=SILENT)
+            coming = coming.gather(1, at.unsqueeze(1) + further)
             yield Chunk(
-                torch.stack([x[b : b + self._steps] for (x, _), b in zip(sequences, begin, strict=True)], 1),
-                torch.stack([y[b : b + self._steps] for (_, y), b in zip(sequences, begin, strict=True)], 1),
-                torch.tensor([k == 0 for k in at]),
+                inputs[rows.unsqueeze(1), index].transpose(0, 1),
+                targets.gather(1, index).t(),
+                at == 0,
+                one_hot(coming, self._symbols + 1).flatten(1),
             )
-            at = [k + 1 for k in at]
-            over = [row for row, k in enumerate(at) if k * self._steps >= len(sequences[row][0])]
-            if over:
-                inputs, targets = self._draw(len(over), generator)
-                for k, row in enumerate(over):
-                    sequences[row], at[row] = (inputs[k], targets[k]), 0
+            at = at + self._steps
+            over = (at >= lengths).nonzero().flatten()
+            if len(over):
+                fresh = self._draw(len(over), generator)
+                more = max(0, fresh[0].shape[1] - inputs.shape[1])
+                inputs, targets = F.pad(inputs, (0, 0, 0, more)), F.pad(targets, (0, more), value=SILENT)
+                at[over], lengths[over] = 0, fresh[0].shape[1]
+                inputs[over], targets[over] = 0.0, SILENT
+                inputs[over, : fresh[0].shape[1]], targets[over, : fresh[1].shape[1]] = fresh
+
+
+def one_hot(targets: Int64[Tensor, " *dims"], classes: int) -> Float[Tensor, " *dims classes"]:
+    """One-hot vectors, zero where nothing is asked.
+
+    >>> one_hot(torch.tensor([1, SILENT]), 2)
+    tensor([[0., 1.],
+            [0., 0.]])
+    """
+    asked = (targets != SILENT).unsqueeze(-1)
+    return (F.one_hot(targets.clamp(min=0), classes) * asked).to(torch.get_default_dtype())
 
 
 class CopyDataModule(pl.LightningDataModule):
@@ -117,6 +141,8 @@ class CopyDataModule(pl.LightningDataModule):
         chunk_length: steps of a chunk: through so many backprop runs.
         batch_size: number of sequences at once.
         symbols: number of different symbols.
+        look_ahead: steps after a chunk whose targets are given as a context, which estimators with
+            `context_size=look_ahead * (symbols + 1)` see with `labels="ahead"`.
         seed: of the symbols.
 
     Raises:
@@ -129,15 +155,17 @@ class CopyDataModule(pl.LightningDataModule):
         chunk_length: int = 4,
         batch_size: int = 64,
         symbols: int = 8,
+        look_ahead: int = 12,
         seed: int = 0,
     ) -> None:
         check_choice("task", task, TASKS)
         check_count("chunk_length", chunk_length)
         check_count("batch_size", batch_size)
         check_count("symbols", symbols, minimum=2)
+        check_count("look_ahead", look_ahead)
         check_count("seed", seed, minimum=0)
         super().__init__()
-        self.stream = CopyStream(task, chunk_length, batch_size, symbols, seed)
+        self.stream = CopyStream(task, chunk_length, batch_size, symbols, look_ahead, seed)
 
     @override
     def train_dataloader(self) -> DataLoader[Chunk]:
@@ -172,7 +200,7 @@ class CopyModel(pl.LightningModule):
     @override
     def training_step(self, batch: Chunk, batch_idx: int) -> STEP_OUTPUT:
         """Cross-entropy of all symbols in the chunk, mean over sequences."""
-        inputs, targets, anew = batch
+        inputs, targets, anew, _ = batch
         state = self._state
         if state is not None:
             goes_on = (~anew).to(inputs.dtype).view(1, -1, 1)

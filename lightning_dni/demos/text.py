@@ -49,13 +49,18 @@ class TextDataModule(AbstractInMemoryDataModule):
     @override
     def load(self) -> Splits:
         """Cut the text into windows."""
-        text = encode("\n".join(topics[name] for name in sorted(topics)))
+        text = encode(help_topics())
         windows = text.unfold(0, self.context_length + 1, self.context_length)
         test = len(windows) - round(self.test_fraction * len(windows))
         val = test - round(self.val_fraction * len(windows))
         rows = torch.arange(len(windows))
         parts = (rows[:val], rows[val:test], rows[test:])
         return Splits(*(Split(windows[:, :-1], windows[:, 1:], part) for part in parts))
+
+
+def help_topics() -> str:
+    """The text, topic after topic."""
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def encode(text: str) -> Int64[Tensor, " characters"]:

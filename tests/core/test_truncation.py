@@ -295,13 +295,14 @@ def test_two_sequences_that_are_read_in_turn_are_told_apart():
 # ---- several chunks, several losses, accumulation, scaling
 
 
-def test_chunks_in_one_step_are_those_of_a_step_each():
+@pytest.mark.parametrize("kind", ["lstm", "user's cell"])
+def test_chunks_in_one_step_are_those_of_a_step_each(kind):
     """One loss for both, or one after the other; the second goes on from the first."""
     (x0, y0, _), (x1, y1, anew) = draw_chunks(2)
     found = {}
     for way in ("step each", "one loss", "two losses"):
-        net = Net()
-        engine = engine_of(net, stirred)
+        net = Net(kind)
+        engine = engine_of(net, stirred, kind)
         with engine:
             if way == "step each":
                 state = None
@@ -317,7 +318,7 @@ def test_chunks_in_one_step_are_those_of_a_step_each():
                     first = loss_of(out, y0)
                     if way == "two losses":
                         engine.backward(first)
-                    detached = tuple(s.detach() for s in state)
+                    detached = pytree.tree_map(torch.Tensor.detach, state)
                     out, state = net(x1, begin_anew(net, detached, anew))
                     second = loss_of(out, y1)
                     if way == "two losses":

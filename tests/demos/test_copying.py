@@ -22,7 +22,7 @@ def read(task, number, rows=3, chunk_length=2, harder=0):
     found = []
     for row in range(rows):
         sequences = []
-        for x, y, anew in chunks:
+        for x, y, anew, _ in chunks:
             if anew[row]:
                 sequences.append(([], []))
             if sequences:
@@ -52,10 +52,26 @@ def test_a_sequence_asks_for_the_symbols_that_it_has_shown(task, harder, length,
 
 
 def test_sequences_of_a_batch_are_at_places_of_their_own_and_the_same_for_a_seed():
-    (_, y, anew), *_ = list(itertools.islice(CopyDataModule("copy", 2, 4, SYMBOLS).stream, 1))
+    _, y, anew, _ = next(iter(CopyDataModule("copy", 2, 4, SYMBOLS).stream))
     assert anew.tolist() == [True, False, True, False]
     again = next(iter(CopyDataModule("copy", 2, 4, SYMBOLS).stream))
     assert torch.equal(y, again.targets)
+
+
+@pytest.mark.parametrize("task", ["copy", "repeat_copy"])
+def test_the_context_holds_the_targets_that_follow_in_the_sequence(task):
+    stream = CopyDataModule(task, 2, 3, SYMBOLS, look_ahead=5).stream
+    for _ in range(4):
+        stream.lengthen()
+    chunks = list(itertools.islice(stream, 30))
+    for k, chunk in enumerate(chunks[:20]):
+        for row in range(3):
+            after = itertools.takewhile(lambda later, row=row: not later.anew[row], chunks[k + 1 :])
+            coming = [y for later in after for y in later.targets[:, row].tolist()][:5]
+            coming += [SILENT] * (5 - len(coming))
+            seen = chunk.ahead[row].view(5, SYMBOLS + 1)
+            assert [step.argmax().item() if step.any() else SILENT for step in seen] == coming
+            assert seen.sum() == sum(y != SILENT for y in coming)
 
 
 class Knows(CopyModel):

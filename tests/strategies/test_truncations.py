@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dni import DNIDDPStrategy, DNIPipelineStrategy, DNIStrategy, GradientMonitor
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import LinearEstimator, MLPEstimator, ZeroEstimator
+from lightning_dni.estimators import LinearEstimator, MLPEstimator, RecurrentEstimator, ZeroEstimator
 from lightning_dni.pipeline.engine import StageEngine
 
 DESCENT = partial(torch.optim.SGD, lr=0.1)
@@ -140,8 +140,13 @@ def test_validation_in_between_changes_no_number():
     assert modules[0].seen == modules[1].seen
 
 
-def test_a_fit_that_is_resumed_in_mid_epoch_is_the_one_that_was_not_stopped(tmp_path):
-    make = partial(strategy, partial(MLPEstimator, hidden_sizes=(4,)), estimator_optimizer=torch.optim.Adam)
+@pytest.mark.parametrize(
+    "estimator",
+    [partial(MLPEstimator, hidden_sizes=(4,)), partial(RecurrentEstimator, hidden_size=4, future_weight=0.5)],
+    ids=["mlp", "recurrent"],
+)
+def test_a_fit_that_is_resumed_in_mid_epoch_is_the_one_that_was_not_stopped(tmp_path, estimator):
+    make = partial(strategy, estimator, estimator_optimizer=torch.optim.Adam)
     straight, stopped, resumed = Reader(), Reader(), Reader()
     chunks = chunks_of(7)
     fit(straight, make(), Chunks(chunks))
@@ -153,7 +158,9 @@ def test_a_fit_that_is_resumed_in_mid_epoch_is_the_one_that_was_not_stopped(tmp_
 
     with pytest.raises(BrokenError):
         fit(stopped, make(), Chunks(chunks), callbacks=[keep, AtBatchStart(stop)], enable_checkpointing=True)
-    fit(resumed, make(), Chunks(chunks), ckpt_path=str(tmp_path / "step=4.ckpt"))
+    path = str(tmp_path / "step=4.ckpt")
+    assert torch.load(path, weights_only=True)["lightning_dni"]["truncations"]["net.core"]
+    fit(resumed, make(), Chunks(chunks), ckpt_path=path)
     assert resumed.seen == straight.seen[4:]
     assert different(weights(straight), weights(resumed)) == []
 
