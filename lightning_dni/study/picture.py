@@ -69,6 +69,9 @@ def _draw_panel(
         axes.set_xticks(list(positions.of.values()), list(positions.of), rotation=20, ha="right")
     else:
         axes.set_xscale(picture.x_scale)
+        if positions is not None:
+            axes.set_xticks(list(positions.of.values()), list(positions.of))
+            axes.minorticks_off()
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
