@@ -261,8 +261,8 @@ class DNIEngine(Engine):
     ) -> ImmediateUpdates | None:
         if self._update != "immediate":
             return None
-        updater = expect_updater(self.updater, several_losses)
-        if not last or self._requested == "probe":
+        updater = expect_updater(self.updater, several_losses, last and self._requested != "probe")
+        if updater is None:
             return None
         judges = self._health.skips or self._checks_values
         return ImmediateUpdates(updater, self._named, self._bp_lambda, accumulate > 1, judges)

@@ -185,8 +185,8 @@ def _full_precision(device: str) -> Iterator[None]:
         torch.clear_autocast_cache()  # it holds what the parameters were before
 
 
-def expect_updater(updater: Updater | None, several_losses: bool) -> Updater:
-    """What takes immediate updates.
+def expect_updater(updater: Updater | None, several_losses: bool, steps: bool) -> Updater | None:
+    """What takes immediate updates; None where no stage `steps`, since more batches of the update follow.
 
     Raises:
         StageError: Nothing does, or the step has several losses.
@@ -196,6 +196,8 @@ def expect_updater(updater: Updater | None, several_losses: bool) -> Updater:
             "Expected one loss per training step with update='immediate', but got several_losses=True: "
             "stages below one loss would step before another's forward pass. Pass update='step'."
         )
+    if not steps:
+        return None
     if updater is None:
         raise StageError(
             "Expected `engine.updater` to be set with update='immediate', but got none. Write "
