@@ -3,8 +3,10 @@
 OMP_NUM_THREADS=1 python benchmarks/estimators/main.py [--net mnist-mlp] [--depth 6] [--data-dir data/mnist]
 
 Each row takes the learning rates with the lowest validation error of a training with seed 0 (`--rates-of 6`:
-those that it took at that depth); then it is trained with them and seeds 1, 2, ..., and the test set is read.
-Finished trainings are in results.csv beside this file and are not repeated, costs of a step in costs.csv.
+rows with estimators to train take those chosen at that depth); then it is trained with them and seeds 1, 2,
+..., and the test set is read.
+Finished trainings are in results.csv beside this file and are not repeated. With `--turns 100` nothing is
+trained: steps of all rows take turns, four at a time, and what they cost goes to costs.csv.
 """
 
 import argparse
@@ -104,12 +106,16 @@ def best_setting(task: Task, row: str, depth: int) -> Setting:
     return settings[errors.index(min(errors))]
 
 
-def run(task: Task, seeds: int, rates_of: int) -> None:
-    """Train what is missing."""
-    best = {row: best_setting(task, row, rates_of) for row in task.rows}
+def run(task: Task, seeds: int, rates_of: int) -> dict[str, list[Found]]:
+    """The trainings of all rows, of which those that are missing are run, one seed after another."""
+    learned = {row: is_learned(factory) for row, factory in task.rows.items()}
+    best = {row: best_setting(task, row, rates_of if learned[row] else task.depth) for row in task.rows}
+    finished: dict[str, list[Found]] = {row: [] for row in task.rows}
     for seed in range(1, seeds + 1):
         for row, setting in best.items():
-            measure(task, row, "test", setting._replace(depth=task.depth, seed=seed))
+            found = measure(task, row, "test", setting._replace(depth=task.depth, seed=seed))
+            finished[row].append(found)
+    return finished
 
 
 def measure_costs(task: Task, turns: int) -> None:
@@ -127,11 +133,10 @@ def measure_costs(task: Task, turns: int) -> None:
             writer.writerow({"net": task.name, "depth": task.depth, "row": row, **figures})
 
 
-def paired(own: list[Found], backprop: list[Found]) -> str:
+def paired(own: list[Found], others: list[Found]) -> str:
     """Mean difference of the test errors with equal seeds, and its 95 % interval (Student's t)."""
-    base = {found["seed"]: float(found["test_error"]) for found in backprop}
-    pairs = [(float(found["test_error"]), base[found["seed"]]) for found in own if found["seed"] in base]
-    differences = [a - b for a, b in pairs]
+    pairs = zip(own, others, strict=False)
+    differences = [float(a["test_error"]) - float(b["test_error"]) for a, b in pairs]
     if len(differences) < 2:
         return "-"
     mean, error = statistics.fmean(differences), stats.sem(differences)
@@ -141,48 +146,31 @@ def paired(own: list[Found], backprop: list[Found]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def show_errors(task: Task) -> None:
-    """Print errors and gradients."""
-    scope = {"net": task.name, "depth": str(task.depth), "steps": str(task.steps), "phase": "test"}
-    finished = [found for found in read() if scope.items() <= found.items() and found["test_error"]]
-    table = Table(box=box.MARKDOWN)
-    for heading in (
-        "",
-        "rates",
-        "test error, %",
-        "minus backprop's [95 %]",
-        "seeds",
-        "SG error",
-        "weight error",
-        "cosine",
-    ):
-        table.add_column(heading)
-    backprop = [found for found in finished if found["row"] == "backprop"]
-    for row in task.rows:
-        own = [found for found in finished if found["row"] == row]
-        if not own:
-            continue
+def show_errors(finished: dict[str, list[Found]], against: str) -> None:
+    """Print errors and gradients, with means over seeds, and the difference to the row `against`."""
+    headings = ("", "rates", "test error, %", f"minus {against}", "SG error", "weight error", "cosine")
+    table = Table(*headings, box=box.MARKDOWN)
+    for row, own in finished.items():
         errors = [float(found["test_error"]) for found in own]
+        if not errors:
+            continue
         spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
         rates = " ".join(own[0][name] for name in ("rate", "estimator_rate") if own[0][name] != "0")
-        figures = [
-            f"{statistics.fmean(float(found[name]) for found in own):.2f}" if own[0][name] else "-"
-            for name in ("sg_error", "weight_error", "cosine")
-        ]
-        difference = "-" if row == "backprop" else paired(own, backprop)
-        error = f"{statistics.fmean(errors):.2f}{spread}"
-        table.add_row(row, rates, error, difference, str(len(own)), *figures)
+        difference = "-" if row == against else paired(own, finished.get(against, []))
+        table.add_row(row, rates, f"{statistics.fmean(errors):.2f}{spread}", difference, *_gradients(own))
     Console(width=160).print(table)
+
+
+def _gradients(finished: list[Found]) -> list[str]:
+    columns = [[found.get(name) for found in finished] for name in ("sg_error", "weight_error", "cosine")]
+    return [f"{statistics.fmean(map(float, column)):.2f}" if all(column) else "-" for column in columns]
 
 
 def show_costs(task: Task) -> None:
     """Print costs, and what each row waits for and learns from."""
     scope = {"net": task.name, "depth": str(task.depth)}
     measured = {found["row"]: found for found in read(COSTS) if scope.items() <= found.items()}
-    if not measured:
-        return
-    table = Table(box=box.MARKDOWN)
-    for heading in (
+    headings = (
         "",
         "locked",
         "learns from the network above",
@@ -190,8 +178,8 @@ def show_costs(task: Task) -> None:
         "operations / backprop's",
         "peak memory, MB",
         "estimator parameters",
-    ):
-        table.add_column(heading)
+    )
+    table = Table(*headings, box=box.MARKDOWN)
     whole = int(measured["backprop"]["flops"])
     for row, found in measured.items():
         ratio = f"{float(found['time']):.2f} ({float(found['low']):.2f} to {float(found['high']):.2f})"
@@ -219,7 +207,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates-of", type=int, default=None, help="depth whose grid is asked")
     parser.add_argument("--rows", nargs="+", default=None)
-    parser.add_argument("--turns", type=int, default=0, help="measure costs, in so many turns of four steps")
+    parser.add_argument("--against", default="backprop", help="row from which differences are taken")
+    parser.add_argument("--turns", type=int, default=0, help="train nothing, measure the costs of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
@@ -229,9 +218,9 @@ def main() -> None:
     task = Task(args.net, net, args.depth, args.steps, rows, net.data(args.data_dir))
     if args.turns:
         measure_costs(task, args.turns)
-    run(task, args.seeds, args.rates_of or args.depth)
-    show_errors(task)
-    show_costs(task)
+        show_costs(task)
+    else:
+        show_errors(run(task, args.seeds, args.rates_of or args.depth), args.against)
 
 
 if __name__ == "__main__":

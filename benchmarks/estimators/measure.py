@@ -89,7 +89,8 @@ def train(
     try:
         trainer.fit(model, data)
     except DNIError:  # something was not finite
-        return {"val_error": 100.0, "seconds": time.perf_counter() - began}
+        errors = dict.fromkeys(("val_error", "test_error") if final else ("val_error",), 100.0)
+        return {**errors, "seconds": time.perf_counter() - began}
     found = {"seconds": time.perf_counter() - began}
     trainer.limit_val_batches = 1.0
     found |= trainer.validate(model, data, verbose=False)[0]

@@ -86,8 +86,8 @@ def _mnist(folder: Path, **source: Any) -> MNISTDataModule:
     return MNISTDataModule(data_dir=folder, batch_size=128, val_size=10_000, **source)
 
 
-def _perceptron(depth: int, rate: float) -> MLPClassifier:
-    return MLPClassifier(input_size=784, hidden_size=128, num_hidden=depth, learning_rate=rate)
+def _perceptron(depth: int, rate: float, width: int = 128) -> MLPClassifier:
+    return MLPClassifier(input_size=784, hidden_size=width, num_hidden=depth, learning_rate=rate)
 
 
 def _convolutional(depth: int, rate: float) -> ConvClassifier:
@@ -100,6 +100,7 @@ def _transformer(depth: int, rate: float) -> NextCharacter:
 
 NETS: Mapping[str, Net] = {
     "mnist-mlp": Net(_mnist, _perceptron, ["net.hidden_*"]),
+    "mnist-mlp-1024": Net(_mnist, partial(_perceptron, width=1024), ["net.hidden_*"]),
     "fashion-mlp": Net(partial(_mnist, **FASHION), _perceptron, ["net.hidden_*"]),
     "fashion-cnn": Net(
         partial(_mnist, **FASHION),
