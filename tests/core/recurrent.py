@@ -4,10 +4,12 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.core.estimator import GradientEstimator
+from lightning_dni.estimators import LinearEstimator
 
 BATCH, LENGTH, FEATURES, WIDTH, OUTPUTS = 4, 3, 2, 3, 2
 
@@ -188,3 +190,34 @@ class Told(GradientEstimator):
 
     def synthesize(self, h, context, state):
         return next(self.says), None
+
+
+exactly = partial(assert_close, rtol=0, atol=0)
+closely = partial(assert_close, rtol=1e-10, atol=1e-10)
+
+
+def stirred(spec, seed=3):
+    """A linear estimator that no longer says zero."""
+    estimator = LinearEstimator(spec)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in estimator.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return estimator
+
+
+def stirred_weights(net):
+    """What `stirred` begins with."""
+    made = []
+    engine = engine_of(net, lambda spec: made.append(stirred(spec)) or made[-1], truncations_of(net))
+    with engine:
+        train(net, engine, draw_chunks(1))
+    return [p.detach().clone() for p in made[0].parameters()]
+
+
+def truncations_of(net):
+    return next(k for k, (make, *_) in CORES.items() if type(net.core) is getattr(make, "func", make))
+
+
+def weights(engine):
+    return [list(e.state_dict().values()) for e in engine.estimators.values()]
