@@ -124,9 +124,7 @@ RESTRICTIONS = {
         "Expected update='step' with … processes",
         "Expected an optimizer that keeps its state by parameter",
     ],
-    "with `truncations`, several processes": [
-        "Expected no `truncations` in several processes",
-        "Expected no replicas with `truncations`",
+    "with `truncations`, `boundaries`": [
         "Expected no `…` with `truncations`",
         "Expected `boundaries` or `truncations`, but got both",
     ],

@@ -90,9 +90,7 @@ class Engine(ABC):
             )
         self._model = model
         if truncations:
-            refuse_beside_truncations(
-                boundaries, bp_lambda, update_probability, update, synthetic_inputs, exchange
-            )
+            refuse_beside_truncations(boundaries, bp_lambda, update_probability, update, synthetic_inputs)
         self._modules = {} if truncations else resolve_boundaries(model, boundaries)
         self._truncations, self._damping, self._sequence_end = truncations, damping, sequence_end
         self._names = (*self._modules, *resolve_truncations(model, truncations))

@@ -103,6 +103,15 @@ class Bootstrap:
         accumulate(made)
         return loss.detach() / share
 
+    def report_no_rows(self, name: str, installed: Installed, record: Record) -> None:
+        """Report on no row, where there is nothing else: replicas add up what each of them reports."""
+        if name in self.reports:
+            return
+        nothing = tuple(torch.zeros_like(h) for h in record.h)
+        no_row = torch.zeros(len(nothing[0]), dtype=torch.bool, device=nothing[0].device)
+        loss = nothing[0].new_zeros(()) if installed.parameters else None
+        self.reports[name] = _report(record, nothing, no_row, loss, installed)
+
     def is_sound(
         self,
         value: Tensor,

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import COMPILED, resolve_submodules
 from lightning_dni.core.value import close_value, open_value
-from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+from lightning_dni.errors import BoundaryError, EstimatorError
 
 Truncations = Sequence[str] | Mapping[str, int]
 """Names or patterns of recurrent submodules; or {pattern: batch dimension of the state}."""
@@ -45,14 +45,12 @@ def refuse_beside_truncations(
     update_probability: Any,
     update: str,
     synthetic_inputs: Any,
-    exchange: Any,
 ) -> None:
     """Refuse options of an engine that do not go with truncations.
 
     Raises:
         BoundaryError: There are boundaries, too.
         EstimatorError: Something asks for gradients that nobody has, or for stages.
-        StageError: There are replicas.
     """
     if boundaries:
         raise BoundaryError(
@@ -71,10 +69,6 @@ def refuse_beside_truncations(
                 f"Expected no `{argument}` with `truncations`, but got {value!r}: there are no stages, and "
                 "the true gradient of the future is never there. Leave it out."
             )
-    if exchange is not None:
-        raise StageError(
-            "Expected no replicas with `truncations`, but got an `exchange`. Train in one process."
-        )
 
 
 def core_of(module: nn.Module) -> nn.Module:

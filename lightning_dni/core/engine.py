@@ -240,9 +240,7 @@ class DNIEngine(Engine):
             with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
                 yield
             if several_losses:
-                refuse_other_backward(self._step.cuts)
-                lessons = self._chunks.end_sequences(settings)
-                self._pool.remember([lesson for lesson in lessons if lesson is not None])
+                self._end_losses(self._step.cuts, settings)
             self._elements_per_row = self._step.elements_per_row
             self._steps += 1  # a step that failed will be taken again
         finally:
@@ -251,6 +249,13 @@ class DNIEngine(Engine):
                 self._inputs.end()
             if several_losses:
                 self._end_step()
+
+    def _end_losses(self, cuts: Sequence[Cut], settings: StepSettings) -> None:
+        refuse_other_backward(cuts)
+        lessons = self._chunks.end_sequences(settings)
+        self._pool.remember([lesson for lesson in lessons if lesson is not None])
+        if settings.exchange is not None and self._chunks.names:
+            settings.exchange.average(list(self._pool.named_parameters().values()))
 
     def _end_step(self) -> None:
         self._step = None

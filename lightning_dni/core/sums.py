@@ -97,12 +97,12 @@ class Spread:
     def update(self, values: Float[Tensor, " rows features"]) -> None:
         """Add rows. Those of another length (a longer sequence) are taken around a mean of their own."""
         rows, values = len(values), values.to(sum_dtype(values))
-        mean = values.mean(0)
+        mean = values.mean(0) if rows else values.new_zeros(values.shape[1:])
         squares = (values - mean).square().sum()
         if self._mean is None or self._mean.shape != mean.shape:
             self._rows, self._mean = rows, mean
         else:
-            total = self._rows + rows
+            total = max(1, self._rows + rows)
             shift = mean - self._mean
             squares = squares + shift.square().sum() * (self._rows * rows / total)
             self._mean = self._mean + shift * (rows / total)

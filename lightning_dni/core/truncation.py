@@ -273,9 +273,11 @@ class RecurrentCuts:
             What to learn from again.
         """
         lessons = [self._teach(chunk, settings, elements_per_row) for chunk in self._closing]
-        self._closing, self._differentiating = [], False
         if settings.own_parameters is None:
             lessons += self.end_sequences(settings)
+        if settings.report and settings.exchange is not None:
+            self._report_everywhere()
+        self._closing, self._differentiating = [], False
         self.bootstrap.watch(number)
         return [lesson for lesson in lessons if lesson is not None]
 
@@ -292,6 +294,14 @@ class RecurrentCuts:
         future = None if ending is None else ending.gradient
         installed = self._install(name, record.h)
         return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
+
+    def _report_everywhere(self) -> None:
+        """Have a report of every truncation, also where no sequence goes on: other replicas have one."""
+        for chunk in self._closing:
+            record = chunk.ends[0].ending.record
+            if record is not None and self._held.get(chunk.truncation):
+                installed = self._install(chunk.truncation, record.h)
+                self.bootstrap.report_no_rows(chunk.truncation, installed, record)
 
     def end_sequences(self, settings: StepSettings) -> list[Lesson | None]:
         """Teach that nobody goes on from what earlier steps have left, where this step has begun anew."""

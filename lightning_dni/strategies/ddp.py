@@ -10,6 +10,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_dni.core.base import Engine, UpdateTime
@@ -25,8 +26,8 @@ from lightning_dni.core.target import Denominator
 from lightning_dni.strategies._compat import MisconfigurationException, Precision
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
-from lightning_dni.strategies.options import refuse_truncations
 from lightning_dni.strategies.reducer import GradientReducer
+from lightning_dni.strategies.sharding import CHECKPOINT_KEY
 from lightning_dni.strategies.updates import refuse_replicas
 
 
@@ -59,7 +60,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         network_input: As in `DNIStrategy`.
         input_optimizer: As in `DNIStrategy`.
         on_nonfinite: As in `DNIStrategy`; all processes stop together, when Lightning next logs.
-        truncations: As in `DNIStrategy`, in one process only.
+        truncations: As in `DNIStrategy`; every process goes on from states of its own.
         damping: As in `DNIStrategy`.
         sequence_end: As in `DNIStrategy`.
         checkpoint_io: As in any strategy.
@@ -142,7 +143,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         )
         self._bucket_cap_mb = bucket_cap_mb
         self._reducer: GradientReducer | None = None
-        self._buffers_differ = False
+        self._buffers_differ = self._truncates = False
 
     # ---- replicas start equal
 
@@ -159,7 +160,7 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
             return super()._build_engine(module)
         options = self._options_for(module)
         refuse_replicas(options, self.world_size)
-        refuse_truncations(options, self.strategy_name)
+        self._truncates = bool(options.truncations)
         self._reducer = GradientReducer(self._bucket_cap_mb, self._timeout)
         seed = self.broadcast(torch.initial_seed())
         return options.build(DNIEngine, module, seed=seed, exchange=self._reducer, rank=self.global_rank)
@@ -189,3 +190,24 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         for name in sorted(estimators):
             buffers += estimators[name].buffers()
         broadcast(buffers)
+
+    # ---- checkpoints: what sequences go on from is each process's own
+
+    @override
+    def _engine_state(self) -> dict[str, Any] | None:
+        """Rank 0's, with what the sequences of every process go on from."""
+        state = super()._engine_state()
+        if state is not None and self._truncates and self._reducer is not None:
+            own = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, state.pop("truncations", {}))
+            state["replicas"] = self._reducer.gather(own)
+        return state
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint; sequences go on where as many processes have saved it."""
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is not None:
+            kept = state.pop("replicas", None) or [state.pop("truncations", {})]
+            state["truncations"] = kept[self.global_rank] if len(kept) == self.world_size else {}
+        return checkpoint

@@ -93,15 +93,15 @@ def refuse_auto(options: DNIOptions, strategy: str) -> DNIOptions:
 
 
 def refuse_truncations(options: DNIOptions, strategy: str) -> DNIOptions:
-    """Refuse truncations where several processes train.
+    """Refuse truncations where stages train in processes of their own.
 
     Raises:
         MisconfigurationException: There are some.
     """
     if options.truncations:
         raise MisconfigurationException(
-            f"Expected no `truncations` in several processes, but got {list(options.truncations)} under "
-            f"strategy={strategy!r}. Train under strategy='dni' on one device."
+            f"Expected no `truncations` in a pipeline, but got {list(options.truncations)} under "
+            f"strategy={strategy!r}. Train under strategy='dni' or 'dni_ddp'."
         )
     return options
 

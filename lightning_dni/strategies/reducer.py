@@ -305,6 +305,12 @@ class GradientReducer:
             bucket.write(present[start : start + len(bucket.variables)])
             start += len(bucket.variables)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, which can be pickled and lies on the CPU."""
+        found: list[Any] = [None] * dist.get_world_size(self._control)
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
     def agree(self, yes: bool) -> bool:
         """Whether every process says yes."""
         return not self._tell([not yes], [])[0]

@@ -1,7 +1,6 @@
 """What cannot be truncated is refused by name, with what to do instead."""
 
 from functools import partial
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from core.recurrent import (
 from torch import nn
 
 from lightning_dni import MLPInputEstimator
-from lightning_dni.core import DNIEngine, Exchange, GradientEstimator, Lock, Signal
-from lightning_dni.errors import BoundaryError, EstimatorError, StageError
+from lightning_dni.core import DNIEngine, GradientEstimator, Lock, Signal
+from lightning_dni.errors import BoundaryError, EstimatorError
 from lightning_dni.estimators import (
     BackpropEstimator,
     CriticEstimator,
@@ -143,7 +142,6 @@ def test_a_second_loss_through_a_chunk_is_refused():
         ),
         ({"update_probability": 0.5}, EstimatorError, "Expected no `update_probability` with"),
         ({"update": "immediate"}, EstimatorError, "Expected no `update` with `truncations`"),
-        ({"exchange": Mock(spec=Exchange)}, StageError, "Expected no replicas with `truncations`"),
         ({"damping": 0.0}, EstimatorError, "Expected `damping` to be above 0 and up to 1, but got 0.0"),
         ({"truncations": ["cor"]}, BoundaryError, "Expected `truncations` to name .* Did you mean 'core'"),
     ],
