@@ -1,6 +1,6 @@
 """Real compute on two processes: how many batches per second, and how soon a training loss is reached.
 
-OMP_NUM_THREADS=1 python benchmarks/pipeline/learning.py --data_dir data [--steps 250] [--losses 0.3 0.2]
+OMP_NUM_THREADS=1 python benchmarks/pipeline/learning.py --data_dir data [--steps 250] [--width 1024]
 
 A perceptron on MNIST, the same weights and batches in every row; one thread per process. A loss counts as
 reached once the running mean of the training loss (weight 0.05 for the newest) is below it. Every method has
@@ -94,11 +94,13 @@ class Task(NamedTuple):
         steps: Length of a fit.
         data: Folder of the data.
         losses: Those to reach.
+        width: Units per hidden layer.
     """
 
     steps: int
     data: Path
     losses: list[float]
+    width: int
 
     def fit(self, row: Row, rates: Rates, seed: int) -> Found:
         """A fit of `row`, in processes of its own."""
@@ -107,7 +109,9 @@ class Task(NamedTuple):
 
     def _process(self, row: Row, rates: Rates, seed: int) -> Found:
         torch.manual_seed(seed)
-        module = MLPClassifier(784, hidden_size=1024, num_hidden=5, batch_norm=False, learning_rate=rates.net)
+        module = MLPClassifier(
+            784, hidden_size=self.width, num_hidden=5, batch_norm=False, learning_rate=rates.net
+        )
         progress = Progress()
         trainer = pl.Trainer(
             max_epochs=-1,
@@ -224,13 +228,14 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--losses", type=float, nargs="+", default=[0.3, 0.2])
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[], help="pairs, net and estimators, in place of the grid"
     )
     parser.add_argument("--csv", type=Path, default=HERE / "learning.csv")
     args = parser.parse_args()
-    task = Task(args.steps, args.data_dir, args.losses)
+    task = Task(args.steps, args.data_dir, args.losses, args.width)
     chosen: dict[str, Rates] = {}
     given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))
     for name, row in ROWS.items():
