@@ -28,7 +28,12 @@ from rich.table import Table
 
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.demos import MLPClassifier, MNISTDataModule
-from lightning_dni.estimators import CriticEstimator, LinearEstimator, LowRankEstimator
+from lightning_dni.estimators import (
+    CriticEstimator,
+    DelayedGradientEstimator,
+    LinearEstimator,
+    LowRankEstimator,
+)
 
 HERE = Path(__file__).parent
 WARM_UP = 10
@@ -148,6 +153,12 @@ def exact(microbatches: int, rates: Rates) -> object:
     return DNIPipelineStrategy(["net.hidden_1"], schedule="1f1b", microbatches=microbatches)
 
 
+def delayed(staleness: int, rates: Rates) -> object:
+    """True gradients of earlier batches, with the weights of then."""
+    estimator = partial(DelayedGradientEstimator, delay=staleness)
+    return DNIPipelineStrategy(["net.hidden_2"], estimator, staleness=staleness)
+
+
 def alone(rates: Rates) -> object:
     """Plain backprop."""
     return "auto"
@@ -165,6 +176,8 @@ ROWS: dict[str, Row] = {
     CRITIC: Row(partial(dni, critic, "net.hidden_2", 2)),
     "DNI, critic, staleness 1": Row(partial(dni, critic, "net.hidden_2", 1), rates_of=CRITIC),
     "DNI, critic, staleness 0": Row(partial(dni, critic, "net.hidden_2", 0), rates_of=CRITIC),
+    "delayed gradient, staleness 1": Row(partial(delayed, 1), learns=False),
+    "delayed gradient, staleness 2": Row(partial(delayed, 2), learns=False),
 }
 
 
@@ -233,21 +246,23 @@ def main() -> None:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[], help="pairs, net and estimators, in place of the grid"
     )
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains any of these")
     parser.add_argument("--csv", type=Path, default=HERE / "learning.csv")
     args = parser.parse_args()
     task = Task(args.steps, args.data_dir, args.losses, args.width)
     chosen: dict[str, Rates] = {}
     given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))
-    for name, row in ROWS.items():
+    rows = {name: row for name, row in ROWS.items() if any(word in name for word in args.only)}
+    for name, row in rows.items():
         if row.rates_of is None:
             pair = next(given, None)
             chosen[name] = choose_rates(task, row) if pair is None else Rates(*pair)
             Console().print(f"{name}: {chosen[name]}")
         else:
             chosen[name] = chosen[row.rates_of]
-    found: dict[str, list[Found]] = {name: [] for name in ROWS}
+    found: dict[str, list[Found]] = {name: [] for name in rows}
     for seed in range(1, args.seeds + 1):
-        for name, row in ROWS.items():
+        for name, row in rows.items():
             found[name].append(task.fit(row, chosen[name], seed))
             Console().print(f"{name}, seed {seed}: {found[name][-1].seconds * 1e3:.1f} ms per step")
     show(found, chosen, args.losses)

@@ -118,7 +118,8 @@ WITHOUT_LAG = {
         ),
         "direct feedback alignment": Case(options={"estimator": DirectFeedbackAlignmentEstimator}),
         "kickback, accumulation": Case(
-            options={"estimator": partial(KickbackEstimator, num_classes=CLASSES)},
+            partial(made, Regression),
+            {"loss_denominator": "elements", "estimator": KickbackEstimator},
             trainer={"accumulate_grad_batches": 3},
         ),
         "dict": Case(partial(made, FedDicts, dropout=0.3), {"labels": "label"}, data=dicts),
