@@ -254,12 +254,12 @@ def main() -> None:
     given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))
     rows = {name: row for name, row in ROWS.items() if any(word in name for word in args.only)}
     for name, row in rows.items():
-        if row.rates_of is None:
+        source = row.rates_of or name
+        if source not in chosen:
             pair = next(given, None)
-            chosen[name] = choose_rates(task, row) if pair is None else Rates(*pair)
-            Console().print(f"{name}: {chosen[name]}")
-        else:
-            chosen[name] = chosen[row.rates_of]
+            chosen[source] = choose_rates(task, ROWS[source]) if pair is None else Rates(*pair)
+            Console().print(f"{source}: {chosen[source]}")
+        chosen[name] = chosen[source]
     found: dict[str, list[Found]] = {name: [] for name in rows}
     for seed in range(1, args.seeds + 1):
         for name, row in rows.items():
