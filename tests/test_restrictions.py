@@ -125,9 +125,9 @@ RESTRICTIONS = {
         "Expected update='step' with … processes",
         "Expected an optimizer that keeps its state by parameter",
     ],
-    "with `truncations`, `boundaries`": [
+    "with `truncations`, boundaries in or above": [
         "Expected no `…` with `truncations`",
-        "Expected `boundaries` or `truncations`, but got both",
+        "to lie below truncation",
     ],
     "a truncation that does not return (output, state)": [
         "to return (output, state)",

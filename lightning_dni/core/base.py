@@ -90,8 +90,8 @@ class Engine(ABC):
             )
         self._model = model
         if truncations:
-            refuse_beside_truncations(boundaries, bp_lambda, update_probability, update, synthetic_inputs)
-        self._modules = {} if truncations else resolve_boundaries(model, boundaries)
+            refuse_beside_truncations(bp_lambda, update_probability, update, synthetic_inputs)
+        self._modules = resolve_boundaries(model, boundaries) if boundaries or not truncations else {}
         self._truncations, self._damping, self._sequence_end = truncations, damping, sequence_end
         self._names = (*self._modules, *resolve_truncations(model, truncations))
         self._output_name = output

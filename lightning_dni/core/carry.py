@@ -40,24 +40,13 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
 
 
 def refuse_beside_truncations(
-    boundaries: Sequence[str],
-    bp_lambda: Any,
-    update_probability: Any,
-    update: str,
-    synthetic_inputs: Any,
+    bp_lambda: Any, update_probability: Any, update: str, synthetic_inputs: Any
 ) -> None:
     """Refuse options of an engine that do not go with truncations.
 
     Raises:
-        BoundaryError: There are boundaries, too.
         EstimatorError: Something asks for gradients that nobody has, or for stages.
     """
-    if boundaries:
-        raise BoundaryError(
-            f"Expected `boundaries` or `truncations`, but got both, {list(boundaries)} beside truncations: a "
-            "stage that is closed in the forward pass would never hear of the gradient at the end of its "
-            "chunk. Pass one of them."
-        )
     for argument, value, default in (
         ("bp_lambda", bp_lambda, 0.0),
         ("update_probability", update_probability, 1.0),
@@ -66,8 +55,8 @@ def refuse_beside_truncations(
     ):
         if value != default:
             raise EstimatorError(
-                f"Expected no `{argument}` with `truncations`, but got {value!r}: there are no stages, and "
-                "the true gradient of the future is never there. Leave it out."
+                f"Expected no `{argument}` with `truncations`, but got {value!r}: the true gradient of the "
+                "future is never there, and the end of a chunk is only known with the loss. Leave it out."
             )
 
 

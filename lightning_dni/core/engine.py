@@ -92,7 +92,7 @@ class DNIEngine(Engine):
             factory, or None for the real one}. None: every stage goes on from the real one.
         network_input: Where that input is in the batch: "auto", an index, a key, or a callable.
         input_optimizer: Makes the optimizer of what predicts inputs, as `estimator_optimizer` does.
-        truncations: In place of boundaries, names or patterns of recurrent submodules, called as
+        truncations: Names or patterns of recurrent submodules above all boundaries, called as
             `module(input, state)`, at whose state backprop through time is truncated; or {pattern: the
             dimension of the state that counts rows}.
         damping: What synthetic gradients at truncations are multiplied with; or {pattern: value}.
@@ -161,6 +161,7 @@ class DNIEngine(Engine):
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._runs_forward():
             return None
+        self._chunks.refuse_boundary(name, output)
         passed_on = self._step.cut(name, output)
         if not self._taps.watches_layers and self._pool.installed_needs(name, Signal.CONSUMER):
             self._watch_layers()  # it was made by a function

@@ -182,6 +182,24 @@ class RecurrentCuts:
         self._calls[call.number] = (chunk, call)
         return output
 
+    def refuse_boundary(self, boundary: str, output: Any) -> None:
+        """Refuse a boundary whose stage a chunk is part of: it is closed before the chunk's end is known.
+
+        Raises:
+            BoundaryError: `boundary` lies in a recurrent module or above it.
+        """
+        if not self._dims:
+            return
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        below = [self._calls[n][0].truncation for n in walk(tensors, through=False) if n in self._calls]
+        found = next(iter([*self._entering, *below]), None)
+        if found is not None or boundary in self._dims:
+            raise BoundaryError(
+                f"Expected boundary {boundary!r} to lie below truncation {found or boundary!r}, but got it "
+                "in or above the recurrent module: a stage that is closed in the forward pass would never "
+                "hear of the gradient at the end of its chunk. Choose boundaries in what leads up to that module."
+            )
+
     # ---- on the way down
 
     def prepare(self, loss: Tensor, settings: StepSettings, elements_per_row: int | None) -> Tensor:

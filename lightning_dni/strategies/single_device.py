@@ -56,7 +56,7 @@ class DNIStrategy(DecoupledTraining, SingleDeviceStrategy):
         input_optimizer: Makes the optimizer of what predicts inputs; or {pattern: factory}. None: Adam, 1e-3.
         on_nonfinite: "raise" stops at a loss, a synthetic gradient or a target that is not finite, and names
             it; "skip" leaves it out of that estimator's update, which `dni_skipped/<boundary>` counts.
-        truncations: In place of `boundaries`, names or patterns of recurrent submodules, called as
+        truncations: Names or patterns of recurrent submodules above all `boundaries`, called as
             `module(input, state)`: backprop through time ends at the state that comes in, and at the one that
             goes out a synthetic gradient stands for the losses to come; or {pattern: the dimension of the
             state that counts sequences}.

@@ -39,7 +39,8 @@ def describe(module: pl.LightningModule, options: DNIOptions) -> None:
 def stages(module: pl.LightningModule, options: DNIOptions) -> list[tuple[str, ...]]:
     """The rows of the table, the last stage at the end."""
     truncated = resolve_truncations(module, options.truncations)
-    boundaries = {} if truncated else resolve_boundaries(module, options.boundaries)
+    given = options.boundaries or not truncated
+    boundaries = resolve_boundaries(module, options.boundaries) if given else {}
     sizes: dict[str, int] = {}
     seen: set[nn.Parameter] = set()
     for stage, found in modules_by_stage(module, boundaries).items():

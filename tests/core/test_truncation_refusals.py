@@ -133,7 +133,6 @@ def test_a_second_loss_through_a_chunk_is_refused():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"boundaries": ["head"]}, BoundaryError, "Expected `boundaries` or `truncations`, but got both"),
         ({"bp_lambda": 0.5}, EstimatorError, "Expected no `bp_lambda` with `truncations`"),
         (
             {"synthetic_inputs": MLPInputEstimator},
