@@ -61,6 +61,7 @@ def test_there_are_seven_recipes_and_these_studies():
         "representations",
         "sparse_updates",
         "staleness",
+        "two_clocks",
         "zero_depth",
     ]
     assert [path.stem for path in RECIPES] == [

@@ -197,7 +197,7 @@ class RecurrentCuts:
             raise BoundaryError(
                 f"Expected boundary {boundary!r} to lie below truncation {found or boundary!r}, but got it "
                 "in or above the recurrent module: a stage that is closed in the forward pass would never "
-                "hear of the gradient at the end of its chunk. Choose boundaries in what leads up to that module."
+                "hear of the gradient at the end of its chunk. Choose boundaries in what leads up to it."
             )
 
     # ---- on the way down
