@@ -1,0 +1,22 @@
+"""The tables of the comparison of estimators are made from what was measured."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/estimators"
+
+
+def report(*words):
+    command = [sys.executable, str(FOLDER / "report.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def lines_of_tables(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_tables_of_the_readme_are_what_the_report_prints():
+    said = lines_of_tables((FOLDER / "README.md").read_text())
+    assert said == lines_of_tables(report())
+    assert sum(line.startswith("|---|") for line in said) >= 3
