@@ -1,5 +1,6 @@
 """The tables of the comparison of estimators are made from what was measured."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,11 @@ def test_the_tables_of_the_readme_are_what_the_report_prints():
     said = lines_of_tables((FOLDER / "README.md").read_text())
     assert said == lines_of_tables(report())
     assert sum(line.startswith("|---|") for line in said) >= 3
+
+
+def test_differences_in_the_guide_are_those_of_the_tables():
+    tables = " ".join(lines_of_tables((FOLDER / "README.md").read_text()))
+    guide = " ".join((FOLDER.parents[1] / "docs/choosing.md").read_text().split())
+    quoted = re.findall(r"[+-]\d+\.\d\d \[[^\]]+\]", guide)
+    assert len(quoted) >= 4
+    assert [difference for difference in quoted if difference not in tables] == []
