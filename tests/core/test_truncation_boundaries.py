@@ -53,7 +53,7 @@ def stirred(spec):
     return estimator
 
 
-def train(estimator, chunks, **options):
+def train(estimator, chunks, probes=None, **options):
     """The gradients of net and estimators in every chunk, by name, and the engine's."""
     net, state, history = Reader(), None, []
     descent = lambda parameters: torch.optim.SGD(parameters, lr=RATE)
@@ -63,6 +63,8 @@ def train(estimator, chunks, **options):
     with engine:
         for x, y, keep in chunks:
             optimizer.zero_grad()
+            if probes is not None:
+                engine.request_probe()
             with engine.training_step((x, y)):
                 out, state = net(x, None if state is None else state.detach() * keep)
                 loss = loss_of(out, y)
@@ -71,6 +73,8 @@ def train(estimator, chunks, **options):
             for name, made in engine.estimators.items():
                 found |= {f"{name}: {n}": p.grad for n, p in made.named_parameters()}
             history.append({n: g.clone() for n, g in found.items() if g is not None})
+            if probes is not None:
+                probes.append(engine.last_report.boundaries)
             optimizer.step()
             engine.update_estimators()
     return history
@@ -144,6 +148,16 @@ def test_with_a_zero_estimator_at_the_truncation_the_boundary_is_that_of_the_chu
     alone = train(stirred, chunks, truncations=None)
     for ours, theirs in zip(both, alone, strict=True):
         exactly(ours, theirs)
+
+
+def test_a_probe_changes_no_number_and_gives_the_boundary_the_gradient_of_its_chunk():
+    chunks, probes = chunks_of(3), []
+    for probed, plain in zip(train(stirred, chunks, probes), train(stirred, chunks), strict=True):
+        exactly(probed, plain)
+    assert [sorted(each) for each in probes] == [["eyes"], ["core", "eyes"], ["core", "eyes"]]
+    for each in probes:
+        closely(each["eyes"].true, each["eyes"].target)
+        assert "core" not in each or each["core"].true is None
 
 
 @pytest.mark.parametrize(
