@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from core.nets import assert_close, same_bits
 from core.recurrent import BATCH, Net, begin_anew, draw_chunks, loss_of, stirred
+from core.truncated_stage import chunks_of, train
+from core.truncated_stage import stirred as stirred_below
 from ddp_fits import state_of, trainers
 from fits import AtBatchStart, BrokenError, different, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -81,6 +83,21 @@ def test_two_processes_do_what_one_does_on_all_sequences(options):
     first, second = on_ranks(partial(train_replica, **options))
     assert same_bits(first, second)
     assert_close(first, train_replica(None, **options), atol=1e-10)
+
+
+def train_below(rank):
+    """The gradients of the last chunk, with a boundary below the truncation."""
+    rows = slice(None) if rank is None else slice(rank * HALF, (rank + 1) * HALF)
+    own = [(x[rows], y[rows], goes_on[:, rows]) for x, y, goes_on in chunks_of(4)]
+    exchange = None if rank is None else GradientReducer()
+    return train(stirred_below, own, exchange=exchange, rank=rank or 0, seed=3)[-1]
+
+
+def test_with_a_boundary_below_two_processes_do_what_one_does_on_all_sequences():
+    """Gradients of the fourth chunk, which have in them what three updates of everything have done."""
+    first, second = on_ranks(train_below)
+    assert same_bits(first, second)
+    assert_close(first, train_below(None), atol=1e-10)
 
 
 def test_processes_stay_equal_where_one_hears_of_an_end_after_its_updates():
