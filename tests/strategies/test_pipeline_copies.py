@@ -10,7 +10,7 @@ from strategies.pipelined import STAGES, pipeline
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dni import DNIStrategy
-from lightning_dni.estimators import CriticEstimator
+from lightning_dni.estimators import CriticEstimator, DirectFeedbackAlignmentEstimator
 
 
 def part(copy, rows=80):
@@ -44,9 +44,10 @@ def critic(spec):
         (2, {}, 1),
         (2, {"bp_lambda": 0.5}, 2),
         (2, {"estimator": critic}, 1),
+        (2, {"estimator": DirectFeedbackAlignmentEstimator}, 1),
         (3, {}, 1),
     ],
-    ids=["two", "mixed-accumulated", "critic", "three"],
+    ids=["two", "mixed-accumulated", "critic", "direct feedback alignment", "three"],
 )
 def test_copies_do_what_one_process_does_on_the_joint_batch(stages, options, accumulate):
     found = on_ranks(fit_copy, stages, options, accumulate, world_size=2 * stages, grouped=False, seconds=120)
