@@ -113,7 +113,7 @@ class Spread:
             shift = mean - self._mean
             squares = squares + shift.square().sum() * (self._rows * rows / total)
             self._mean = self._mean + shift * (rows / total)
-            self._rows = total
+            self._rows += rows
         self._all_rows += rows
         self._squares = squares if self._squares is None else self._squares + squares
 
