@@ -1,10 +1,12 @@
 """What estimators at truncations learn, once the next chunk has come back or will never come."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_dni.core.chunk import Chunk
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record, who
 from lightning_dni.core.health import Health
@@ -15,6 +17,8 @@ from lightning_dni.core.synthesis import check_graph, learn
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
 
+Install = Callable[[str, Sequence[Tensor]], Installed]
+"""Gives the estimator of a truncation, building it from its first state."""
 SequenceEnd = Literal["zero", "ignore"]
 """What is taught about a state from which nobody goes on: that its gradient is zero, or nothing."""
 
@@ -103,14 +107,22 @@ class Bootstrap:
         accumulate(made)
         return loss.detach() / share
 
-    def report_no_rows(self, name: str, installed: Installed, record: Record) -> None:
-        """Report on no row, where there is nothing else: replicas add up what each of them reports."""
-        if name in self.reports:
-            return
-        nothing = tuple(torch.zeros_like(h) for h in record.h)
-        no_row = torch.zeros(len(nothing[0]), dtype=torch.bool, device=nothing[0].device)
-        loss = nothing[0].new_zeros(()) if installed.parameters else None
-        self.reports[name] = _report(record, nothing, no_row, loss, installed)
+    def report_everywhere(self, chunks: Iterable[Chunk], install: Install) -> None:
+        """Report on no row where there is nothing else: replicas add up what each of them reports.
+
+        Args:
+            chunks: Through which the loss has come back.
+            install: Gives the estimator of a truncation.
+        """
+        for chunk in chunks:
+            record = chunk.ends[0].ending.record
+            if record is None or chunk.truncation in self.reports:
+                continue
+            installed = install(chunk.truncation, record.h)
+            nothing = tuple(torch.zeros_like(h) for h in record.h)
+            no_row = torch.zeros(len(nothing[0]), dtype=torch.bool, device=nothing[0].device)
+            loss = nothing[0].new_zeros(()) if installed.parameters else None
+            self.reports[chunk.truncation] = _report(record, nothing, no_row, loss, installed)
 
     def is_sound(
         self,

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.carry import from_rows, same_rows, to_rows
 from lightning_dni.core.estimator import Gradient, Record
 from lightning_dni.core.stage import AccumulateGrad
+from lightning_dni.errors import BoundaryError
 
 CALL = "lightning_dni.call"
 """Key under which the autograd nodes of a recurrent module's output remember the number of the call."""
@@ -162,6 +163,37 @@ def walk(tensors: Iterable[Tensor], through: bool) -> Iterator[int | None]:
             below = [n for n, _ in node.next_functions if n is not None and n not in seen]
             seen.update(below)
             stack += below
+
+
+def refuse_above(
+    boundary: str,
+    output: Any,
+    same: Iterable[str],
+    running: Iterable[str],
+    calls: Mapping[int, tuple[Chunk, Call]],
+) -> None:
+    """Refuse a boundary whose stage a chunk is part of: it is closed before the chunk's end is known.
+
+    Args:
+        boundary: Its name.
+        output: What it returns.
+        same: The truncations that are this module, too.
+        running: The truncations whose module is running.
+        calls: The calls of this step by number.
+
+    Raises:
+        BoundaryError: `boundary` lies in a recurrent module or above it.
+    """
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    numbers = (n for n in walk(tensors, through=False) if n is not None)
+    below = [calls[n][0].truncation for n in numbers if n in calls]
+    found = next(iter([*same, *running, *below]), None)
+    if found is not None:
+        raise BoundaryError(
+            f"Expected boundary {boundary!r} to lie below truncation {found!r}, but got it in or above the "
+            "recurrent module: a stage that is closed in the forward pass would never hear of the gradient "
+            "at the end of its chunk. Choose boundaries in what leads up to it."
+        )
 
 
 class _WithGradients(torch.autograd.Function):

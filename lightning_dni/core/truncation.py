@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.bootstrap import Bootstrap
+from lightning_dni.core.bootstrap import Bootstrap, Install
 from lightning_dni.core.boundary import choose_by_pattern, named_submodules
 from lightning_dni.core.carry import (
     StateValue,
@@ -35,6 +35,7 @@ from lightning_dni.core.chunk import (
     as_applied,
     full_rows,
     mark,
+    refuse_above,
     walk,
     with_gradients,
 )
@@ -45,8 +46,6 @@ from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.synthesis import check_shapes, check_zero, estimating, observed
 from lightning_dni.core.tap import Taps
 from lightning_dni.errors import BoundaryError, EstimatorError
-
-Install = Callable[[str, Sequence[Tensor]], Installed]
 
 
 class RecurrentCuts:
@@ -183,22 +182,9 @@ class RecurrentCuts:
         return output
 
     def refuse_boundary(self, boundary: str, output: Any) -> None:
-        """Refuse a boundary whose stage a chunk is part of: it is closed before the chunk's end is known.
-
-        Raises:
-            BoundaryError: `boundary` lies in a recurrent module or above it.
-        """
-        if not self._dims:
-            return
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        below = [self._calls[n][0].truncation for n in walk(tensors, through=False) if n in self._calls]
-        found = next(iter([*self._entering, *below]), None)
-        if found is not None or boundary in self._dims:
-            raise BoundaryError(
-                f"Expected boundary {boundary!r} to lie below truncation {found or boundary!r}, but got it "
-                "in or above the recurrent module: a stage that is closed in the forward pass would never "
-                "hear of the gradient at the end of its chunk. Choose boundaries in what leads up to it."
-            )
+        """Refuse a boundary in a recurrent module or above it; see `refuse_above`."""
+        if self._dims:
+            refuse_above(boundary, output, {boundary} & self._dims.keys(), self._entering, self._calls)
 
     # ---- on the way down
 
@@ -294,7 +280,8 @@ class RecurrentCuts:
         if settings.own_parameters is None:
             lessons += self.end_sequences(settings)
         if settings.report and settings.exchange is not None:
-            self._report_everywhere()
+            going_on = [chunk for chunk in self._closing if self._held.get(chunk.truncation)]
+            self.bootstrap.report_everywhere(going_on, self._install)
         self._closing, self._differentiating = [], False
         self.bootstrap.watch(number)
         return [lesson for lesson in lessons if lesson is not None]
@@ -312,14 +299,6 @@ class RecurrentCuts:
         future = None if ending is None else ending.gradient
         installed = self._install(name, record.h)
         return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
-
-    def _report_everywhere(self) -> None:
-        """Have a report of every truncation, also where no sequence goes on: other replicas have one."""
-        for chunk in self._closing:
-            record = chunk.ends[0].ending.record
-            if record is not None and self._held.get(chunk.truncation):
-                installed = self._install(chunk.truncation, record.h)
-                self.bootstrap.report_no_rows(chunk.truncation, installed, record)
 
     def end_sequences(self, settings: StepSettings) -> list[Lesson | None]:
         """Teach that nobody goes on from what earlier steps have left, where this step has begun anew."""

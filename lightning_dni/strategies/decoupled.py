@@ -284,6 +284,7 @@ class DecoupledTraining(Strategy):
                     del state["optimizers"], state["schedules"]
                     state.pop("delayed", None)
                     state.get("inputs", {}).pop("optimizers", None)
+                    state.pop("replicas", None)
                 checkpoint[CHECKPOINT_KEY] = state
         self._write(checkpoint, filepath, storage_options)
 

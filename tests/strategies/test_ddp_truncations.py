@@ -176,6 +176,8 @@ def stop_and_resume(rank, folder):
     kept = torch.load(path, weights_only=True)["lightning_dni"]
     assert "truncations" not in kept
     assert len(kept["replicas"]) == 2
+    straight.trainer.save_checkpoint(f"{folder}/weights.ckpt", weights_only=True)
+    assert "replicas" not in torch.load(f"{folder}/weights.ckpt", weights_only=True)["lightning_dni"]
     resumed, strategy = fit(rank, chunks[4:], ckpt_path=path)
     assert resumed.seen == straight.seen[4:]
     return different(expected, state_of(resumed, strategy))
