@@ -59,6 +59,7 @@ RESTRICTIONS = {
         "Expected the gradient at the network's output for …, but the loss did not come back",
         "Expected one gradient at the network's output for …, but the loss came back through several calls",
         "Expected the network's output for the estimators of the stages below",
+        "Expected one gradient at the network's output for the estimators of the stages below",
         "Expected the network's output to be seen before",
         "to need only …, but it needs",
         "to depend on its parameters, but got one without a graph",

@@ -1,16 +1,19 @@
 """Real compute on two processes: how many batches per second, and how soon a training loss is reached.
 
-OMP_NUM_THREADS=1 python benchmarks/pipeline/learning.py --data_dir data [--steps 400] [--losses 0.3 0.1]
+OMP_NUM_THREADS=1 python benchmarks/pipeline/learning.py --data_dir data [--steps 250] [--width 1024]
 
-A perceptron on MNIST, the same weights, batches and rate in every row; one thread per process. A loss counts
-as reached once the running mean of the training loss (weight 0.05 for the newest) is below it. Rows run after
-one another on the same machine.
+A perceptron on MNIST, the same weights and batches in every row; one thread per process. A loss counts as
+reached once the running mean of the training loss (weight 0.05 for the newest) is below it. Every method has
+the rates of a small grid that were soonest at the last of the losses with seed 0; the table is of the seeds
+after it. Rows run after one another on the same machine, one seed after another.
 """
 
 import argparse
 import csv
+import itertools
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +28,16 @@ from rich.table import Table
 
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.demos import MLPClassifier, MNISTDataModule
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.estimators import (
+    CriticEstimator,
+    DelayedGradientEstimator,
+    LinearEstimator,
+    LowRankEstimator,
+)
 
 HERE = Path(__file__).parent
-BOUNDARIES = ["net.hidden_1"]
 WARM_UP = 10
+RATES, ESTIMATOR_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 1e-2, 3e-2)
 
 
 class Progress(pl.Callback):
@@ -47,8 +55,31 @@ class Progress(pl.Callback):
         self.ends.append(time.perf_counter())
 
 
+class Rates(NamedTuple):
+    """Learning rates of the network and of the estimators."""
+
+    net: float
+    estimators: float
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        strategy: Makes it, given the rates.
+        devices: How many processes.
+        rates_of: Row whose rates it has; None to try the grid.
+        learns: Whether it has estimators with a rate of their own.
+    """
+
+    strategy: Callable[[Rates], object]
+    devices: int = 2
+    rates_of: str | None = None
+    learns: bool = True
+
+
 class Found(NamedTuple):
-    """What one row has come to.
+    """What one fit has come to.
 
     Attributes:
         seconds: Per step, once it runs evenly.
@@ -61,88 +92,181 @@ class Found(NamedTuple):
     last: float
 
 
-def fit(strategy: Callable[[], object], devices: int, steps: int, data: Path, losses: list[float]) -> Found:
-    """One process of a fit."""
-    torch.manual_seed(0)
-    module = MLPClassifier(784, hidden_size=1024, num_hidden=5, batch_norm=False, learning_rate=3e-4)
-    progress = Progress()
-    trainer = pl.Trainer(
-        max_epochs=-1,
-        max_steps=steps,
-        accelerator="cpu",
-        devices=devices,
-        strategy=strategy(),  # type: ignore[arg-type]
-        callbacks=[progress],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    torch.manual_seed(0)
-    trainer.fit(module, MNISTDataModule(data_dir=str(data), batch_size=256))
-    reached = [next((k for k, found in enumerate(progress.losses) if found < loss), None) for loss in losses]
-    steady = progress.ends[WARM_UP:]
-    return Found((steady[-1] - steady[0]) / (len(steady) - 1), reached, progress.losses[-1])
+class Task(NamedTuple):
+    """What all fits have in common.
+
+    Attributes:
+        steps: Length of a fit.
+        data: Folder of the data.
+        losses: Those to reach.
+        width: Units per hidden layer.
+    """
+
+    steps: int
+    data: Path
+    losses: list[float]
+    width: int
+
+    def fit(self, row: Row, rates: Rates, seed: int) -> Found:
+        """A fit of `row`, in processes of its own."""
+        process = partial(self._process, row, rates, seed)
+        return run(process, row.devices, grouped=False)[0]
+
+    def _process(self, row: Row, rates: Rates, seed: int) -> Found:
+        torch.manual_seed(seed)
+        module = MLPClassifier(
+            784, hidden_size=self.width, num_hidden=5, batch_norm=False, learning_rate=rates.net
+        )
+        progress = Progress()
+        trainer = pl.Trainer(
+            max_epochs=-1,
+            max_steps=self.steps,
+            accelerator="cpu",
+            devices=row.devices,
+            strategy=row.strategy(rates),  # type: ignore[arg-type]
+            callbacks=[progress],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        torch.manual_seed(seed)
+        trainer.fit(module, MNISTDataModule(data_dir=str(self.data), batch_size=256))
+        reached = [next((k for k, v in enumerate(progress.losses) if v < loss), None) for loss in self.losses]
+        steady = progress.ends[WARM_UP:]
+        return Found((steady[-1] - steady[0]) / (len(steady) - 1), reached, progress.losses[-1])
 
 
-def dni(staleness: int) -> object:
+def dni(estimator: Callable[..., object], boundary: str, staleness: int, rates: Rates) -> object:
     """Synthetic gradients."""
-    estimator = partial(LinearEstimator, num_classes=10)
-    rate = partial(torch.optim.Adam, lr=3e-4)
-    return DNIPipelineStrategy(BOUNDARIES, estimator, estimator_optimizer=rate, staleness=staleness)
+    return DNIPipelineStrategy(
+        [boundary],
+        partial(estimator, num_classes=10),  # type: ignore[arg-type]
+        estimator_optimizer=partial(torch.optim.Adam, lr=rates.estimators),
+        staleness=staleness,
+    )
 
 
-def exact(microbatches: int) -> object:
-    """Exact backprop on the same stages."""
-    return DNIPipelineStrategy(BOUNDARIES, schedule="1f1b", microbatches=microbatches)
+def exact(microbatches: int, rates: Rates) -> object:
+    """Exact backprop on two stages."""
+    return DNIPipelineStrategy(["net.hidden_1"], schedule="1f1b", microbatches=microbatches)
 
 
-ROWS: dict[str, tuple[Callable[[], object], int]] = {
-    "one process, backprop": (lambda: "auto", 1),
-    "1f1b, 2 microbatches": (partial(exact, 2), 2),
-    "1f1b, 4 microbatches": (partial(exact, 4), 2),
-    "1f1b, 8 microbatches": (partial(exact, 8), 2),
-    "DNI, staleness 0": (partial(dni, 0), 2),
-    "DNI, staleness 1": (partial(dni, 1), 2),
-    "DNI, staleness 2": (partial(dni, 2), 2),
+def delayed(staleness: int, rates: Rates) -> object:
+    """True gradients of earlier batches, with the weights of then."""
+    estimator = partial(DelayedGradientEstimator, delay=staleness)
+    return DNIPipelineStrategy(["net.hidden_2"], estimator, staleness=staleness)
+
+
+def alone(rates: Rates) -> object:
+    """Plain backprop."""
+    return "auto"
+
+
+BACKPROP, CRITIC = "one process, backprop", "DNI, critic, staleness 2"
+critic = partial(CriticEstimator, label_share=0.5)
+
+# each with the boundary at which it is fastest: linear estimators take the time of most of a layer
+ROWS: dict[str, Row] = {
+    BACKPROP: Row(alone, devices=1, learns=False),
+    **{f"1f1b, {m} microbatches": Row(partial(exact, m), rates_of=BACKPROP, learns=False) for m in (2, 4, 8)},
+    "DNI, linear, staleness 2": Row(partial(dni, LinearEstimator, "net.hidden_1", 2)),
+    "DNI, low-rank, staleness 2": Row(partial(dni, LowRankEstimator, "net.hidden_2", 2)),
+    CRITIC: Row(partial(dni, critic, "net.hidden_2", 2)),
+    "DNI, critic, staleness 1": Row(partial(dni, critic, "net.hidden_2", 1), rates_of=CRITIC),
+    "DNI, critic, staleness 0": Row(partial(dni, critic, "net.hidden_2", 0), rates_of=CRITIC),
+    "delayed gradient, staleness 1": Row(partial(delayed, 1), learns=False),
+    "delayed gradient, staleness 2": Row(partial(delayed, 2), learns=False),
 }
 
 
-def show(found: dict[str, Found], losses: list[float]) -> None:
+def choose_rates(task: Task, row: Row) -> Rates:
+    """Those of the grid that are soonest at the last loss, and lowest at the end where none gets there."""
+    grid = [Rates(*pair) for pair in itertools.product(RATES, ESTIMATOR_RATES if row.learns else (0.0,))]
+
+    def how_late(rates: Rates) -> tuple[float, float]:
+        found = task.fit(row, rates, seed=0)
+        Console().print(f"{rates}: {found.reached} {found.last:.4f}")
+        step = found.reached[-1]
+        return (float("inf") if step is None else step), found.last
+
+    return min(grid, key=how_late)
+
+
+def summarise(found: list[Found], place: int) -> tuple[str, str]:
+    """Mean seconds and steps to a loss over seeds, and in brackets how many got there if not all."""
+    steps = [(fit.reached[place], fit.seconds) for fit in found]
+    there = [(k, k * seconds) for k, seconds in steps if k is not None]
+    if not there:
+        return "-", "-"
+    mean_steps, mean_seconds = (statistics.fmean(column) for column in zip(*there, strict=True))
+    some = "" if len(there) == len(found) else f" ({len(there)} of {len(found)})"
+    return f"{mean_seconds:.1f}{some}", f"{mean_steps:.0f}"
+
+
+def show(found: dict[str, list[Found]], chosen: dict[str, Rates], losses: list[float]) -> None:
     """Print the table."""
     versions = f"torch {torch.__version__}, lightning {pl.__version__}"
     table = Table(title=f"{versions}, {platform.machine()}, {os.cpu_count()} cores, gloo")
-    for column in ("", "ms per step", "speed", *(f"loss {loss}: s (steps)" for loss in losses), "last loss"):
+    columns = [column for loss in losses for column in (f"s to loss {loss}", "steps")]
+    for column in ("", "rates", "ms per step", "speed", *columns, "last loss"):
         table.add_column(column)
-    alone = found["one process, backprop"].seconds
-    for name, row in found.items():
-        cells = [f"{k * row.seconds:.1f} ({k})" if k is not None else "-" for k in row.reached]
-        speed = f"{alone / row.seconds:.2f}"
-        table.add_row(name, f"{row.seconds * 1e3:.1f}", speed, *cells, f"{row.last:.4f}")
-    Console(width=120).print(table)
+    milliseconds = {
+        name: 1e3 * statistics.median(fit.seconds for fit in fits) for name, fits in found.items()
+    }
+    for name, fits in found.items():
+        cells = [cell for place in range(len(losses)) for cell in summarise(fits, place)]
+        rates = ", ".join(f"{rate:g}" for rate in chosen[name] if rate)
+        speed = f"{milliseconds[BACKPROP] / milliseconds[name]:.2f}"
+        last = f"{statistics.fmean(fit.last for fit in fits):.3f}"
+        table.add_row(name, rates, f"{milliseconds[name]:.1f}", speed, *cells, last)
+    Console(width=140).print(table)
+
+
+def write(found: dict[str, list[Found]], chosen: dict[str, Rates], losses: list[float], path: Path) -> None:
+    """All fits of the table, one line each."""
+    headings = ["contender", "rate", "estimator rate", "seed", "seconds per step"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*headings, *(f"steps to {loss}" for loss in losses), "last loss"])
+        for name, fits in found.items():
+            for seed, fit in enumerate(fits, start=1):
+                writer.writerow([name, *chosen[name], seed, fit.seconds, *fit.reached, fit.last])
 
 
 def main() -> None:
-    """Run every row."""
+    """Choose rates, then run every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--losses", type=float, nargs="+", default=[0.3, 0.1])
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--losses", type=float, nargs="+", default=[0.3, 0.2])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[], help="pairs, net and estimators, in place of the grid"
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains any of these")
     parser.add_argument("--csv", type=Path, default=HERE / "learning.csv")
     args = parser.parse_args()
-    found: dict[str, Found] = {}
-    for name, (strategy, devices) in ROWS.items():
-        process = partial(fit, strategy, devices, args.steps, args.data_dir, args.losses)
-        found[name] = run(process, devices, grouped=False)[0]
-        Console().print(f"{name}: {found[name].seconds * 1e3:.1f} ms per step")
-    show(found, args.losses)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["contender", "seconds per step", *(f"steps to {v}" for v in args.losses), "last loss"]
-        )
-        writer.writerows([name, row.seconds, *row.reached, row.last] for name, row in found.items())
+    task = Task(args.steps, args.data_dir, args.losses, args.width)
+    chosen: dict[str, Rates] = {}
+    given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))
+    rows = {name: row for name, row in ROWS.items() if any(word in name for word in args.only)}
+    for name, row in rows.items():
+        source = row.rates_of or name
+        if source not in chosen:
+            pair = next(given, None)
+            chosen[source] = choose_rates(task, ROWS[source]) if pair is None else Rates(*pair)
+            Console().print(f"{source}: {chosen[source]}")
+        chosen[name] = chosen[source]
+    found: dict[str, list[Found]] = {name: [] for name in rows}
+    for seed in range(1, args.seeds + 1):
+        for name, row in rows.items():
+            found[name].append(task.fit(row, chosen[name], seed))
+            Console().print(f"{name}, seed {seed}: {found[name][-1].seconds * 1e3:.1f} ms per step")
+    show(found, chosen, args.losses)
+    write(found, chosen, args.losses, args.csv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of a training step, side by side in one process: ratios, not absolute times.
 
-python benchmarks/step_time/main.py [--turns 250]
+python benchmarks/step_time/main.py [--turns 250] [--width 256]
 
 A net of 64 -> 4 x 256 ReLU -> 10, batch 256, Adam, one thread, linear estimators with labels after
 every hidden layer. The contenders take turns of four steps, so that what they are compared with has run
@@ -37,9 +37,8 @@ from lightning_dni.estimators import (
     LinearEstimator,
 )
 
-WIDTHS = (64, 256, 256, 256, 256)
-CLASSES = 10
-BOUNDARIES = [f"net.{k}" for k in range(len(WIDTHS) - 1)]
+FEATURES, HIDDEN, CLASSES = 64, 4, 10
+BOUNDARIES = [f"net.{k}" for k in range(HIDDEN)]
 FACTORY = partial(LinearEstimator, num_classes=CLASSES)
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 ESTIMATOR_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
@@ -51,11 +50,12 @@ Batch = tuple[Tensor, Tensor]
 class Net(pl.LightningModule):
     """The net that every contender trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(WIDTHS)]
-        self.net = nn.Sequential(*hidden, nn.Linear(WIDTHS[-1], CLASSES))
+        widths = (FEATURES, *[width] * HIDDEN)
+        hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores."""
@@ -73,13 +73,13 @@ class Net(pl.LightningModule):
 def batches(steps: int) -> DataLoader[Batch]:
     """Random batches with random labels, too many to be learnt: saturated nets compute with denormals."""
     torch.manual_seed(1)
-    pool = [(torch.randn(256, WIDTHS[0]), torch.randint(CLASSES, (256,))) for _ in range(64)]
+    pool = [(torch.randn(256, FEATURES), torch.randint(CLASSES, (256,))) for _ in range(64)]
     return DataLoader([pool[k % len(pool)] for k in range(steps)], batch_size=None)
 
 
-def backprop(steps: int) -> Iterator[None]:
+def backprop(width: int, steps: int) -> Iterator[None]:
     """A plain torch loop."""
-    model = Net()
+    model = Net(width)
     optimizer = model.configure_optimizers()
     for batch in batches(steps):
         optimizer.zero_grad()
@@ -89,13 +89,11 @@ def backprop(steps: int) -> Iterator[None]:
         yield
 
 
-def by_hand(steps: int) -> Iterator[None]:
+def by_hand(width: int, steps: int) -> Iterator[None]:
     """The decoupled loop with the same estimators, written out."""
-    model = Net()
+    model = Net(width)
     optimizer = model.configure_optimizers()
-    specs = [
-        BoundarySpec(n, (LeafSpec((w,), torch.float32),)) for n, w in zip(BOUNDARIES, WIDTHS[1:], strict=True)
-    ]
+    specs = [BoundarySpec(name, (LeafSpec((width,), torch.float32),)) for name in BOUNDARIES]
     estimators = [FACTORY(spec) for spec in specs]
     estimator_optimizer = ESTIMATOR_ADAM([p for e in estimators for p in e.parameters()])
     for x, y in batches(steps):
@@ -122,9 +120,9 @@ def learn(synthetic: Tensor, h: Tensor, rows: int) -> None:
     (F.mse_loss(synthetic, h.grad * rows, reduction="sum") / rows).backward()
 
 
-def engine(steps: int, factory: EstimatorFactory = FACTORY) -> Iterator[None]:
+def engine(width: int, steps: int, factory: EstimatorFactory = FACTORY) -> Iterator[None]:
     """The engine in a plain torch loop."""
-    model = Net()
+    model = Net(width)
     optimizer = model.configure_optimizers()
     dni = DNIEngine(model, BOUNDARIES, factory, estimator_optimizer=ESTIMATOR_ADAM)
     with dni:
@@ -193,7 +191,7 @@ def in_loop(loop: Callable[[int], Iterator[None]], steps: int, step: Callable[[]
         step()
 
 
-def in_trainer(strategy: Callable[[], object], steps: int, step: Callable[[], None]) -> None:
+def in_trainer(strategy: Callable[[], object], width: int, steps: int, step: Callable[[], None]) -> None:
     """A Trainer."""
     trainer = pl.Trainer(
         max_epochs=1,
@@ -206,21 +204,26 @@ def in_trainer(strategy: Callable[[], object], steps: int, step: Callable[[], No
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Net(), batches(steps))
+    trainer.fit(Net(width), batches(steps))
 
 
-CONTENDERS: dict[str, Callable[[int, Callable[[], None]], None]] = {
-    "backprop loop": partial(in_loop, backprop),
-    "DNI loop by hand": partial(in_loop, by_hand),
-    "engine loop": partial(in_loop, engine),
-    "engine, backprop": partial(in_loop, partial(engine, factory=BackpropEstimator)),
-    "engine, FA": partial(in_loop, partial(engine, factory=FeedbackAlignmentEstimator)),
-    "engine, DFA": partial(in_loop, partial(engine, factory=DirectFeedbackAlignmentEstimator)),
-    "plain Trainer": partial(in_trainer, lambda: "auto"),
-    "Trainer, DNIStrategy": partial(
-        in_trainer, lambda: DNIStrategy(BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM)
-    ),
-}
+def contenders(width: int) -> dict[str, Callable[[int, Callable[[], None]], None]]:
+    """What takes turns, each given the number of steps and what to call after one."""
+    kinds = {
+        "engine, backprop": BackpropEstimator,
+        "engine, FA": FeedbackAlignmentEstimator,
+        "engine, DFA": DirectFeedbackAlignmentEstimator,
+    }
+    return {
+        "backprop loop": partial(in_loop, partial(backprop, width)),
+        "DNI loop by hand": partial(in_loop, partial(by_hand, width)),
+        "engine loop": partial(in_loop, partial(engine, width)),
+        **{name: partial(in_loop, partial(engine, width, factory=kind)) for name, kind in kinds.items()},
+        "plain Trainer": partial(in_trainer, lambda: "auto", width),
+        "Trainer, DNIStrategy": partial(
+            in_trainer, lambda: DNIStrategy(BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM), width
+        ),
+    }
 
 
 def ratios(turns: list[dict[str, float]]) -> dict[str, float]:
@@ -245,21 +248,22 @@ def main() -> None:
     """Take turns, then print times and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--turns", type=int, default=250)
+    parser.add_argument("--width", type=int, default=256)
     args = parser.parse_args()
     if os.environ.get("MALLOC_ARENA_MAX") != "1":  # threads shall find memory as one thread alone would
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    times = Turns(CONTENDERS, args.turns + WARM_UP).times
+    times = Turns(contenders(args.width), args.turns + WARM_UP).times
     turns = [dict(zip(times, t, strict=True)) for t in zip(*times.values(), strict=True)][WARM_UP:]
     table = Table(
         title=f"torch {torch.__version__}, {platform.machine()}, 1 thread, "
-        f"{len(turns)} turns of {STEPS_PER_TURN} steps"
+        f"{args.width} units, {len(turns)} turns of {STEPS_PER_TURN} steps"
     )
     for heading in ("", "median", "10 %", "90 %"):
         table.add_column(heading)
-    for name in CONTENDERS:
+    for name in times:
         low, *_, high = statistics.quantiles([t[name] * 1e3 for t in turns], n=10)
         table.add_row(
             f"{name}, ms",

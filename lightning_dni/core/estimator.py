@@ -25,7 +25,7 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
-ONE_PROCESS = frozenset({Signal.OUTPUT_GRADIENT, Signal.CONSUMER, Signal.ESTIMATOR_ABOVE})
+ONE_PROCESS = frozenset({Signal.CONSUMER, Signal.ESTIMATOR_ABOVE})
 """What an estimator can only be told where the stage above it is in the same process."""
 
 

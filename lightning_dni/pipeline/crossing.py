@@ -113,8 +113,10 @@ def _feedback(pending: Pending, age: int) -> Feedback:
     cut = pending.cut
     if cut.delivered and Signal.TARGET in cut.installed.estimator.needs:
         cut.target = cut.target_gradient()
-    output = None if pending.output is None else pending.output.tensors[0]
-    return Feedback(target=cut.target, output=output, age=age)
+    output, gradient = (None, None) if pending.output is None else (*pending.output.tensors, None)[:2]
+    if gradient is not None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / cut.factor
+    return Feedback(target=cut.target, output=output, output_gradient=gradient, age=age)
 
 
 def differentiate(cut: Cut, received: Received, keep_graph: bool = False) -> None:

@@ -20,16 +20,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import rows_of
+from lightning_dni.core.estimator import Signal, rows_of
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
 from lightning_dni.core.tap import Taps
-from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
     Received,
@@ -44,6 +42,7 @@ from lightning_dni.pipeline.crossing import (
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.late import Late, delays_in_common
 from lightning_dni.pipeline.message import Kind, Links, Message
+from lightning_dni.pipeline.output import Output, asks_for_gradient
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
@@ -67,7 +66,7 @@ class StageEngine(StagedEngine):
         self._step: StepSettings | None = None
         self._crossing: Pending | None = None
         self._late: Late | None = None
-        self._seen: Tensor | None = None
+        self._output = Output()
         self._loss: Tensor | None = None
         self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
@@ -89,6 +88,7 @@ class StageEngine(StagedEngine):
         self._inbox.restore(kept)  # of a fit before this one
         late = self._delays and above > 0
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
+        self._output = Output(self._links.output_out, asks_for_gradient(self._pool.factories.values()))
         if self._saved is not None:
             self._take_over(self._saved)
 
@@ -96,7 +96,8 @@ class StageEngine(StagedEngine):
         """Take every hook off the model and forget the step in progress."""
         self._taps.remove()
         super().detach()
-        self._step = self._crossing = self._seen = None
+        self._step = self._crossing = None
+        self._output.begin()
 
     def _use(self, step: str) -> Passage:
         fresh = self._current is None or self._passages.get(step) is not self._current
@@ -122,7 +123,8 @@ class StageEngine(StagedEngine):
         passage = self._use(TRAINING)
         self._updates += first
         self._step = self._settings(batch, accumulate, scale, several_losses, last)
-        self._requested, self._seen = "nothing", None
+        self._requested = "nothing"
+        self._output.begin()
         self._number = self.clock.step = self._steps
         if self._step.report and not self.is_last:
             self._reporting.begin(self._updates)
@@ -145,12 +147,8 @@ class StageEngine(StagedEngine):
 
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
-        if self._step is None or not torch.is_grad_enabled():
-            return
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        if tensors and tensors[0].ndim:
-            self._seen = tensors[0].detach()
-            self._elements_per_row = self._seen.numel() // max(1, self._seen.shape[0])
+        if self._step is not None:
+            self._elements_per_row = self._output.see(output) or self._elements_per_row
 
     def _on_output(self, outputs: list[Tensor], value: Any) -> None:
         assert self._step is not None
@@ -210,7 +208,7 @@ class StageEngine(StagedEngine):
         crossing, self._crossing = self._crossing, None
         if self.is_last:
             self._send_back(gradients_at(self._placed().received))
-            self._send_output()
+            self._output.send(self._number)
             self._health.observe(self._number, self._loss, [])
             self._look()
             self._merge([])
@@ -223,7 +221,7 @@ class StageEngine(StagedEngine):
         made: list[tuple[Tensor, Tensor]] = []
         if crossing is not None:
             if crossing.cut.waits:
-                self._inbox.take_gradient(crossing)
+                self._hear(crossing)
                 say_again(crossing)
                 self._differentiate(crossing.cut, self._placed().received, crossing.step)
             if self._step is not None and self._step.probe:
@@ -233,6 +231,13 @@ class StageEngine(StagedEngine):
         else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
             self._send_back(gradients_at(self._placed().received))
         self._merge(made)
+
+    def _hear(self, crossing: Pending) -> None:
+        """Wait for all that `crossing` cannot be differentiated without."""
+        if Signal.OUTPUT_GRADIENT in crossing.cut.installed.estimator.needs:
+            self._inbox.take_output(crossing)
+        if crossing.cut.hears_from_above:
+            self._inbox.take_gradient(crossing)
 
     def _go_back(self, late: Late, crossing: Pending) -> list[tuple[Tensor, Tensor]]:
         """Have `crossing` wait, and differentiate what has waited long enough."""
@@ -274,16 +279,6 @@ class StageEngine(StagedEngine):
                 cut.target = cut.target_gradient()
             self._reporting.keep(crossing, report_boundary([cut], {cut: truth}, names))
         cut.outputs = []
-
-    def _send_output(self) -> None:
-        if self._links.output_out is None:
-            return
-        if self._seen is None:
-            raise EstimatorError(
-                "Expected the network's output for the estimators of the stages below, but the output module "
-                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
-            )
-        self._links.output_out.send(Message(self._number, Kind.TRAIN, (self._seen.contiguous(),)))
 
     def _examine(self, cut: Cut) -> None:
         """Look at what the estimator said; leave it out, or stop, where that is not finite."""

@@ -78,6 +78,11 @@ class Inbox:
             crossing.gradient = next_message(self._links.gradient_in, crossing.step, "target gradient")
             take_gradient(crossing.cut, crossing.gradient)
 
+    def take_output(self, crossing: Pending) -> None:
+        """Wait for the network's output of `crossing`, if it is not here yet."""
+        while crossing.output is None:
+            self._take_output()
+
     def take_true(self, crossing: Pending) -> tuple[Tensor | None, ...]:
         """Wait for the true gradient of `crossing`, the newest one; on a drained stage it comes next."""
         return next_message(self._links.gradient_in, crossing.step, "true gradient").tensors

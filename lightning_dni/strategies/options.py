@@ -147,6 +147,6 @@ def hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
     """Whether an estimator may ask for the network's output; one that a function makes may."""
     for name in boundaries:
         made = made_by(choose_by_pattern(name, options.estimator, "estimator"))
-        if made is None or Signal.OUTPUT in made.needs:
+        if made is None or {Signal.OUTPUT, Signal.OUTPUT_GRADIENT} & made.needs:
             return True
     return False

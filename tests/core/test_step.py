@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from contextlib import suppress
 
 import pytest
@@ -260,6 +261,8 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
         stage.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
     options = {"bp_lambda": bp_lambda, "estimator_steps": estimator_steps}
     engine = attached(model, BOUNDARIES, VECTOR_ESTIMATORS[kind], **options)
+    gc.collect()
+    gc.freeze()  # what other tests have left is not counted
     gc.disable()
     try:
         for k in range(8):
@@ -267,7 +270,8 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
             engine.update_estimators()
             assert all(ref() is None for ref in seen)
             if k in (1, 7):
-                alive[k] = sum(type(o).__module__ in OURS for o in gc.get_objects())
+                alive[k] = Counter(type(o) for o in gc.get_objects() if type(o).__module__ in OURS)
     finally:
         gc.enable()
-    assert alive[7] <= alive[1]  # what other tests have left may go meanwhile
+        gc.unfreeze()
+    assert not alive[7] - alive[1]

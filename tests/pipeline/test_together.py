@@ -17,6 +17,7 @@ from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import (
     BackpropEstimator,
     ControlVariateEstimator,
+    CriticCascade,
     DirectFeedbackAlignmentEstimator,
     FeedbackAlignmentEstimator,
     KickbackEstimator,
@@ -242,6 +243,9 @@ WAITING = {
     "backprop": BackpropEstimator,
     "linear": partial(LinearEstimator, num_classes=CLASSES, prop_alpha=0.3),
     "mlp": partial(MLPEstimator, hidden_sizes=(8,), num_classes=CLASSES, prop_alpha=0.3),
+    "direct feedback alignment": DirectFeedbackAlignmentEstimator,
+    "kickback": partial(KickbackEstimator, num_classes=CLASSES),
+    "kickback, made by a function": lambda spec: KickbackEstimator(spec, num_classes=CLASSES),
 }
 
 
@@ -270,8 +274,7 @@ def test_a_lag_and_an_estimator_that_is_told_first_exclude_each_other(name):
     ("estimator", "needs"),
     [
         (FeedbackAlignmentEstimator, "consumer of h"),
-        (DirectFeedbackAlignmentEstimator, "gradient at the network output"),
-        (lambda spec: KickbackEstimator(spec), "gradient at the network output"),
+        (partial(CriticCascade, num_classes=CLASSES), "estimator above"),
     ],
 )
 def test_what_needs_the_stage_above_in_its_own_process_is_refused(estimator, needs, staleness):
@@ -280,6 +283,36 @@ def test_what_needs_the_stage_above_in_its_own_process_is_refused(estimator, nee
     staged = together(model, estimator, data, staleness)
     with pytest.raises(EstimatorError, match=rf"at boundary '0', which needs \['{needs}'\].*strategy='dni'"):
         staged.step([data[0]])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_gradient_at_the_output_is_heard_with_a_lambda_and_accumulation_too(accumulate):
+    torch.manual_seed(0)
+    model, data = mlp(WIDTHS[4], dropout=0.2, dtype=torch.float32), batches(12)
+    options = {"bp_lambda": 0.3}
+    staged = together(model, DirectFeedbackAlignmentEstimator, data, **options)
+    for i in range(0, len(data), accumulate):
+        staged.step(data[i : i + accumulate])
+    engine, _ = one_process(model, DirectFeedbackAlignmentEstimator, data, accumulate=accumulate, **options)
+    assert_same_bits(staged, engine, model)
+
+
+def test_an_output_that_the_loss_uses_in_two_calls_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.head = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            h = self.below(x).relu()
+            return self.head(h) + self.head(-h)
+
+    torch.manual_seed(0)
+    data = batches(1)
+    made = (["below"], DirectFeedbackAlignmentEstimator, loss_of, OPTIMIZERS["sgd"], data[0])
+    staged = StagesTogether(Twice(), *made, output="head", seed=3)
+    with pytest.raises(EstimatorError, match=r"Expected one gradient at the network's output .* got 2"):
+        staged.step(data)
 
 
 @pytest.mark.parametrize("staleness", [-1, True])

@@ -13,7 +13,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dni.core import GradientEstimator, Signal
 from lightning_dni.demos import GPT
-from lightning_dni.estimators import DelayedGradientEstimator
+from lightning_dni.estimators import (
+    DelayedGradientEstimator,
+    DirectFeedbackAlignmentEstimator,
+    KickbackEstimator,
+)
 from lightning_dni.pipeline.together import StagesTogether
 
 
@@ -111,6 +115,12 @@ WITHOUT_LAG = {
         ),
         "critic, one update per epoch": Case(
             options={"estimator": VECTOR_ESTIMATORS["critic"]}, trainer={"accumulate_grad_batches": 10}
+        ),
+        "direct feedback alignment": Case(options={"estimator": DirectFeedbackAlignmentEstimator}),
+        "kickback, accumulation": Case(
+            partial(made, Regression),
+            {"loss_denominator": "elements", "estimator": KickbackEstimator},
+            trainer={"accumulate_grad_batches": 3},
         ),
         "dict": Case(partial(made, FedDicts, dropout=0.3), {"labels": "label"}, data=dicts),
         "sum": Case(partial(made, Summed), {"loss_denominator": "sum"}),

@@ -1,0 +1,72 @@
+"""The network's output on the last stage, and the gradient there: what estimators below are told of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dni.core.estimator import Signal
+from lightning_dni.core.pool import EstimatorFactory, made_by
+from lightning_dni.errors import EstimatorError
+from lightning_dni.pipeline.message import Kind, Message, Outlet
+
+
+def asks_for_gradient(factories: Iterable[EstimatorFactory]) -> bool:
+    """Whether an estimator may ask for the gradient at the output; one that a function makes may."""
+    kinds = map(made_by, factories)
+    return any(made is None or Signal.OUTPUT_GRADIENT in made.needs for made in kinds)
+
+
+class Output:
+    """What the last stage sees of the network's output in one step, and sends down after its backward pass.
+
+    Args:
+        outlet: The way to the stage below; None where nobody below is to be told.
+        with_gradient: Whether the gradient of the loss goes along.
+    """
+
+    def __init__(self, outlet: Outlet | None = None, with_gradient: bool = False) -> None:
+        self._outlet, self._with_gradient = outlet, with_gradient and outlet is not None
+        self._seen: Tensor | None = None
+        self._gradients: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._seen, self._gradients = None, []
+
+    def see(self, output: Any) -> int | None:
+        """Take note of what the output module gives; its elements per row, if it takes a gradient."""
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not torch.is_grad_enabled() or not tensors or not tensors[0].ndim:
+            return None
+        self._seen = tensors[0].detach()
+        if self._with_gradient:
+            tensors[0].register_hook(self._gradients.append)  # type: ignore[no-untyped-call]
+        return self._seen.numel() // max(1, self._seen.shape[0])
+
+    def send(self, step: int) -> None:
+        """Tell the stage below, once the loss has been differentiated.
+
+        Raises:
+            EstimatorError: The output module did not run, or what is made of it is not the loss alone.
+        """
+        if self._outlet is None:
+            return
+        if self._seen is None:
+            raise EstimatorError(
+                "Expected the network's output for the estimators of the stages below, but the output module "
+                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
+            )
+        told = [self._seen.contiguous()]
+        if self._with_gradient:
+            if len(self._gradients) != 1:
+                raise EstimatorError(
+                    "Expected one gradient at the network's output for the estimators of the stages below, "
+                    f"but got {len(self._gradients)} in one backward pass. Pass `output=` the name of a "
+                    "submodule that runs once and of whose output the loss is computed."
+                )
+            told.append(self._gradients[0].detach().contiguous())
+        self._outlet.send(Message(step, Kind.TRAIN, tuple(told)))
+        self.begin()
