@@ -137,6 +137,8 @@ RESTRICTIONS = {
         "whose batch dimension is known",
         "to have the same number of rows in dimension",
         "Expected every truncation to run",
+        "Expected the states of truncations to need a gradient",
+        "Expected no truncation inside another",
     ],
     "at a truncation, an estimator": [
         "Expected an estimator that learns from the target gradient alone",
