@@ -227,8 +227,8 @@ class RecurrentCuts:
         if absent and self._untrained.issuperset(absent) and settings.own_parameters is None:
             raise BoundaryError(
                 f"Expected the states of truncations to need a gradient, but nothing that makes those of "
-                f"{absent} is trained: parameters, inputs and first state are frozen. Unfreeze what shall learn, "
-                "or leave it out of `truncations`."
+                f"{absent} is trained: parameters, inputs and first state are frozen. Unfreeze what shall "
+                "learn, or leave it out of `truncations`."
             )
         if absent and settings.own_parameters is None:
             raise BoundaryError(
