@@ -140,6 +140,7 @@ RESTRICTIONS = {
         "Expected the states of truncations to need a gradient",
         "Expected no truncation inside another",
     ],
+    "with `truncations` alone, callbacks": ["but got truncations alone"],
     "at a truncation, an estimator": [
         "Expected an estimator that learns from the target gradient alone",
         "Expected a truncation for",

@@ -22,6 +22,11 @@ FIGURES = {
 WEIGHT_ERROR = "dni_weight_error"
 
 
+def summarizes(engine: Observable) -> bool:
+    """Whether there are synthetic gradients to tell of."""
+    return bool(_lambdas(engine))
+
+
 def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Group:
     """A table with means over the last measured steps, and a line for each boundary where something may help.
 
@@ -39,7 +44,7 @@ def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Gro
     for heading in ("boundary", "estimator", *FIGURES, "descends"):
         table.add_column(heading, overflow="fold")
     lines = []
-    for name, value in engine.bp_lambda.items():
+    for name, value in _lambdas(engine).items():
         figures = {metric: _mean(recent.get(key_of(metric, name), ())) for metric in _READ}
         shown = [_number(figures[metric]) for metric in FIGURES.values()]
         errors = recent.get(key_of(WEIGHT_ERROR, name), ())
@@ -86,6 +91,12 @@ def _advice(figures: Mapping[str, float | None], bp_lambda: float, learns: bool)
     if bp_lambda == 1 or not (learns or figures["dni_norm_ratio"] == 0):
         return ""
     return advise(figures)
+
+
+def _lambdas(engine: Observable) -> dict[str, float]:
+    """Lambda by boundary; at truncations, where nothing can be mixed in, 0."""
+    truncations = cast(Sequence[str], engine.describe().get("truncations", ()))
+    return {**engine.bp_lambda, **dict.fromkeys(truncations, 0.0)}
 
 
 _ByName = Mapping[str, object]
