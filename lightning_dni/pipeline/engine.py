@@ -349,11 +349,6 @@ class StageEngine(StagedEngine):
             self._late.drain(self._updates)
 
     @property
-    def late(self) -> int:
-        """Number of batches whose delayed gradients are under way; a stage that takes part anew drops them."""
-        return 0 if self._late is None else len(self._late)
-
-    @property
     def waits_for_part(self) -> bool:
         """Whether a whole state was restored of which it is not known yet which part is this stage's."""
         return self._saved is not None
@@ -367,7 +362,7 @@ class StageEngine(StagedEngine):
             "staleness": self._staleness,
             "updates": self._updates,
             "pending": {} if self._boundary is None else {self._boundary: save(self._inbox.pending)},
-            "late": {} if self._late is None else {str(self._boundary): self.late},
+            "late": {} if self._late is None else {str(self._boundary): len(self._late)},
         }
         return state
 

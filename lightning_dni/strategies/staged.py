@@ -142,10 +142,7 @@ class StagedTraining(StagesInCommon):
             saved = norm_of(self._restored, place.stage, len(place.ranks), self._staleness)
             if saved is not None:
                 self._norm.load_state_dict(saved)
-        resumes = self._restored is not None
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and not resumes:
-            warn_of_late(self.engine)
         if trainer.state.fn != TrainerFn.FITTING and (self._engine is None or self._engine_of is not module):
             self._engine, self._engine_of = self._build_engine(module), module
         self._links = self._connect(module)
