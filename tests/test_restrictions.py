@@ -83,6 +83,7 @@ RESTRICTIONS = {
         "Expected delayed gradients in one process",
         "Expected `engine.update_estimators()` after",
     ],
+    "`bp_lambda` above 0 at a boundary with": ["Expected bp_lambda=0 for"],
     "estimator state of other boundaries": [
         "Expected the state of boundaries",
         "Expected the state of a … at boundary …, but got that of a",
