@@ -48,12 +48,15 @@ def fit(recipe, *words, callbacks=()):
 
 def test_there_are_seven_recipes_and_these_studies():
     assert [path.stem for path in STUDIES] == [
+        "alternation",
         "approximators",
         "character_lstm",
         "copy",
         "critical_points",
         "deep_linear_dynamics",
+        "delayed_gradients",
         "depth_sweep",
+        "estimator_rates",
         "implicit_loss",
         "injected_error",
         "linear_dynamics",

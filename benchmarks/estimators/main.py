@@ -6,14 +6,14 @@ Each row takes the learning rates with the lowest validation error of a training
 rows with estimators to train take those chosen at that depth); then it is trained with them and seeds 1, 2,
 ..., and the test set is read.
 Finished trainings are in results.csv beside this file and are not repeated. With `--turns 100` nothing is
-trained: steps of all rows take turns, four at a time, and what they cost goes to costs.csv.
+trained: steps of all rows take turns, four at a time, and what they cost goes to costs.csv. The tables of the
+README are made from both by report.py.
 """
 
 import argparse
 import csv
 import itertools
 import logging
-import statistics
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -21,20 +21,16 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 from measure import Cost, Setting, costs, train
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rows import NETS, Net, is_learned, kind_of, rows_of
-from scipy import stats
+from records import COSTS, RESULTS, Found, best, matching, read
+from report import Scope, cost_table, error_table
+from rows import NETS, Net, is_learned, rows_of
 
 from lightning_dni.core import EstimatorFactory
 
-RESULTS, COSTS = (Path(__file__).with_name(name) for name in ("results.csv", "costs.csv"))
 RATES, ESTIMATOR_RATES = (1e-3, 3e-3), (1e-3, 1e-2, 3e-2)
 GRID_SEED = 0
 FIGURES = ("val_error", "test_error", "sg_error", "weight_error", "cosine", "seconds")
 FIELDS = ("net", "depth", "row", "phase", "steps", "seed", "rate", "estimator_rate", *FIGURES)
-Found = dict[str, str]
 
 
 class Task(NamedTuple):
@@ -69,23 +65,10 @@ class Task(NamedTuple):
         return [Setting(depth, *pair, self.steps, GRID_SEED) for pair in pairs]
 
 
-def read(path: Path = RESULTS) -> list[Found]:
-    """What was measured so far."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def look_up(key: Found) -> Found | None:
-    """The training of that key, if it has finished."""
-    return next((found for found in read() if key.items() <= found.items()), None)
-
-
 def measure(task: Task, row: str, phase: str, setting: Setting) -> Found:
     """The training of that setting, now or earlier."""
     key = task.key(row, phase, setting)
-    found = look_up(key)
+    found = next(iter(matching(key)), None)
     if found is None:
         figures = train(task.net, task.rows[row], setting, task.data, final=phase == "test")
         found = key | {name: f"{figures[name]:.4g}" for name in FIGURES if name in figures}
@@ -100,22 +83,18 @@ def measure(task: Task, row: str, phase: str, setting: Setting) -> Found:
 
 
 def best_setting(task: Task, row: str, depth: int) -> Setting:
-    """The rates with the lowest validation error; of equal ones those tried first."""
-    settings = task.settings(row, depth)
-    errors = [float(measure(task, row, "grid", setting)["val_error"]) for setting in settings]
-    return settings[errors.index(min(errors))]
+    """The rates with the lowest validation error; of equal ones the lowest."""
+    chosen = best([measure(task, row, "grid", setting) for setting in task.settings(row, depth)])
+    return Setting(depth, float(chosen["rate"]), float(chosen["estimator_rate"]), task.steps, GRID_SEED)
 
 
-def run(task: Task, seeds: int, rates_of: int) -> dict[str, list[Found]]:
-    """The trainings of all rows, of which those that are missing are run, one seed after another."""
+def run(task: Task, seeds: int, rates_of: int) -> None:
+    """Run the trainings of all rows that are missing, one seed after another."""
     learned = {row: is_learned(factory) for row, factory in task.rows.items()}
-    best = {row: best_setting(task, row, rates_of if learned[row] else task.depth) for row in task.rows}
-    finished: dict[str, list[Found]] = {row: [] for row in task.rows}
+    chosen = {row: best_setting(task, row, rates_of if learned[row] else task.depth) for row in task.rows}
     for seed in range(1, seeds + 1):
-        for row, setting in best.items():
-            found = measure(task, row, "test", setting._replace(depth=task.depth, seed=seed))
-            finished[row].append(found)
-    return finished
+        for row, setting in chosen.items():
+            measure(task, row, "test", setting._replace(depth=task.depth, seed=seed))
 
 
 def measure_costs(task: Task, turns: int) -> None:
@@ -133,72 +112,8 @@ def measure_costs(task: Task, turns: int) -> None:
             writer.writerow({"net": task.name, "depth": task.depth, "row": row, **figures})
 
 
-def paired(own: list[Found], others: list[Found]) -> str:
-    """Mean difference of the test errors with equal seeds, and its 95 % interval (Student's t)."""
-    pairs = zip(own, others, strict=False)
-    differences = [float(a["test_error"]) - float(b["test_error"]) for a, b in pairs]
-    if len(differences) < 2:
-        return "-"
-    mean, error = statistics.fmean(differences), stats.sem(differences)
-    if not error:
-        return f"{mean:+.2f}"
-    low, high = stats.t.interval(0.95, len(differences) - 1, loc=mean, scale=error)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def show_errors(finished: dict[str, list[Found]], against: str) -> None:
-    """Print errors and gradients, with means over seeds, and the difference to the row `against`."""
-    headings = ("", "rates", "test error, %", f"minus {against}", "SG error", "weight error", "cosine")
-    table = Table(*headings, box=box.MARKDOWN)
-    for row, own in finished.items():
-        errors = [float(found["test_error"]) for found in own]
-        if not errors:
-            continue
-        spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-        rates = " ".join(own[0][name] for name in ("rate", "estimator_rate") if own[0][name] != "0")
-        difference = "-" if row == against else paired(own, finished.get(against, []))
-        table.add_row(row, rates, f"{statistics.fmean(errors):.2f}{spread}", difference, *_gradients(own))
-    Console(width=160).print(table)
-
-
-def _gradients(finished: list[Found]) -> list[str]:
-    columns = [[found.get(name) for found in finished] for name in ("sg_error", "weight_error", "cosine")]
-    return [f"{statistics.fmean(map(float, column)):.2f}" if all(column) else "-" for column in columns]
-
-
-def show_costs(task: Task) -> None:
-    """Print costs, and what each row waits for and learns from."""
-    scope = {"net": task.name, "depth": str(task.depth)}
-    measured = {found["row"]: found for found in read(COSTS) if scope.items() <= found.items()}
-    headings = (
-        "",
-        "locked",
-        "learns from the network above",
-        "step time / backprop's",
-        "operations / backprop's",
-        "peak memory, MB",
-        "estimator parameters",
-    )
-    table = Table(*headings, box=box.MARKDOWN)
-    whole = int(measured["backprop"]["flops"])
-    for row, found in measured.items():
-        ratio = f"{float(found['time']):.2f} ({float(found['low']):.2f} to {float(found['high']):.2f})"
-        operations, memory = int(found["flops"]) / whole, int(found["peak"]) / 1e6
-        cells = (ratio, f"{operations:.2f}", f"{memory:.1f}", f"{int(found['parameters']):,}")
-        table.add_row(row, *_facts(task.rows[row]), *cells)
-    Console(width=160).print(table)
-
-
-def _facts(factory: EstimatorFactory | None) -> tuple[str, str]:
-    if factory is None:
-        return "update, backward", "(is the network)"
-    kind, options = kind_of(factory)
-    locks = sorted((lock.value for lock in kind.locks_with(**options)), reverse=True)
-    return ", ".join(locks) or "-", "yes" if kind.needs else "no"
-
-
 def main() -> None:
-    """Run what is missing, then print the tables."""
+    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--net", choices=NETS, default="mnist-mlp")
     parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"))
@@ -218,9 +133,11 @@ def main() -> None:
     task = Task(args.net, net, args.depth, args.steps, rows, net.data(args.data_dir))
     if args.turns:
         measure_costs(task, args.turns)
-        show_costs(task)
+        print("\n".join(cost_table({args.net: args.net}, args.depth)))
     else:
-        show_errors(run(task, args.seeds, args.rates_of or args.depth), args.against)
+        run(task, args.seeds, args.rates_of or args.depth)
+        scope = Scope(args.net, args.depth, args.rates_of, args.steps)
+        print("\n".join(error_table(scope, rows, args.against)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.rows import check_interval, warn_of_dropped_rows
 from lightning_dni.callbacks.summary import summarizes, summary_of
 from lightning_dni.callbacks.wandb_report import WandbReport
-from lightning_dni.callbacks.window import BoundaryWindow, add_up, metrics_of
+from lightning_dni.callbacks.window import BoundaryWindow, metrics_of
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import Observable, Utilization
 
@@ -244,7 +244,7 @@ class GradientMonitor(pl.Callback):
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         replicas = Replicas(trainer.strategy, pl_module) if trainer.world_size > 1 else None
         figures = {name: window.figures(replicas) for name, window in self._windows.items()}
-        figures |= {name: add_up(arrived, replicas) for name, arrived in self._arrived.items()}
+        figures |= self._arrived
         measured = {name: metrics_of(found) for name, found in figures.items()}
         values = {key_of(metric, n): v for n, found in measured.items() for metric, v in found.items()}
         values |= _over_boundaries(measured)

@@ -33,17 +33,6 @@ class BoundaryWindow:
         return metrics_of(self.figures(replicas))
 
 
-def add_up(figures: Figures, replicas: Replicas | None) -> Figures:
-    """Figures that have come from elsewhere, with those that have come to the other replicas.
-
-    Gradients of weights are not added up: what has come are sums of each replica's own.
-    """
-    if replicas is None:
-        return figures
-    shared = {name: sums for name, sums in figures.sums.items() if name != "weights"}
-    return figures.with_sums({name: replicas.total(sums) for name, sums in shared.items()})
-
-
 def metrics_of(figures: Figures) -> dict[str, Tensor]:
     """The metrics by name, without those for which nothing was measured."""
     values: dict[str, Tensor] = {}

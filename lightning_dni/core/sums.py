@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_dni.core.distance import cosine_sums, difference_sums, row_cosine_sums, sum_dtype, value_dtype
-from lightning_dni.core.figures import Figures
+from lightning_dni.core.figures import FAMILIES, Figures
 from lightning_dni.core.report import BoundaryReport
 
 
@@ -31,12 +31,12 @@ class BoundarySums:
         self._spread: Spread | None = None
         self._applied: dict[str, Tensor] = {}
         self._true: dict[str, Tensor] = {}
-        self._dtype = torch.float32
+        self._dtype, self._device = torch.float32, torch.device("cpu")
 
     def update(self, report: BoundaryReport) -> None:
         """Add a micro-batch."""
         synthetic, target, true = report.synthetic, report.target, report.true
-        self._dtype = value_dtype(synthetic, synthetic)
+        self._dtype, self._device = value_dtype(synthetic, synthetic), synthetic.device
         if target is not None:
             self._add("target", _compare(synthetic, target))
         if true is not None:
@@ -69,17 +69,24 @@ class BoundarySums:
             staleness: As in `Figures`.
             together: The processes whose rows count together; None: there are no others.
         """
-        sums = dict(self._sums)
+        families = (
+            self._families() if together is None else _in_common(self._families(), together, self._device)
+        )
+        sums = {family: vector for family, vector in self._sums.items() if family in families}
         if together is not None:
             sums = {family: together.total(vector) for family, vector in sums.items()}
-        if self._spread is not None:
+        if self._spread is not None and "spread" in families:
             sums["spread"] = self._spread.sums(together)
-        if self._true:
+        if "weights" in families:
             sides = self._applied, self._true
             sums["weights"] = _compare(
                 *_side_by_side(*(sides if together is None else map(together.totals, sides)))
             )
         return Figures(sums, self._dtype, staleness)
+
+    def _families(self) -> set[str]:
+        parts = {"spread": self._spread is not None, "weights": bool(self._true)}
+        return {*self._sums, *(family for family, there in parts.items() if there)}
 
     def _add(self, family: str, sums: Tensor) -> None:
         self._sums[family] = self._sums[family] + sums if family in self._sums else sums
@@ -126,6 +133,13 @@ class Spread:
         """Mean squared distance of a row to the mean."""
         squares: Tensor = self.sums()[0]
         return squares / self._all_rows
+
+
+def _in_common(families: set[str], together: Together, device: torch.device) -> set[str]:
+    """What every process has measured: one may have skipped what another has learnt."""
+    here = torch.tensor([1.0, *(float(family in families) for family in FAMILIES)], device=device)
+    processes, *counts = together.total(here).tolist()
+    return {family for family, count in zip(FAMILIES, counts, strict=True) if count == processes}
 
 
 def _are_equal(size: int, together: Together, like: Tensor) -> bool:

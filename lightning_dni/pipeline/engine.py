@@ -27,6 +27,7 @@ from lightning_dni.core.estimator import Signal, rows_of
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
+from lightning_dni.core.sums import Together
 from lightning_dni.core.tap import Taps
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
@@ -71,13 +72,20 @@ class StageEngine(StagedEngine):
         self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
 
-    def join(self, stage: int, links: Links, staleness: int, device: torch.device | None = None) -> None:
+    def join(
+        self,
+        stage: int,
+        links: Links,
+        staleness: int,
+        device: torch.device | None = None,
+        copies: Together | None = None,
+    ) -> None:
         """Become stage `stage` of a pipeline; see `StagedEngine.join`.
 
         Raises:
             EstimatorError: `staleness` is not an integer of at least 0, or gradients are delayed otherwise.
         """
-        super().join(stage, links, staleness, device)
+        super().join(stage, links, staleness, device, copies)
         self._delays = delays_in_common(self._pool.factories, staleness)
 
     def _take_part(self, plan: StagePlan) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lightning_dni.core.figures import Figures
 from lightning_dni.core.report import BoundaryReport, StepReport, Utilization, report_boundary
-from lightning_dni.core.sums import BoundarySums
+from lightning_dni.core.sums import BoundarySums, Together
 from lightning_dni.pipeline.clock import StageClock
 from lightning_dni.pipeline.mail import Letter, Mail, Topic
 from lightning_dni.pipeline.message import Links
@@ -22,13 +22,16 @@ class Reporting:
         stage: Number of the stage.
         boundaries: Names of all boundaries, upwards.
         clock: Says what the stage spends its time on.
+        copies: The processes that run the same stage of other copies of the pipeline, if there are any.
 
     Attributes:
         skipped: What the other stages have skipped, by boundary, as far as it has come.
     """
 
-    def __init__(self, stage: int, boundaries: Sequence[str], clock: StageClock) -> None:
-        self._stage, self._clock = stage, clock
+    def __init__(
+        self, stage: int, boundaries: Sequence[str], clock: StageClock, copies: Together | None = None
+    ) -> None:
+        self._stage, self._clock, self._copies = stage, clock, copies
         self.boundaries = tuple(boundaries)
         self._mail = Mail(self._deliver)
         self._open: dict[int, BoundarySums] = {}
@@ -73,7 +76,7 @@ class Reporting:
         for crossing in crossings:
             sums = self._open.pop(crossing.update, None)
             if sums is not None:
-                figures = sums.figures(staleness=update - crossing.update)
+                figures = sums.figures(update - crossing.update, self._copies)
                 count = skipped.get(crossing.cut.boundary, -1)
                 said = (float(count), *figures.encode())
                 self._mail.post(Letter(Topic.FIGURES, self._stage, crossing.step, said))

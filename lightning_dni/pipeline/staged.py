@@ -12,6 +12,7 @@ from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import StepReport
+from lightning_dni.core.sums import Together
 from lightning_dni.errors import EstimatorError, StageError
 from lightning_dni.pipeline.clock import StageClock
 from lightning_dni.pipeline.message import Kind, Links, Message
@@ -77,7 +78,14 @@ class StagedEngine(Engine):
 
     # ---- which stage this is
 
-    def join(self, stage: int, links: Links, staleness: int, device: torch.device | None = None) -> None:
+    def join(
+        self,
+        stage: int,
+        links: Links,
+        staleness: int,
+        device: torch.device | None = None,
+        copies: Together | None = None,
+    ) -> None:
         """Become stage `stage` of a pipeline.
 
         Args:
@@ -85,6 +93,7 @@ class StagedEngine(Engine):
             links: The ways to its neighbours.
             staleness: Number of updates after which a target gradient is learnt from.
             device: Where the stage computes; None: where the model is.
+            copies: The processes that run the same stage of other copies of the pipeline, if there are any.
 
         Raises:
             EstimatorError: `staleness` is not an integer of at least 0.
@@ -96,7 +105,7 @@ class StagedEngine(Engine):
             )
         self.detach()  # a part that an earlier `place` has given: it leads to closed links
         self.stage, self._staleness = stage, staleness
-        self._reporting = Reporting(stage, (), self.clock)
+        self._reporting = Reporting(stage, (), self.clock, copies)
         self._links = self._reporting.carry(self.clock.watch(links))
         self._others = []
         self._home = device

@@ -1,5 +1,6 @@
 """Copies of the whole pipeline: the processes that run the same stage train it together."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -18,13 +19,15 @@ class Copies:
     Args:
         place: Where this process stands.
         timeout: Of the groups, which every process makes in the same order.
+        device: Where the stage computes.
 
     Attributes:
         group: The group.
         reducer: Averages gradients over it.
     """
 
-    def __init__(self, place: Place, timeout: timedelta | None) -> None:
+    def __init__(self, place: Place, timeout: timedelta | None, device: torch.device) -> None:
+        self._device = device
         groups = [dist.new_group(list(ranks), timeout) for ranks in place.ranks]
         self.group, self._first = groups[place.stage], place.ranks[place.stage][0]
         controls: list[dist.ProcessGroup | None] = [None] * len(groups)
@@ -39,6 +42,24 @@ class Copies:
         told = torch.tensor(bits)
         dist.all_reduce(told, dist.ReduceOp.BOR, group=self._control)
         return int(told)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of every copy's `value`."""
+        total = value.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def totals(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of every copy's gradient by parameter, of which each may lack some."""
+        own = {n: torch.empty_like(gradient, device="meta") for n, gradient in gradients.items()}
+        told: list[dict[str, Tensor]] = [{}] * dist.get_world_size(self._control)
+        dist.all_gather_object(told, own, group=self._control)
+        anywhere = {name: meta for each in told for name, meta in each.items()}
+        found = {}
+        for name, meta in sorted(anywhere.items()):
+            gradient = gradients.get(name, torch.zeros_like(meta, device=self._device))
+            found[name] = self.total(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        return found
 
     def share_buffers(self, module: nn.Module, engine: Engine, steps: bool) -> None:
         """Take over the first copy's buffers, where an optimizer step has been taken since.

@@ -136,7 +136,7 @@ class StagedTraining(StagesInCommon):
         assert self._alarm is not None
         watch = self._alarm.watch
         watch.rename(place.names)
-        self._copies = Copies(place, self._timeout) if place.copies > 1 else None
+        self._copies = Copies(place, self._timeout, self.root_device) if place.copies > 1 else None
         if self._lags_norm:
             self._norm = LaggedNorm(place.stage, len(place.ranks), self._staleness)
             saved = norm_of(self._restored, place.stage, len(place.ranks), self._staleness)
@@ -152,7 +152,7 @@ class StagedTraining(StagesInCommon):
         links = carry(self._signals, self._links)
         if self._norm is not None:
             links = carry(self._norm, links)
-        self.engine.join(place.stage, links, self._staleness, self.root_device)
+        self.engine.join(place.stage, links, self._staleness, self.root_device, copies)
         self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(

@@ -1,5 +1,12 @@
 """What the monitor prints when a fit has ended."""
 
+import ast
+import inspect
+import math
+import re
+from itertools import product
+from pathlib import Path
+
 import pytest
 from callbacks.test_monitor import monitored
 from fits import BOUNDARIES, dni
@@ -90,3 +97,61 @@ def test_advice(figures, start):
     said = advise({**GOOD, **figures})
     assert said.startswith(start)
     assert bool(said) == bool(start)
+
+
+GUIDE = (Path(__file__).parents[2] / "docs/choosing.md").read_text()
+ROWS = re.findall(r"^\| (.+?) \| (.+?) \| .+ \|$", GUIDE.partition("| the line |")[2], re.MULTILINE)
+SEEN = {line.split(":")[0]: seen for line, seen in ROWS}
+NO_PROBE = {"dni_sg_error": None, "dni_norm_ratio": None}
+FAR = {**GOOD, "dni_sg_error": 1.0}
+# the line, what the guide says of it, the figure meant, whether the line is for more of it, and for equality
+THRESHOLDS = [
+    ("too large", r"more than ([\d.]+) times", "dni_norm_ratio", True, False, {}),
+    ("too small", r"less than ([\d.]+) of", "dni_norm_ratio", False, False, {}),
+    ("its target is wrong itself", r"off by ([\d.]+) or more", "dni_bootstrap_error", True, True, {}),
+    ("another direction", r"at most ([\d.]+)", "dni_true_gradient_cosine", False, True, {}),
+    (
+        "worse than no gradient, against the target",
+        r"is ([\d.]+) or",
+        "dni_target_error",
+        True,
+        True,
+        NO_PROBE,
+    ),
+]
+
+
+def test_the_guide_has_every_line_that_is_printed_and_no_other():
+    values = [0.0, 0.05, 0.2, 0.5, 1.0, 2.0]
+    measured = (dict(zip(GOOD, each, strict=True)) for each in product(values, repeat=len(GOOD)))
+    probed = {advise(figures) for figures in measured}
+    said = probed | {advise({**GOOD, **NO_PROBE, "dni_target_error": value}) for value in values}
+    assert {line for line, _ in ROWS} == said - {""}
+    returned = [
+        node.value for node in ast.walk(ast.parse(inspect.getsource(advise))) if isinstance(node, ast.Return)
+    ]
+    written = {node.value for value in returned for node in ast.walk(value) if isinstance(node, ast.Constant)}
+    assert said == written
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "figure", "more", "equal", "others"), THRESHOLDS, ids=lambda x: str(x)[:20]
+)
+def test_the_guide_has_the_thresholds(line, words, figure, more, equal, others):
+    (at,) = map(float, re.findall(words, SEEN[line]))
+    away = math.nextafter(at, math.inf if more else -math.inf)
+    inside, outside = (at, math.nextafter(at, -math.inf if more else math.inf)) if equal else (away, at)
+    assert advise({**FAR, **others, figure: inside}).startswith(line)
+    assert not advise({**FAR, **others, figure: outside}).startswith(line)
+
+
+def test_no_threshold_of_the_guide_is_left_out_and_small_errors_get_no_line():
+    used = [words for _, words, *_ in THRESHOLDS]
+    assert re.findall(r"[\d.]*\d", " ".join(SEEN.values())) == [
+        number for words in used for seen in SEEN.values() for number in re.findall(words, seen)
+    ]
+    (least,) = map(float, re.findall(r"errors of at least ([\d.]+\d)", GUIDE))
+    for ratio in (0.0, 0.2, 1.0, 2.0):
+        figures = {**GOOD, "dni_norm_ratio": ratio}
+        assert advise({**figures, "dni_sg_error": least})
+        assert not advise({**figures, "dni_sg_error": math.nextafter(least, 0)})

@@ -1,0 +1,31 @@
+"""The tables of the comparison of estimators are made from what was measured."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/estimators"
+
+
+def report(*words):
+    command = [sys.executable, str(FOLDER / "report.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def lines_of_tables(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_tables_of_the_readme_are_what_the_report_prints():
+    said = lines_of_tables((FOLDER / "README.md").read_text())
+    assert said == lines_of_tables(report())
+    assert sum(line.startswith("|---|") for line in said) >= 3
+
+
+def test_differences_in_the_guide_are_those_of_the_tables():
+    tables = " ".join(lines_of_tables((FOLDER / "README.md").read_text()))
+    guide = " ".join((FOLDER.parents[1] / "docs/choosing.md").read_text().split())
+    quoted = re.findall(r"[+-]\d+\.\d\d \[[^\]]+\]", guide)
+    assert len(quoted) >= 4
+    assert [difference for difference in quoted if difference not in tables] == []
