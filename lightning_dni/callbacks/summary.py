@@ -69,14 +69,14 @@ def advise(figures: Mapping[str, float | None]) -> str:
     error, ratio = figures["dni_sg_error"], figures["dni_norm_ratio"]
     if error is None or ratio is None:
         target = figures["dni_target_error"]
-        worse = target is not None and target >= 1
+        worse = target is not None and not target < 1
         return "worse than no gradient, against the target: see docs/choosing.md" if worse else ""
     cosine, bootstrap = figures["dni_true_gradient_cosine"] or 0.0, figures["dni_bootstrap_error"] or 0.0
     if error < 0.9:
         return ""
     if ratio == 0:
         return "no gradient: nothing below learns"
-    if ratio > 1.5:
+    if not ratio <= 1.5:  # also where it is no number
         return "too large: a lower rate for estimator_optimizer, or for the network"
     if ratio < 0.3:
         return "too small: a higher rate for estimator_optimizer, or estimator_steps=2"
