@@ -83,6 +83,7 @@ RESTRICTIONS = {
         "Expected delayed gradients in one process",
         "Expected `engine.update_estimators()` after",
     ],
+    "`bp_lambda` above 0 at a boundary with": ["Expected bp_lambda=0 for"],
     "estimator state of other boundaries": [
         "Expected the state of boundaries",
         "Expected the state of a … at boundary …, but got that of a",
@@ -135,7 +136,10 @@ RESTRICTIONS = {
         "whose batch dimension is known",
         "to have the same number of rows in dimension",
         "Expected every truncation to run",
+        "Expected the states of truncations to need a gradient",
+        "Expected no truncation inside another",
     ],
+    "with `truncations` alone, callbacks": ["but got truncations alone"],
     "at a truncation, an estimator": [
         "Expected an estimator that learns from the target gradient alone",
         "Expected a truncation for",

@@ -15,8 +15,8 @@ def engine_of(trainer: pl.Trainer, callback: pl.Callback, exact: bool = False) -
         exact: Whether one without synthetic gradients will do.
 
     Raises:
-        MisconfigurationException: The strategy has none, or one without synthetic gradients, or the Trainer
-            is another package's.
+        MisconfigurationException: The strategy has none, or one without synthetic gradients, or one with
+            truncations alone, or the Trainer is another package's.
     """
     if not isinstance(trainer, pl.Trainer):
         raise MisconfigurationException(
@@ -28,6 +28,13 @@ def engine_of(trainer: pl.Trainer, callback: pl.Callback, exact: bool = False) -
     if isinstance(strategy, HasEngine) and isinstance(strategy.engine, Observable):
         if exact or strategy.engine.bp_lambda:
             return strategy.engine
+        truncations = strategy.engine.describe().get("truncations")
+        if truncations:
+            raise MisconfigurationException(
+                f"Expected boundaries for {who}, but got truncations alone, {truncations}, at which there is "
+                "no true gradient and no lambda: the future is not there. GradientMonitor compares with what "
+                f"comes back; take {who} out of `callbacks`."
+            )
         raise MisconfigurationException(
             f"Expected synthetic gradients for {who}, but got {type(strategy).__name__} with an exact "
             f"schedule, which has none. Pass schedule='dni', or take {who} out of `callbacks`."

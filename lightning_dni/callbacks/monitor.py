@@ -19,7 +19,7 @@ from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_pe
 from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.rows import check_interval, warn_of_dropped_rows
-from lightning_dni.callbacks.summary import summary_of
+from lightning_dni.callbacks.summary import summarizes, summary_of
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow, metrics_of
 from lightning_dni.core.figures import Figures
@@ -133,7 +133,7 @@ class GradientMonitor(pl.Callback):
         if self.history:
             self._show(trainer)
         engine = self._engine
-        if self._summary and self._measured and trainer.is_global_zero and engine and engine.bp_lambda:
+        if self._summary and self._measured and trainer.is_global_zero and engine and summarizes(engine):
             Console().print(summary_of(self._recent, engine))
 
     @override

@@ -22,6 +22,11 @@ FIGURES = {
 WEIGHT_ERROR = "dni_weight_error"
 
 
+def summarizes(engine: Observable) -> bool:
+    """Whether there are synthetic gradients to tell of."""
+    return bool(_lambdas(engine))
+
+
 def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Group:
     """A table with means over the last measured steps, and a line for each boundary where something may help.
 
@@ -39,7 +44,7 @@ def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Gro
     for heading in ("boundary", "estimator", *FIGURES, "descends"):
         table.add_column(heading, overflow="fold")
     lines = []
-    for name, value in engine.bp_lambda.items():
+    for name, value in _lambdas(engine).items():
         figures = {metric: _mean(recent.get(key_of(metric, name), ())) for metric in _READ}
         shown = [_number(figures[metric]) for metric in FIGURES.values()]
         errors = recent.get(key_of(WEIGHT_ERROR, name), ())
@@ -64,14 +69,14 @@ def advise(figures: Mapping[str, float | None]) -> str:
     error, ratio = figures["dni_sg_error"], figures["dni_norm_ratio"]
     if error is None or ratio is None:
         target = figures["dni_target_error"]
-        worse = target is not None and target >= 1
+        worse = target is not None and not target < 1
         return "worse than no gradient, against the target: see docs/choosing.md" if worse else ""
     cosine, bootstrap = figures["dni_true_gradient_cosine"] or 0.0, figures["dni_bootstrap_error"] or 0.0
     if error < 0.9:
         return ""
     if ratio == 0:
         return "no gradient: nothing below learns"
-    if ratio > 1.5:
+    if not ratio <= 1.5:  # also where it is no number
         return "too large: a lower rate for estimator_optimizer, or for the network"
     if ratio < 0.3:
         return "too small: a higher rate for estimator_optimizer, or estimator_steps=2"
@@ -86,6 +91,12 @@ def _advice(figures: Mapping[str, float | None], bp_lambda: float, learns: bool)
     if bp_lambda == 1 or not (learns or figures["dni_norm_ratio"] == 0):
         return ""
     return advise(figures)
+
+
+def _lambdas(engine: Observable) -> dict[str, float]:
+    """Lambda by boundary; at truncations, where nothing can be mixed in, 0."""
+    truncations = cast(Sequence[str], engine.describe().get("truncations", ()))
+    return {**engine.bp_lambda, **dict.fromkeys(truncations, 0.0)}
 
 
 _ByName = Mapping[str, object]

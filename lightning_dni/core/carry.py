@@ -27,6 +27,12 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
         return {}
     found = resolve_submodules(model, list(truncations), "truncations")
     for name, module in found.items():
+        outer = [other for other in found if name.startswith(f"{other}.")]
+        if outer:
+            raise BoundaryError(
+                f"Expected no truncation inside another, but got {name!r} in {outer[0]!r}: the gradient of "
+                "one future would be added twice. Name the outer or the inner one."
+            )
         if getattr(core_of(module), "bidirectional", False):
             raise BoundaryError(
                 f"Expected a recurrent module that reads forward at truncation {name!r}, but got a "

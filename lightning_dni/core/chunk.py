@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.carry import from_rows, same_rows, to_rows
 from lightning_dni.core.estimator import Gradient, Record
 from lightning_dni.core.stage import AccumulateGrad
-from lightning_dni.errors import BoundaryError
+from lightning_dni.errors import BoundaryError, StageError
 
 CALL = "lightning_dni.call"
 """Key under which the autograd nodes of a recurrent module's output remember the number of the call."""
@@ -102,6 +102,7 @@ class Chunk:
         rows: Which rows go on from there, `[batch]`.
         calls: The calls, in order.
         closed: Whether the loss has come back through it.
+        merged: Chunks that have come together with this one; it has their calls from then on.
     """
 
     truncation: str
@@ -111,6 +112,14 @@ class Chunk:
     rows: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
     closed: bool = False
+    merged: list["Chunk"] = field(default_factory=list)
+
+    def merge(self, others: Iterable["Chunk"]) -> None:
+        """Go on for `others`, too."""
+        found = (chunk for other in others for chunk in (other, *other.merged))
+        for chunk in found:
+            if chunk is not self and chunk not in self.merged:
+                self.merged.append(chunk)
 
     @property
     def ends(self) -> list[Call]:
@@ -126,6 +135,23 @@ class Chunk:
             t.new_zeros(t.shape) if g is None else g.detach()
             for t, g in zip(self.entered, grads, strict=True)
         ]
+
+
+def sum_arrived(chunks: Sequence[Chunk]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What has come back to the state with which all of `chunks` begin, `[batch, ...]`, and in which rows."""
+    first, *others = [(full_rows(c.take_arrived(), c.batch_dim), c.rows) for c in chunks]
+    total, anywhere = first
+    for arrived, rows in others:
+        assert anywhere is not None
+        assert rows is not None
+        # where a chunk has begun anew, what has come back to its beginning is none of this
+        total = tuple(_in_rows(a, anywhere) + _in_rows(b, rows) for a, b in zip(total, arrived, strict=True))
+        anywhere = anywhere | rows
+    return total, anywhere
+
+
+def _in_rows(gradient: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
 
 
 def full_rows(tensors: Iterable[Tensor], batch_dim: int) -> tuple[Tensor, ...]:
@@ -228,6 +254,21 @@ def with_gradients(loss: Tensor, gradients: Sequence[Tensor], states: Sequence[T
         return loss
     joined: Tensor = _WithGradients.apply(loss, gradients, *states)  # type: ignore[no-untyped-call]
     return joined
+
+
+def refuse_other_backward(chunks: Iterable[Chunk]) -> None:
+    """Refuse a loss that was differentiated without the engine's knowledge.
+
+    Raises:
+        StageError: Something came back to the beginning of a chunk that nobody has closed.
+    """
+    for chunk in chunks:
+        if not chunk.closed and any(tensor.grad is not None for tensor in chunk.entered):
+            raise StageError(
+                "Expected every loss to be differentiated by `manual_backward` (or `engine.backward`), but "
+                f"got another way through truncation {chunk.truncation!r}, which had no synthetic gradient. "
+                "Call `self.manual_backward(loss)` instead of `loss.backward()`."
+            )
 
 
 def as_applied(gradient: Gradient, left: Sequence[Tensor], batch_dim: int, factor: Any) -> list[Tensor]:

@@ -242,6 +242,24 @@ def claim(parents: Iterable[Cut], consumer: str) -> None:
         parent.consumer = consumer
 
 
+def lambda_at(boundary: str, installed: Installed, asked: float) -> float:
+    """The weight of what comes back at a boundary: what was `asked`, and 1 where the estimator is just that.
+
+    Raises:
+        EstimatorError: Something was asked, but what comes back there is another gradient than the true one.
+    """
+    estimator = installed.estimator
+    if not estimator.relays:
+        return asked
+    if asked and (estimator.delay or Signal.CONSUMER in estimator.needs):
+        raise EstimatorError(
+            f"Expected bp_lambda=0 for {who(estimator, boundary)}, beside which no true gradient is there to "
+            f"mix in, but got {asked}. Pass bp_lambda={{{boundary!r}: 0.0, ...}}, or for backprop "
+            f"estimator={{{boundary!r}: BackpropEstimator, ...}}."
+        )
+    return 1.0
+
+
 def refuse_waiting(cut: Cut) -> None:
     """Refuse a stage that waits for what comes back to something that it has not made.
 

@@ -32,6 +32,7 @@ from lightning_dni.core.cut import (
     Cut,
     Lesson,
     claim,
+    lambda_at,
     lineage,
     refuse_no_gradient,
     refuse_told_twice,
@@ -142,7 +143,7 @@ class Step:
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
         self._consume(stage, f"boundary {boundary!r}", outputs)
         installed = self._install(boundary, outputs)
-        bp_lambda = 1.0 if installed.estimator.relays else self.settings.bp_lambda[boundary]
+        bp_lambda = lambda_at(boundary, installed, self.settings.bp_lambda[boundary])
         passed = self.settings.cross(boundary, outputs, self.fired[boundary])
         crossing = Cut(
             boundary=boundary,

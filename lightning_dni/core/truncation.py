@@ -33,9 +33,10 @@ from lightning_dni.core.chunk import (
     Chunk,
     Ending,
     as_applied,
-    full_rows,
     mark,
     refuse_above,
+    refuse_other_backward,
+    sum_arrived,
     walk,
     with_gradients,
 )
@@ -99,6 +100,7 @@ class RecurrentCuts:
         self._calls: dict[int, tuple[Chunk, Call]] = {}
         self._entering: dict[str, Chunk] = {}
         self._closing: list[Chunk] = []
+        self._untrained: set[str] = set()
         self._differentiating = False
 
     @property
@@ -109,16 +111,16 @@ class RecurrentCuts:
     # ---- on the way up
 
     def _enter(self, runs_forward: Callable[[], bool], name: str, state: Any) -> Any:
-        return self.enter(name, state) if runs_forward() else state
+        return self.enter(name, state) if self._differentiating or runs_forward() else state
 
     def _leave(self, runs_forward: Callable[[], bool], name: str, output: Any) -> Any:
         return self.leave(name, output) if runs_forward() else None
 
     def enter(self, name: str, state: Any) -> Any:
         """What the module `name` shall read instead of `state`, so that no gradient gets past a chunk."""
-        if self._differentiating:  # an activation checkpoint runs again what it has run before
-            return state
         value = StateValue(name, state)
+        if self._differentiating:  # an activation checkpoint runs again what it has run before
+            return self._enter_again(name, value, state)
         self._entering[name] = Chunk(name)
         if not value.tensors:
             return state
@@ -129,7 +131,9 @@ class RecurrentCuts:
         if own:
             for _, call in own:
                 call.continued = True
-            self._entering[name] = max(own, key=lambda found: found[1].number)[0]
+            chunk = max(own, key=lambda found: found[1].number)[0]
+            chunk.merge(other for other, _ in own)
+            self._entering[name] = chunk
             return state
         old = any(n is not None and n not in self._calls for n in numbers)
         if old and (here or None in numbers):
@@ -143,6 +147,14 @@ class RecurrentCuts:
         chunk.before, chunk.rows = self._find_before(name, entered)
         self._entering[name] = chunk
         return value.replaced(entered)
+
+    def _enter_again(self, name: str, value: StateValue, state: Any) -> Any:
+        """What `enter` gave, in what a checkpoint has to save of it."""
+        if all(t.requires_grad for t in value.tensors):
+            return state
+        here = [self._calls[n][0] for n in walk(value.tensors, through=False) if n in self._calls]
+        goes_on = any(chunk.truncation == name for chunk in here)
+        return state if goes_on else value.replaced([_cut(t, keep=True) for t in value.tensors])
 
     def _find_before(self, name: str, entered: Sequence[Tensor]) -> tuple[Ending | None, Tensor | None]:
         """The end of a chunk from which these sequences go on, and which of them do."""
@@ -167,16 +179,18 @@ class RecurrentCuts:
         module = self._modules[name]
         value = StateValue(name, returned_state(name, module, output))
         if not any(t.requires_grad for t in value.tensors):
+            self._untrained.add(name)
             return None
         dim = find_batch_dim(name, module, value.tensors, self._dims[name])
         # a state that is handed on as it came would be taken for that of another step
         left = [t if t.grad_fn is not None or not t.requires_grad else t.view_as(t) for t in value.tensors]
         if any(a is not b for a, b in zip(left, value.tensors, strict=True)):
             output = with_state(module, output, value.replaced(left))
-        ending = Ending([t.detach().clone() for t in left], dim, chunk=chunk)
-        call = Call(next(self._numbers), left, ending)
+        kept = [t.clone() for t in left]  # the user may change the state in place, or detach it so
+        call = Call(next(self._numbers), kept, Ending([t.detach() for t in kept], dim, chunk=chunk))
         mark((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), call.number)
-        chunk.calls.append(call)
+        for each in (chunk, *chunk.merged):
+            each.calls.append(call)
         chunk.batch_dim = dim
         self._calls[call.number] = (chunk, call)
         return output
@@ -203,7 +217,7 @@ class RecurrentCuts:
         states: list[Tensor] = []
         for chunk in self._closing:
             chunk.closed = True
-            for call in chunk.ends:
+            for call in (call for call in chunk.ends if call.ending.chunk is chunk):
                 said = self._synthesize(chunk, call, settings, elements_per_row)
                 pairs = [(g, s) for g, s in zip(said, call.left, strict=False) if s.requires_grad]
                 gradients += [g for g, _ in pairs]
@@ -214,6 +228,12 @@ class RecurrentCuts:
     def _refuse_absent(self, settings: StepSettings) -> None:
         ran = {chunk.truncation for chunk, _ in self._calls.values()}
         absent = [name for name in self._dims if name not in ran]
+        if absent and self._untrained.issuperset(absent) and settings.own_parameters is None:
+            raise BoundaryError(
+                f"Expected the states of truncations to need a gradient, but nothing that makes those of "
+                f"{absent} is trained: parameters, inputs and first state are frozen. Unfreeze what shall "
+                "learn, or leave it out of `truncations`."
+            )
         if absent and settings.own_parameters is None:
             raise BoundaryError(
                 f"Expected every truncation to run in the forward pass that reached the loss, but {absent} "
@@ -287,21 +307,27 @@ class RecurrentCuts:
         return [lesson for lesson in lessons if lesson is not None]
 
     def _teach(self, chunk: Chunk, settings: StepSettings, elements_per_row: int | None) -> Lesson | None:
-        before, rows = chunk.before, chunk.rows
-        arrived = chunk.take_arrived()
+        before = chunk.before
+        together = [c for c in self._closing if c is chunk or (c.before is before and before is not None)]
+        arrived, rows = sum_arrived(together) if chunk is together[0] else ((), None)
         if before is None or rows is None or before.record is None:
             return None
         before.learned = True
         name, record = chunk.truncation, before.record
-        factor = settings.factor(full_rows(arrived, chunk.batch_dim), None, elements_per_row)
-        target = tuple(g / factor for g in full_rows(arrived, chunk.batch_dim))
+        factor = settings.factor(arrived, None, elements_per_row)
+        target = tuple(g / factor for g in arrived)
         ending = chunk.ends[0].ending.record
         future = None if ending is None else ending.gradient
         installed = self._install(name, record.h)
         return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
 
     def end_sequences(self, settings: StepSettings) -> list[Lesson | None]:
-        """Teach that nobody goes on from what earlier steps have left, where this step has begun anew."""
+        """Teach that nobody goes on from what earlier steps have left, where this step has begun anew.
+
+        Raises:
+            StageError: A loss was differentiated without the engine's knowledge.
+        """
+        refuse_other_backward(chunk for chunk, _ in self._calls.values())
         if self.bootstrap.sequence_end == "ignore":
             return []
         lessons: list[Lesson | None] = []

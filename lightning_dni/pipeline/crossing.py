@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.cut import Cut
+from lightning_dni.core.cut import Cut, lambda_at
 from lightning_dni.core.estimator import Feedback, Installed, Signal
 from lightning_dni.core.probe import Truth, differentiate_again, donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
@@ -49,7 +49,7 @@ def open_cut(
     variables = [v for v in found.variables if id(v) not in below]
     refuse_foreign(variables, own, f"the stage below boundary {boundary!r}")
     installed = install(boundary, outputs)
-    bp_lambda = 1.0 if installed.estimator.relays else settings.bp_lambda[boundary]
+    bp_lambda = lambda_at(boundary, installed, settings.bp_lambda[boundary])
     return Cut(
         boundary=boundary,
         installed=installed,

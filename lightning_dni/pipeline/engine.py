@@ -41,7 +41,7 @@ from lightning_dni.pipeline.crossing import (
     say_again,
 )
 from lightning_dni.pipeline.inbox import Inbox
-from lightning_dni.pipeline.late import Late, delays_in_common
+from lightning_dni.pipeline.late import Late, delays_in_common, warn_of_dropped
 from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.output import Output, asks_for_gradient
 from lightning_dni.pipeline.passage import Passage
@@ -94,6 +94,8 @@ class StageEngine(StagedEngine):
         above = len(plan.boundaries) - self.stage
         self._inbox = Inbox(self._links, self._staleness, above)
         self._inbox.restore(kept)  # of a fit before this one
+        if self._late and self._saved is None:  # else it was said what of the saved state is left out
+            warn_of_dropped(len(self._late), self._boundary)
         late = self._delays and above > 0
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
         self._output = Output(self._links.output_out, asks_for_gradient(self._pool.factories.values()))

@@ -5,6 +5,7 @@ have waited itself. So the graph of a batch is kept for `staleness` updates per 
 differentiated as it would have been at once. The lag is the same however fast the stages are.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,16 @@ def _delay_of(factory: Any) -> int | None:
         return None
     given: int = factory.keywords.get("delay", 1) if isinstance(factory, partial) else 1
     return given
+
+
+def warn_of_dropped(number: int, boundary: str | None) -> None:
+    """Say that a fit begins without `number` batches that waited at `boundary` when the last one ended."""
+    warnings.warn(
+        f"Expected delayed gradients to be given, but {number} under way at {boundary!r} when the last fit "
+        "ended are dropped: their batches have left the pipeline. Train in one fit (max_epochs=), or in one "
+        "process: strategy='dni'.",
+        stacklevel=2,
+    )
 
 
 def refuse_in_late_stage(who: str, known: bool, beside: Mapping[str, bool]) -> None:

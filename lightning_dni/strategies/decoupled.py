@@ -282,7 +282,8 @@ class DecoupledTraining(Strategy):
             if state is not None:
                 if "optimizer_states" not in checkpoint:  # save_weights_only
                     del state["optimizers"], state["schedules"]
-                    state.pop("delayed", None)
+                    for under_way in ("delayed", "truncations"):
+                        state.pop(under_way, None)
                     state.get("inputs", {}).pop("optimizers", None)
                     state.pop("replicas", None)
                 checkpoint[CHECKPOINT_KEY] = state

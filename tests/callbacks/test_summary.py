@@ -91,6 +91,8 @@ def test_nothing_is_printed_where_nothing_is_asked_or_measured(capsys, options):
         ({"dni_sg_error": 0.95, "dni_true_gradient_cosine": 0.4}, "a larger estimator"),
         ({"dni_sg_error": None, "dni_target_error": 1.2}, "worse than no gradient"),
         ({"dni_sg_error": None, "dni_target_error": 0.7}, ""),
+        (dict.fromkeys(GOOD, float("nan")), "too large: a lower rate"),
+        ({"dni_sg_error": None, "dni_target_error": float("nan")}, "worse than no gradient"),
     ],
 )
 def test_advice(figures, start):

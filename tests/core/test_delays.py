@@ -14,7 +14,12 @@ from torch.nn import functional as F
 
 from lightning_dni.core import BoundarySpec, DNIEngine, LeafSpec, SplitOptimizer
 from lightning_dni.errors import EstimatorError, StageError
-from lightning_dni.estimators import BackpropEstimator, DelayedGradientEstimator, LinearEstimator
+from lightning_dni.estimators import (
+    BackpropEstimator,
+    DelayedGradientEstimator,
+    FeedbackAlignmentEstimator,
+    LinearEstimator,
+)
 
 OPTIMIZERS = {
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -364,3 +369,14 @@ def test_steps_that_nobody_tells_of_are_refused():
     run_step(engine, model, blobs(features=6))
     with pytest.raises(StageError, match=r"Expected `engine.update_estimators\(\)` after 1 backward passes"):
         run_step(engine, model, blobs(features=6))
+
+
+@pytest.mark.parametrize("estimator", [DelayedGradientEstimator, FeedbackAlignmentEstimator])
+def test_lambda_is_refused_where_no_true_gradient_comes_back(estimator):
+    """It was taken for granted, and did nothing; where backprop comes back, it may be anything."""
+    model, said = net(2), rf"Expected bp_lambda=0 for {estimator.__name__} at boundary '1', .* but got 0.5"
+    engine = attached(model, ["0", "1"], {"0": BackpropEstimator, "1": estimator}, bp_lambda=0.5)
+    with pytest.raises(EstimatorError, match=said):
+        run_step(engine, model, blobs(8, 6))
+    engine.set_bp_lambda({"0": 0.5, "1": 0.0})
+    run_step(engine, model, blobs(8, 6))

@@ -1,6 +1,7 @@
 """Delayed gradients in a pipeline: each stage keeps its graphs and weights, and is one process to the bit."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -148,6 +149,23 @@ def test_what_waits_is_not_saved_and_that_is_said():
     assert all(torch.equal(p, before[n]) for n, p in again.models[0].named_parameters())
     again.step([data[4]])
     assert again.models[0][0][0].weight.grad is not None
+
+
+def test_another_fit_says_which_gradients_it_drops():
+    """Those of batches that waited; where none does, nothing is said."""
+    data = batches(8)
+    staged = together(net(3), delayed(2), data, staleness=2)
+    for batch in data:
+        staged.step([batch])
+    lower, upper, _ = staged.engines
+    for engine, said in ((lower, "4 under way at '0'"), (upper, "2 under way at '1'")):
+        with pytest.warns(UserWarning, match=rf"{said} when the last fit ended are dropped"):
+            engine.place(engine.plan)
+        assert engine.state_dict()["pipeline"]["late"] == {engine.boundaries[engine.stage]: 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for engine in staged.engines:
+            engine.place(engine.plan)
 
 
 def test_saving_in_between_changes_nothing():

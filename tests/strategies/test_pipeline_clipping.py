@@ -1,17 +1,19 @@
 """Stages clip: each to its share of a norm, all by a norm that is some updates old, or to a value."""
 
 import math
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from core.nets import unchecked
-from fits import fit, loader, net, weights
+from fits import LINEAR, fit, loader, net, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from strategies.staged_fits import BELOW, fit_staged, on_stages, staged
 from torch import nn
 
 from lightning_dni import DNIPipelineStrategy, DNIStrategy
+from lightning_dni.estimators import DelayedGradientEstimator
 from lightning_dni.pipeline.norms import LaggedNorm
 from lightning_dni.strategies.clipping import clip_lagged, clip_share
 
@@ -76,7 +78,8 @@ class Norms(pl.Callback):
 
     @staticmethod
     def of(module):
-        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm().item()
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        return torch.cat([torch.zeros(1), *gradients]).norm().item()
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.before.append(self.of(module))
@@ -88,7 +91,8 @@ class Norms(pl.Callback):
 
 def lagged(rank, stages, staleness, options):
     norms = Norms()
-    strategy = staged(stages, staleness=staleness, clip_norm="lagged")
+    options = {"estimator": LINEAR, **options}
+    strategy = staged(stages, staleness=staleness, clip_norm="lagged", estimator=options.pop("estimator"))
     fit_staged(stages, strategy=strategy, callbacks=[norms], gradient_clip_val=LIMIT, max_epochs=3, **options)
     return norms
 
@@ -101,6 +105,7 @@ def lagged(rank, stages, staleness, options):
         (3, 2, {}),
         (2, 1, {"accumulate_grad_batches": 3}),
         (3, 1, {"val_check_interval": 4}),
+        (3, 2, {"estimator": partial(DelayedGradientEstimator, delay=2)}),
     ],
 )
 def test_all_stages_clip_by_the_norm_that_they_had_together(stages, staleness, options):
