@@ -56,6 +56,7 @@ def test_there_are_seven_recipes_and_these_studies():
         "deep_linear_dynamics",
         "delayed_gradients",
         "depth_sweep",
+        "error_table",
         "estimator_rates",
         "implicit_loss",
         "injected_error",

@@ -174,6 +174,7 @@ def tables() -> list[list[str]]:
         error_table(Scope("mnist-mlp", 6)),
         depth_table(depths, ["backprop", ours, pairs[0], local, *pairs[1:], *behind]),
         cost_table({"mnist-mlp": "128 units", "mnist-mlp-1024": "1,024 units"}, depth=6),
+        error_table(Scope("text-transformer", 3, steps=500)),
     ]
 
 

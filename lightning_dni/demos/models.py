@@ -158,7 +158,8 @@ class ConvClassifier(Classifier):
     """A convolutional network: `net.block_0`, `net.block_1`, ..., `net.head`.
 
     Each block is a 3x3 convolution, batch normalisation, activation; every block but the first
-    halves height and width. The head averages over positions, so images may have any size.
+    halves height and width. The head averages over positions, or over parts of the image, so images may have
+    any size.
 
     Args:
         in_channels: channels of the images.
@@ -168,6 +169,7 @@ class ConvClassifier(Classifier):
         activation: a key of `ACTIVATIONS`.
         optimizer: a key of `OPTIMIZERS`.
         learning_rate: of that optimizer.
+        pooled_size: height and width of what the head sees; each of its positions is an average.
 
     Raises:
         ValueError: an argument is out of range.
@@ -186,12 +188,14 @@ class ConvClassifier(Classifier):
         activation: str = "relu",
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
+        pooled_size: int = 1,
     ) -> None:
         check_count("in_channels", in_channels)
         check_count("len(channels)", len(channels))
         for i, count in enumerate(channels):
             check_count(f"channels[{i}]", count)
         check_count("num_classes", num_classes, minimum=2)
+        check_count("pooled_size", pooled_size)
         check_choice("activation", activation, ACTIVATIONS)
         sizes = [in_channels, *channels]
         net = nn.Sequential(OrderedDict[str, nn.Module]())
@@ -199,8 +203,8 @@ class ConvClassifier(Classifier):
             norm = [nn.BatchNorm2d(size)] if batch_norm else []
             conv = nn.Conv2d(sizes[i], size, 3, stride=1 if i == 0 else 2, padding=1)
             net.add_module(f"block_{i}", nn.Sequential(conv, *norm, ACTIVATIONS[activation]()))
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], num_classes))
-        net.add_module("head", head)
+        pool, width = nn.AdaptiveAvgPool2d(pooled_size), sizes[-1] * pooled_size**2
+        net.add_module("head", nn.Sequential(pool, nn.Flatten(), nn.Linear(width, num_classes)))
         super().__init__(net, num_classes, optimizer, learning_rate)
         self.save_hyperparameters()
 

@@ -111,6 +111,16 @@ def test_conv_takes_images_of_any_size(size):
     assert model(torch.rand(2, 3, size, size + 1)).shape == (2, 5)
 
 
+def test_the_head_sees_averages_of_parts_of_the_image():
+    model = ConvClassifier(channels=(4,), pooled_size=2).eval()
+    inputs, _ = images()
+    h = model.net.block_0(inputs)
+    quarters = [h[..., i : i + 4, j : j + 4].mean((2, 3)) for i in (0, 4) for j in (0, 4)]
+    weight = model.net.head[2].weight.unflatten(1, (4, 4))  # a column for each quarter of each channel
+    expected = sum(part @ weight[..., k].T for k, part in enumerate(quarters)) + model.net.head[2].bias
+    assert_close(model(inputs), expected)
+
+
 def test_conv_halves_after_the_first_block():
     net = ConvClassifier(channels=(4, 8)).net
     first = net.block_0(torch.rand(2, 1, 8, 8))
@@ -199,6 +209,7 @@ def test_hyperparameters_are_primitives():
         "activation": "relu",
         "optimizer": "adam",
         "learning_rate": 1e-3,
+        "pooled_size": 1,
     }
 
 
@@ -234,6 +245,7 @@ ERRORS = [
     (ConvClassifier, {"in_channels": 0}, "`in_channels` to be an integer of at least 1, but got 0"),
     (ConvClassifier, {"channels": ()}, r"`len\(channels\)` to be .* at least 1, but got 0"),
     (ConvClassifier, {"channels": (4, 0)}, r"`channels\[1\]` to be .* at least 1, but got 0"),
+    (ConvClassifier, {"pooled_size": 0}, "`pooled_size` to be an integer of at least 1, but got 0"),
     *((model, *error) for model in (MLPClassifier, ConvClassifier) for error in COMMON_ERRORS),
 ]
 
