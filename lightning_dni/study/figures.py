@@ -71,5 +71,5 @@ def read_history(folder: Path) -> dict[str, list[tuple[int, float]]]:
         for row in csv.DictReader(opened):
             for name, text in row.items():
                 if name != "step" and text:
-                    history.setdefault(name, []).append((int(row["step"]), float(text)))
+                    history.setdefault(name, []).append((round(float(row["step"])), float(text)))
     return history
