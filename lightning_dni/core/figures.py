@@ -1,7 +1,7 @@
 """What the gradients at one boundary amount to in one step: sums, from which every metric of it follows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -59,7 +59,3 @@ class Figures:
         vectors = torch.split(values, [len(FAMILIES[n]) for n in names])
         dtype = torch.float64 if mask >> _DOUBLE & 1 else torch.float32
         return cls(dict(zip(names, vectors, strict=True)), dtype, None if lag < 0 else lag)
-
-    def with_sums(self, sums: Mapping[str, Tensor]) -> "Figures":
-        """The same with some sums replaced."""
-        return replace(self, sums={**self.sums, **sums})

@@ -1,6 +1,6 @@
 """The estimators of an engine: built from their first activation or from saved state, with optimizers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -261,6 +261,12 @@ def made_by(factory: Any) -> type[GradientEstimator] | None:
     """The class that an estimator factory makes; None where that cannot be read off it."""
     made = factory.func if isinstance(factory, partial) else factory
     return made if isinstance(made, type) and issubclass(made, GradientEstimator) else None
+
+
+def may_ask(factories: Iterable[EstimatorFactory], signals: Collection[Signal]) -> bool:
+    """Whether an estimator may ask for one of these `signals`; one that a function makes may."""
+    kinds = map(made_by, factories)
+    return any(made is None or not made.needs.isdisjoint(signals) for made in kinds)
 
 
 def locks_made_by(factory: Any) -> frozenset[Lock]:

@@ -69,12 +69,10 @@ class BoundarySums:
             staleness: As in `Figures`.
             together: The processes whose rows count together; None: there are no others.
         """
-        families = (
-            self._families() if together is None else _in_common(self._families(), together, self._device)
-        )
-        sums = {family: vector for family, vector in self._sums.items() if family in families}
+        families, sums = self._families(), dict(self._sums)
         if together is not None:
-            sums = {family: together.total(vector) for family, vector in sums.items()}
+            families = _in_common(families, together, self._device)
+            sums = {family: together.total(vector) for family, vector in sums.items() if family in families}
         if self._spread is not None and "spread" in families:
             sums["spread"] = self._spread.sums(together)
         if "weights" in families:

@@ -18,16 +18,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Signal, rows_of
+from lightning_dni.core.pool import may_ask
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
-from lightning_dni.core.sums import Together
 from lightning_dni.core.tap import Taps
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
@@ -42,8 +41,8 @@ from lightning_dni.pipeline.crossing import (
 )
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.late import Late, delays_in_common, warn_of_dropped
-from lightning_dni.pipeline.message import Kind, Links, Message
-from lightning_dni.pipeline.output import Output, asks_for_gradient
+from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.output import Output
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
@@ -72,21 +71,8 @@ class StageEngine(StagedEngine):
         self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
 
-    def join(
-        self,
-        stage: int,
-        links: Links,
-        staleness: int,
-        device: torch.device | None = None,
-        copies: Together | None = None,
-    ) -> None:
-        """Become stage `stage` of a pipeline; see `StagedEngine.join`.
-
-        Raises:
-            EstimatorError: `staleness` is not an integer of at least 0, or gradients are delayed otherwise.
-        """
-        super().join(stage, links, staleness, device, copies)
-        self._delays = delays_in_common(self._pool.factories, staleness)
+    def _take_staleness(self) -> None:
+        self._delays = delays_in_common(self._pool.factories, self._staleness)
 
     def _take_part(self, plan: StagePlan) -> None:
         self._elements_per_row = self._elements_per_row or plan.elements_per_row
@@ -98,7 +84,8 @@ class StageEngine(StagedEngine):
             warn_of_dropped(len(self._late), self._boundary)
         late = self._delays and above > 0
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
-        self._output = Output(self._links.output_out, asks_for_gradient(self._pool.factories.values()))
+        with_gradient = may_ask(self._pool.factories.values(), {Signal.OUTPUT_GRADIENT})
+        self._output = Output(self._links.output_out, with_gradient)
         if self._saved is not None:
             self._take_over(self._saved)
 

@@ -1,22 +1,13 @@
 """The network's output on the last stage, and the gradient there: what estimators below are told of it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.estimator import Signal
-from lightning_dni.core.pool import EstimatorFactory, made_by
 from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.message import Kind, Message, Outlet
-
-
-def asks_for_gradient(factories: Iterable[EstimatorFactory]) -> bool:
-    """Whether an estimator may ask for the gradient at the output; one that a function makes may."""
-    kinds = map(made_by, factories)
-    return any(made is None or Signal.OUTPUT_GRADIENT in made.needs for made in kinds)
 
 
 class Output:

@@ -96,7 +96,7 @@ class StagedEngine(Engine):
             copies: The processes that run the same stage of other copies of the pipeline, if there are any.
 
         Raises:
-            EstimatorError: `staleness` is not an integer of at least 0.
+            EstimatorError: `staleness` is not an integer of at least 0, or gradients are delayed otherwise.
         """
         if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
             raise EstimatorError(
@@ -112,6 +112,7 @@ class StagedEngine(Engine):
         self._device = self._find_device()
         self._passages.clear()
         self._meetings = 0
+        self._take_staleness()
 
     def place(self, plan: StagePlan, step: str = TRAINING) -> None:
         """Take over the part of this stage in a step of the user's, and hook the model.
@@ -135,6 +136,9 @@ class StagedEngine(Engine):
 
     def _find_device(self) -> torch.device:
         return self._home or super()._find_device()
+
+    def _take_staleness(self) -> None:
+        """Prepare for this lag."""
 
     def _take_part(self, plan: StagePlan) -> None:
         """Prepare for training steps of this plan."""

@@ -52,9 +52,7 @@ class Copies:
     def totals(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sum of every copy's gradient by parameter, of which each may lack some."""
         own = {n: torch.empty_like(gradient, device="meta") for n, gradient in gradients.items()}
-        told: list[dict[str, Tensor]] = [{}] * dist.get_world_size(self._control)
-        dist.all_gather_object(told, own, group=self._control)
-        anywhere = {name: meta for each in told for name, meta in each.items()}
+        anywhere = {name: meta for each in self.reducer.gather(own) for name, meta in each.items()}
         found = {}
         for name, meta in sorted(anywhere.items()):
             gradient = gradients.get(name, torch.zeros_like(meta, device=self._device))

@@ -282,10 +282,9 @@ class DecoupledTraining(Strategy):
             if state is not None:
                 if "optimizer_states" not in checkpoint:  # save_weights_only
                     del state["optimizers"], state["schedules"]
-                    for under_way in ("delayed", "truncations"):
+                    for under_way in ("delayed", "truncations", "replicas"):
                         state.pop(under_way, None)
                     state.get("inputs", {}).pop("optimizers", None)
-                    state.pop("replicas", None)
                 checkpoint[CHECKPOINT_KEY] = state
         self._write(checkpoint, filepath, storage_options)
 

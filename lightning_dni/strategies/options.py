@@ -16,7 +16,7 @@ from lightning_dni.core.estimator import Signal
 from lightning_dni.core.health import OnNonfinite
 from lightning_dni.core.inputs import InputFactory
 from lightning_dni.core.optimizer import OptimizerFactory, ScheduleFactory
-from lightning_dni.core.pool import EstimatorFactory, made_by
+from lightning_dni.core.pool import EstimatorFactory, may_ask
 from lightning_dni.core.target import Denominator
 from lightning_dni.pipeline.exact import no_estimator
 from lightning_dni.strategies._compat import MisconfigurationException
@@ -145,8 +145,5 @@ def options_from(module: pl.LightningModule, exact: bool = False) -> DNIOptions:
 
 def hears_output(options: DNIOptions, boundaries: Iterable[str]) -> bool:
     """Whether an estimator may ask for the network's output; one that a function makes may."""
-    for name in boundaries:
-        made = made_by(choose_by_pattern(name, options.estimator, "estimator"))
-        if made is None or {Signal.OUTPUT, Signal.OUTPUT_GRADIENT} & made.needs:
-            return True
-    return False
+    factories = (choose_by_pattern(name, options.estimator, "estimator") for name in boundaries)
+    return may_ask(factories, {Signal.OUTPUT, Signal.OUTPUT_GRADIENT})

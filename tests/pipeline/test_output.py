@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_dni.core.estimator import Signal
+from lightning_dni.core.pool import may_ask
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import (
     CriticEstimator,
@@ -13,7 +15,7 @@ from lightning_dni.estimators import (
     LinearEstimator,
 )
 from lightning_dni.pipeline.local import LocalChannel
-from lightning_dni.pipeline.output import Output, asks_for_gradient
+from lightning_dni.pipeline.output import Output
 
 
 def seen(with_gradient):
@@ -74,4 +76,4 @@ def test_what_takes_no_gradient_is_not_taken_note_of():
     ],
 )
 def test_who_may_ask_for_the_gradient(factories, expected):
-    assert asks_for_gradient(factories) is expected
+    assert may_ask(factories, {Signal.OUTPUT_GRADIENT}) is expected
