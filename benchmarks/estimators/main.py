@@ -23,7 +23,7 @@ from lightning.pytorch import LightningDataModule
 from measure import Cost, Setting, costs, train
 from records import COSTS, RESULTS, Found, best, matching, read
 from report import Scope, cost_table, error_table
-from rows import NETS, Net, is_learned, rows_of
+from rows import ESTIMATOR_STEPS, NETS, Net, is_learned, rows_of
 
 from lightning_dni.core import EstimatorFactory
 
@@ -62,7 +62,8 @@ class Task(NamedTuple):
         """The grid; what has no estimator to train has one rate less."""
         estimator_rates = ESTIMATOR_RATES if is_learned(self.rows[row]) else (0.0,)
         pairs = itertools.product(RATES, estimator_rates)
-        return [Setting(depth, *pair, self.steps, GRID_SEED) for pair in pairs]
+        estimator_steps = ESTIMATOR_STEPS.get(row, 1)
+        return [Setting(depth, *pair, self.steps, GRID_SEED, estimator_steps) for pair in pairs]
 
 
 def measure(task: Task, row: str, phase: str, setting: Setting) -> Found:
@@ -85,7 +86,9 @@ def measure(task: Task, row: str, phase: str, setting: Setting) -> Found:
 def best_setting(task: Task, row: str, depth: int) -> Setting:
     """The rates with the lowest validation error; of equal ones the lowest."""
     chosen = best([measure(task, row, "grid", setting) for setting in task.settings(row, depth)])
-    return Setting(depth, float(chosen["rate"]), float(chosen["estimator_rate"]), task.steps, GRID_SEED)
+    settings = task.settings(row, depth)
+    rates = float(chosen["rate"]), float(chosen["estimator_rate"])
+    return next(setting for setting in settings if (setting.rate, setting.estimator_rate) == rates)
 
 
 def run(task: Task, seeds: int, rates_of: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from rows import Net
+from rows import ESTIMATOR_STEPS, Net
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -39,6 +39,7 @@ class Setting(NamedTuple):
         estimator_rate: That of the estimators.
         steps: Number of steps.
         seed: Of weights, batches and estimators.
+        estimator_steps: Steps of the estimators per step of the net.
     """
 
     depth: int
@@ -46,6 +47,7 @@ class Setting(NamedTuple):
     estimator_rate: float
     steps: int
     seed: int
+    estimator_steps: int = 1
 
 
 def train(
@@ -76,7 +78,7 @@ def train(
         max_steps=setting.steps,
         accelerator="cpu",
         devices=1,
-        strategy="auto" if factory is None else _strategy(net, factory, setting.estimator_rate),
+        strategy="auto" if factory is None else _strategy(net, factory, setting),
         callbacks=list(monitors),
         default_root_dir=tempfile.gettempdir(),  # where the monitor's picture goes
         logger=False,
@@ -99,10 +101,13 @@ def train(
     return found | _figures(monitors[0] if monitors else None)
 
 
-def _strategy(net: Net, factory: EstimatorFactory, rate: float) -> DNIStrategy:
-    optimizer = partial(ADAM, lr=rate)
+def _strategy(net: Net, factory: EstimatorFactory, setting: Setting) -> DNIStrategy:
     return DNIStrategy(
-        net.boundaries, factory, estimator_optimizer=optimizer, loss_denominator=net.denominator
+        net.boundaries,
+        factory,
+        estimator_optimizer=partial(ADAM, lr=setting.estimator_rate),
+        estimator_steps=setting.estimator_steps,
+        loss_denominator=net.denominator,
     )
 
 
@@ -163,10 +168,14 @@ def costs(
     data.prepare_data()
     data.setup()
     batches = list(itertools.islice(data.train_dataloader(), 64))
-    contenders = {name: _loop(net, factory, depth, batches) for name, factory in rows.items()}
+    loops = {
+        name: partial(_loop, net, factory, depth, batches, ESTIMATOR_STEPS.get(name, 1))
+        for name, factory in rows.items()
+    }
+    contenders = {name: loop() for name, loop in loops.items()}
     times = _take_turns(contenders, turns)
     found = {}
-    for name, factory in rows.items():
+    for name in rows:
         ratios = [own / backprop for own, backprop in zip(times[name], times["backprop"], strict=True)]
         low, *_, high = statistics.quantiles(ratios, n=10) if len(ratios) > 1 else ratios
         engine = next(contenders[name])
@@ -174,7 +183,7 @@ def costs(
         found[name] = Cost(
             sum(p.numel() for p in learned),
             _flops(contenders[name]),
-            _peak(_loop(net, factory, depth, batches)),
+            _peak(loops[name]()),
             statistics.median(ratios),
             low,
             high,
@@ -198,7 +207,11 @@ def _take_turns(contenders: dict[str, Iterator[object]], turns: int) -> dict[str
 
 
 def _loop(
-    net: Net, factory: EstimatorFactory | None, depth: int, batches: list[tuple[Tensor, Tensor]]
+    net: Net,
+    factory: EstimatorFactory | None,
+    depth: int,
+    batches: list[tuple[Tensor, Tensor]],
+    estimator_steps: int,
 ) -> Iterator[DNIEngine | None]:
     """Train in a plain loop; gradients are gone between two steps."""
     torch.manual_seed(0)
@@ -215,6 +228,7 @@ def _loop(
         net.boundaries,
         factory,
         estimator_optimizer=partial(ADAM, lr=1e-3),
+        estimator_steps=estimator_steps,
         loss_denominator=net.denominator,
     )
     with engine:

@@ -42,6 +42,8 @@ FASHION = {
     },
 }
 CHARACTERS = 97
+ESTIMATOR_STEPS = {"critic, label share, 4 steps": 4}
+"""Rows whose estimators take several steps per step of the net."""
 
 
 class NextCharacter(GPTLanguageModel):
@@ -101,6 +103,13 @@ def _transformer(depth: int, rate: float) -> NextCharacter:
 NETS: Mapping[str, Net] = {
     "mnist-mlp": Net(_mnist, _perceptron, ["net.hidden_*"]),
     "mnist-mlp-1024": Net(_mnist, partial(_perceptron, width=1024), ["net.hidden_*"]),
+    "mnist-cnn": Net(
+        _mnist,
+        _convolutional,
+        ["net.block_*"],
+        regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=5),
+        undefined=frozenset({"control variate"}),
+    ),
     "fashion-mlp": Net(partial(_mnist, **FASHION), _perceptron, ["net.hidden_*"]),
     "fashion-cnn": Net(
         partial(_mnist, **FASHION),
@@ -131,6 +140,7 @@ def rows_of(net: Net) -> dict[str, EstimatorFactory | None]:
         "cDNI": partial(net.regressor, **sees),
         "critic": partial(CriticEstimator, **sees),
         "critic, label share": partial(CriticEstimator, **sees, label_share=0.5),
+        "critic, label share, 4 steps": partial(CriticEstimator, **sees, label_share=0.5),
         "Sobolev": partial(SobolevEstimator, **sees),
         "Sobolev, label share": partial(SobolevEstimator, **sees, derivative_weight=100.0, label_share=0.2),
         "cascade": partial(CriticCascade, **sees),
