@@ -170,8 +170,10 @@ RESTRICTIONS = {
         "to use its own parameters only",
         "to differentiate its own parameters",
     ],
-    "a skip connection past a boundary, or a boundary inside a residual block": [
+    "a skip connection past a boundary that takes a gradient": [
         "to need nothing from below boundary",
+        "to take no gradient, as when the model was traced, but it does now",
+        "to return, before the boundary of stage",
         "Keep boundaries out of what an activation checkpoint runs again",
     ],
     "a boundary that does not run once in every step": [

@@ -41,6 +41,27 @@ class Summed(Net):
         return loss
 
 
+class Gates(nn.Module):
+    """Two functions of the input that take no gradient."""
+
+    def forward(self, x):
+        high = x.detach().amax(1, keepdim=True)
+        return high.sigmoid(), high > 1
+
+
+class Gated(Net):
+    """The second and third stage read what the first one has made beside its activation."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gates = Gates()
+
+    def forward(self, x):
+        gate, closed = self.gates(x)
+        h = self.net[1](self.net[0](x)) * gate
+        return self.net[2](h.masked_fill(closed, 0.0))
+
+
 class Words(Net):
     """A GPT that predicts the next token."""
 
@@ -122,6 +143,7 @@ WITHOUT_LAG = {
             {"loss_denominator": "elements", "estimator": KickbackEstimator},
             trainer={"accumulate_grad_batches": 3},
         ),
+        "beside the activation": Case(partial(made, Gated, dropout=0.3)),
         "dict": Case(partial(made, FedDicts, dropout=0.3), {"labels": "label"}, data=dicts),
         "sum": Case(partial(made, Summed), {"loss_denominator": "sum"}),
         "elements": Case(partial(made, Regression), {"loss_denominator": "elements"}),
@@ -146,6 +168,7 @@ PLAIN = {
 WITH_LAG = {
     3: {
         **{f"linear {lag}": Case(options={"staleness": lag}) for lag in (1, 2, 4)},
+        "beside the activation 2": Case(partial(made, Gated, dropout=0.3), {"staleness": 2}),
         "mlp 2": Case(options={"staleness": 2, "estimator": VECTOR_ESTIMATORS["mlp"]}),
         "accumulation 2": Case(options={"staleness": 2}, trainer={"accumulate_grad_batches": 5}),
     },
