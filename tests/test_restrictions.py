@@ -273,7 +273,7 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
-    "Expected a CriticCascade at the boundary above",
+    "to predict a loss for each label, but it predicts",
     "Expected layer … to run when the model does",
     "Expected layer … to give a tensor with one row for each",
     "Expected an estimator that learns the gradient itself",

@@ -27,6 +27,7 @@ from lightning_dni.core.pool import may_ask
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
+from lightning_dni.core.synthesis import value_of
 from lightning_dni.core.tap import Taps
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
@@ -41,13 +42,14 @@ from lightning_dni.pipeline.crossing import (
 )
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.late import Late, delays_in_common, warn_of_dropped
-from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.message import Kind
 from lightning_dni.pipeline.output import Output
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.refusals import refuse_what_is_told
 from lightning_dni.pipeline.restoring import goes_on, restrict
+from lightning_dni.pipeline.returns import Returns
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class StageEngine(StagedEngine):
         self._crossing: Pending | None = None
         self._late: Late | None = None
         self._output = Output()
+        self._returns = Returns()
         self._loss: Tensor | None = None
         self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
@@ -86,6 +89,8 @@ class StageEngine(StagedEngine):
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
         with_gradient = may_ask(self._pool.factories.values(), {Signal.OUTPUT_GRADIENT})
         self._output = Output(self._links.output_out, with_gradient)
+        below = [self._pool.factories[self._below]] if self._below is not None else []
+        self._returns = Returns(self._links.gradient_out, may_ask(below, {Signal.ESTIMATOR_ABOVE}))
         if self._saved is not None:
             self._take_over(self._saved)
 
@@ -165,26 +170,27 @@ class StageEngine(StagedEngine):
             cut.who,
             self._step.check_values,
         )
-        ask(cut, context, self._step, keeps_graph=self._staleness == 0)
-        self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
+        record = ask(cut, context, self._step, keeps_graph=self._staleness == 0)
+        crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
+        crossing.value = value_of(cut.installed, record) if self._returns.tells else None
+        self._crossing = crossing
         if not cut.waits:
-            self._differentiate(cut, received, self._number)
+            self._differentiate(crossing, received)
 
-    def _differentiate(self, cut: Cut, received: Received, step: int) -> None:
+    def _differentiate(self, crossing: Pending, received: Received) -> None:
+        cut = crossing.cut
         with self.profile("dni.local_backward"):
             assert self._step is not None
             differentiate(cut, received, keep_graph=self._step.probe)
-        self._send_back(gradients_at(received), step)
+        gradients = gradients_at(received)
+        self._returns.send(gradients, crossing.step, self._elements_per_row, crossing.value)
         if self._step.exchange is not None:
             self._step.exchange.offer(cut.param_grads)
 
-    def _send_back(self, gradients: tuple[Tensor | None, ...], step: int | None = None) -> None:
-        """Tell the stage below what its output was worth, in this step or an earlier one."""
-        if gradients:
-            assert self._links.gradient_out is not None
-            facts = (float(self._elements_per_row or 0),)
-            number = self._number if step is None else step
-            self._links.gradient_out.send(Message(number, Kind.TRAIN, gradients, facts=facts))
+    def _send_back(self, output: Tensor | None = None) -> None:
+        """Tell the stage below what its output was worth, where this one has no estimator."""
+        gradients = gradients_at(self._placed().received)
+        self._returns.send(gradients, self._number, self._elements_per_row, output=output)
 
     # ---- backward, as a strategy calls it around its own
 
@@ -204,7 +210,7 @@ class StageEngine(StagedEngine):
         """Last third of `backward`: send back what the loss has left below, merge what was set aside."""
         crossing, self._crossing = self._crossing, None
         if self.is_last:
-            self._send_back(gradients_at(self._placed().received))
+            self._send_back(self._output.told() if self._returns.tells else None)
             self._output.send(self._number)
             self._health.observe(self._number, self._loss, [])
             self._look()
@@ -220,13 +226,13 @@ class StageEngine(StagedEngine):
             if crossing.cut.waits:
                 self._hear(crossing)
                 say_again(crossing)
-                self._differentiate(crossing.cut, self._placed().received, crossing.step)
+                self._differentiate(crossing, self._placed().received)
             if self._step is not None and self._step.probe:
                 self._probe(crossing)
             self._examine(crossing.cut)
             made, crossing.cut.param_grads = crossing.cut.param_grads, []
         else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
-            self._send_back(gradients_at(self._placed().received))
+            self._send_back()
         self._merge(made)
 
     def _hear(self, crossing: Pending) -> None:
@@ -242,7 +248,7 @@ class StageEngine(StagedEngine):
         made: list[tuple[Tensor, Tensor]] = []
         for due, received, weights in late.due(self._updates):
             with weights.restored():
-                self._differentiate(due.cut, received, due.step)
+                self._differentiate(due, received)
             self._examine(due.cut)
             made, due.cut.param_grads = made + due.cut.param_grads, []
         return made
@@ -270,7 +276,7 @@ class StageEngine(StagedEngine):
             next_to_loss = self.stage == self.plan.stages - 2
             true = gradient_of(crossing) if next_to_loss else self._inbox.take_true(crossing)
             truth, below = differentiate_truly(cut, true, received)
-            self._send_back(below)
+            self._returns.send_true(below, self._number, self._elements_per_row)
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             if cut.target is None:
                 cut.target = cut.target_gradient()

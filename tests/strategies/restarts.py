@@ -8,13 +8,13 @@ from tempfile import mkdtemp
 import lightning.pytorch as pl
 import torch
 from core.nets import VECTOR_ESTIMATORS
-from fits import LINEAR, dni, fit, loader, weights
+from fits import CLASSES, LINEAR, dni, fit, loader, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from strategies.pipelined import in_turn, once, pipeline
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, state_of
 
-from lightning_dni.estimators import DelayedGradientEstimator
+from lightning_dni.estimators import CriticCascade, DelayedGradientEstimator
 
 STAGES = 3
 MODULE = {"dropout": 0.3, "batch_norm": True}
@@ -30,6 +30,7 @@ KINDS = {
     ),
     "critic": ({"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "critic, no lag": ({"staleness": 0, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
+    "cascade": ({"staleness": 2, "estimator": partial(CriticCascade, num_classes=CLASSES)}, {}, {}),
     "noisy": ({"staleness": 0, "estimator": NoisyEstimator}, {}, {}),
     "mixed": ({"staleness": 0, "bp_lambda": 0.5}, {}, {}),
     "several": (

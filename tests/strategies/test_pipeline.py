@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_dni.core import GradientEstimator, Signal
 from lightning_dni.demos import GPT
 from lightning_dni.estimators import (
+    CriticCascade,
     DelayedGradientEstimator,
     DirectFeedbackAlignmentEstimator,
     KickbackEstimator,
@@ -91,11 +92,13 @@ def four(**options):
     return partial(net, dropout=0.3, batch_norm=True, hidden=3, **options)
 
 
+CASCADE = partial(CriticCascade, num_classes=CLASSES, hidden_sizes=(8,))
 WITHOUT_LAG = {
     2: {
         "linear": Case(),
         "lambda 0.5": Case(options={"bp_lambda": 0.5}),
         "lambda 1": Case(options={"bp_lambda": 1.0}),
+        "cascade": Case(options={"estimator": CASCADE}),
         "transformer": Case(
             partial(made, Words),
             {"boundaries": ["net.block_0"], "labels": None, "estimator": VECTOR_ESTIMATORS["linear"].func},
@@ -116,6 +119,7 @@ WITHOUT_LAG = {
         "critic, one update per epoch": Case(
             options={"estimator": VECTOR_ESTIMATORS["critic"]}, trainer={"accumulate_grad_batches": 10}
         ),
+        "cascade, accumulation": Case(options={"estimator": CASCADE}, trainer={"accumulate_grad_batches": 3}),
         "direct feedback alignment": Case(options={"estimator": DirectFeedbackAlignmentEstimator}),
         "kickback, accumulation": Case(
             partial(made, Regression),
@@ -136,6 +140,7 @@ WITHOUT_LAG = {
         "linear": Case(four()),
         "adam": Case(four(optimizer="adam")),
         "critic": Case(four(), {"estimator": VECTOR_ESTIMATORS["critic"]}),
+        "cascade": Case(four(), {"estimator": CASCADE}),
         "lambda 0.5": Case(four(), {"bp_lambda": 0.5}),
         "lambda 1": Case(four(), {"bp_lambda": 1.0}),
     },
@@ -147,6 +152,7 @@ WITH_LAG = {
     3: {
         **{f"linear {lag}": Case(options={"staleness": lag}) for lag in (1, 2, 4)},
         "mlp 2": Case(options={"staleness": 2, "estimator": VECTOR_ESTIMATORS["mlp"]}),
+        "cascade 1": Case(options={"staleness": 1, "estimator": CASCADE}),
         "accumulation 2": Case(options={"staleness": 2}, trainer={"accumulate_grad_batches": 5}),
     },
     4: {
@@ -156,6 +162,9 @@ WITH_LAG = {
             trainer={"accumulate_grad_batches": 5},
         ),
         "critic 2": Case(four(), {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}),
+        "cascade 2, accumulation": Case(
+            four(), {"staleness": 2, "estimator": CASCADE}, trainer={"accumulate_grad_batches": 5}
+        ),
         "local_loss 1": Case(four(), {"staleness": 1, "estimator": VECTOR_ESTIMATORS["local_loss"]}),
     },
 }
