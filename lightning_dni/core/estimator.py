@@ -25,10 +25,6 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
-ONE_PROCESS = frozenset({Signal.CONSUMER})
-"""What an estimator can only be told where the stage above it is in the same process."""
-
-
 class Lock(Enum):
     """What a stage has to wait for under an estimator (Jaderberg et al. 2017, section 1)."""
 
@@ -65,7 +61,8 @@ class Feedback(NamedTuple):
         age: Number of the stage's own updates since the synthesis.
         row_weights: Weight of each row, `[batch]`.
         mask: Which positions count.
-        consumer: The layer that read `h`; the first, where there are several.
+        consumer: The layer that read `h`; the first, where there are several. None where it is in another
+            process.
         network_input: The network's input.
         above: What the estimator of the next boundary predicts for the same rows (its `value`); None for the
             topmost one, which is told the network's output in its place.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, lambda_at
-from lightning_dni.core.estimator import Feedback, Installed, Record, Signal
+from lightning_dni.core.estimator import Feedback, Installed, Record, Signal, rows_of
 from lightning_dni.core.probe import Truth, differentiate_again, donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, local_gradients, trace_stage
@@ -77,8 +78,22 @@ def refuse_foreign(variables: Iterable[Tensor], own: Container[int], where: str)
         )
 
 
-def ask(cut: Cut, context: Tensor | None, settings: StepSettings, keeps_graph: bool) -> Record:
-    """Have the estimator of `cut` give its gradient; what it saw and said."""
+def ask(cut: Cut, settings: StepSettings, keeps_graph: bool) -> Record:
+    """Have the estimator of `cut` give its gradient; what it saw and said.
+
+    Raises:
+        EstimatorError: The context that it asks for is not there or does not fit, or its gradient does not.
+    """
+    estimator = cut.installed.estimator
+    context = check_context(
+        settings.context,
+        estimator.num_classes,
+        estimator.context_size,
+        estimator.ignore_index,
+        rows_of(cut.leaves),
+        cut.who,
+        settings.check_values,
+    )
     record = synthesize(cut, context, settings if keeps_graph else replace(settings, keep_lessons=True))
     if record.gradient is not None:
         cut.synthetic = tuple(g.detach() for g in record.gradient)

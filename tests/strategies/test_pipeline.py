@@ -17,6 +17,7 @@ from lightning_dni.estimators import (
     CriticCascade,
     DelayedGradientEstimator,
     DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
     KickbackEstimator,
 )
 from lightning_dni.pipeline.together import StagesTogether
@@ -99,6 +100,7 @@ WITHOUT_LAG = {
         "lambda 0.5": Case(options={"bp_lambda": 0.5}),
         "lambda 1": Case(options={"bp_lambda": 1.0}),
         "cascade": Case(options={"estimator": CASCADE}),
+        "feedback alignment": Case(options={"estimator": FeedbackAlignmentEstimator}),
         "transformer": Case(
             partial(made, Words),
             {"boundaries": ["net.block_0"], "labels": None, "estimator": VECTOR_ESTIMATORS["linear"].func},
@@ -121,6 +123,9 @@ WITHOUT_LAG = {
         ),
         "cascade, accumulation": Case(options={"estimator": CASCADE}, trainer={"accumulate_grad_batches": 3}),
         "direct feedback alignment": Case(options={"estimator": DirectFeedbackAlignmentEstimator}),
+        "feedback alignment, bf16-mixed": Case(
+            options={"estimator": FeedbackAlignmentEstimator}, trainer={"precision": "bf16-mixed"}
+        ),
         "kickback, accumulation": Case(
             partial(made, Regression),
             {"loss_denominator": "elements", "estimator": KickbackEstimator},
@@ -141,6 +146,7 @@ WITHOUT_LAG = {
         "adam": Case(four(optimizer="adam")),
         "critic": Case(four(), {"estimator": VECTOR_ESTIMATORS["critic"]}),
         "cascade": Case(four(), {"estimator": CASCADE}),
+        "feedback alignment": Case(four(), {"estimator": FeedbackAlignmentEstimator}),
         "lambda 0.5": Case(four(), {"bp_lambda": 0.5}),
         "lambda 1": Case(four(), {"bp_lambda": 1.0}),
     },
