@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES, VECTOR_ESTIMATORS, mlp
-from core.test_consumer import Checkpointed, OwnWeights
+from core.test_consumer import Checkpointed, Functional, OwnWeights, Residual
 from pipeline.test_reporting import measured_in_one_process, step_together
 from pipeline.test_together import (
     OPTIMIZERS,
@@ -108,6 +108,20 @@ def test_what_makes_it_a_hybrid_is_told_by_the_stage_that_has_it():
     assert "feedback_alignment" not in together(deep(), BackpropEstimator, data).engines[0].describe()
 
 
+@pytest.mark.parametrize(
+    ("middle", "match"),
+    [
+        (Residual, "'a way from 0 that meets no layer'"),
+        (Functional, r"'a weight of shape \(6, 6\) before 1.map'"),
+    ],
+)
+def test_what_goes_round_the_layers_is_told(middle, match):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), middle(), nn.Linear(6, CLASSES))
+    with pytest.warns(UserWarning, match=rf"exactly through \[{match}\]"):
+        check(model, FeedbackAlignmentEstimator, batches(3))
+
+
 @pytest.mark.filterwarnings("ignore:.*hybrid with backprop")
 def test_activation_checkpoints_change_nothing():
     ends = []
@@ -192,8 +206,12 @@ def test_what_one_process_has_saved_is_gone_on_with_and_the_other_way():
     state = one(half, data[:9]).state_dict()
     after = stages(half, data[9:], state, seed=7).state_dict()
     assert all(torch.equal(value, after[name]) for name, value in whole.state_dict().items())
-    other = stages(half, data[9:], seed=7).state_dict()
-    assert not torch.equal(other["0.0.weight"], after["0.0.weight"])
+    other = copy.deepcopy(state)  # as of a version that drew them otherwise
+    other["estimators"]["0"]["matrices._extra_state"] += 1
+    ends, twin = stages(half, data[9:], other, seed=7).state_dict(), copy.deepcopy(half)
+    one(twin, data[9:], other, seed=7)
+    assert all(torch.equal(value, ends[name]) for name, value in twin.state_dict().items())
+    assert not torch.equal(ends["0.0.weight"], after["0.0.weight"])
 
     staged = stages(model, data[:9])
     kept = [engine.state_dict()["estimators"] for engine in staged.engines]
