@@ -103,7 +103,7 @@ class StageEngine(StagedEngine):
         super().detach()
         self._step = self._crossing = None
         self._output.begin()
-        self._readers.end()
+        self._readers.forget()
 
     def _use(self, step: str) -> Passage:
         fresh = self._current is None or self._passages.get(step) is not self._current
@@ -190,8 +190,8 @@ class StageEngine(StagedEngine):
         """Tell the stage below what its output was worth, where this one has no estimator."""
         gradients = gradients_at(self._placed().received)
         self._returns.send(gradients, self._number, self._elements_per_row, output=output)
-        if self.is_last and self._step is not None and self._step.probe:
-            true = self._readers.true_gradients(gradients)
+        if self._step is not None and self._step.probe:
+            true = self._readers.true_gradients(gradients) if self.is_last else gradients
             self._returns.send_true(true, self._number, self._elements_per_row)
 
     # ---- backward, as a strategy calls it around its own
@@ -206,7 +206,7 @@ class StageEngine(StagedEngine):
     def prepare_backward(self, loss: Tensor) -> Tensor:
         """First third of `backward`: look at the loss, on the last stage."""
         self._loss = loss.detach() if self.is_last else None
-        if loss.requires_grad:
+        if self.is_last and loss.requires_grad:
             self._readers.end_stage([loss])
         return loss
 
@@ -236,6 +236,8 @@ class StageEngine(StagedEngine):
             self._examine(crossing.cut)
             made, crossing.cut.param_grads = crossing.cut.param_grads, []
         else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
+            if self._step is not None and self._step.probe:
+                self._inbox.drain()
             self._send_back()
         self._merge(made)
 

@@ -135,4 +135,8 @@ class Readers:
         """The batch is over; say once what the gradient passes through unswapped."""
         if self._consumers is not None:
             self._hybrid.add(self._consumers.exact)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the batch in progress."""
         self._consumers = self._lower = None

@@ -423,8 +423,9 @@ class Blind(nn.Module):
         return self.map(x).detach() if self.blind else self.map(x)
 
 
+@pytest.mark.parametrize("probe", [False, True])
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness):
+def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness, probe):
     """Whose estimator then hears that its target is zero, in every step, and nothing hangs."""
     torch.manual_seed(0)
     data = batches(8)
@@ -433,6 +434,8 @@ def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness):
     staged = StagesTogether(model, ["0", "1"], told, loss_of, OPTIMIZERS["sgd"], data[0], staleness, seed=3)
     staged.models[1][1].blind = True
     for batch in data:
+        for engine in staged.engines if probe else ():
+            engine.request_probe()
         staged.step([batch])
     first = staged.engines[0]
     assert not torch.equal(staged.state_dict()["0.weight"], model.state_dict()["0.weight"])

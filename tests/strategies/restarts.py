@@ -18,7 +18,6 @@ from lightning_dni.estimators import CriticCascade, DelayedGradientEstimator, Fe
 
 STAGES = 3
 MODULE = {"dropout": 0.3, "batch_norm": True}
-ALIGNED = {"staleness": 0, "estimator": FeedbackAlignmentEstimator}
 KINDS = {
     "momentum": ({"staleness": 2}, {"optimizer": "sgd"}, {}),
     "adam": ({"staleness": 2}, {"optimizer": "adam"}, {}),
@@ -32,7 +31,6 @@ KINDS = {
     "critic": ({"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "critic, no lag": ({"staleness": 0, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "cascade": ({"staleness": 2, "estimator": partial(CriticCascade, num_classes=CLASSES)}, {}, {}),
-    "feedback alignment": (ALIGNED, {}, {}),
     "noisy": ({"staleness": 0, "estimator": NoisyEstimator}, {}, {}),
     "mixed": ({"staleness": 0, "bp_lambda": 0.5}, {}, {}),
     "several": (
@@ -47,6 +45,7 @@ KINDS = {
     ),
 }
 DELAYED = {"staleness": 2, "estimator": partial(DelayedGradientEstimator, delay=2)}
+ALIGNED = {"staleness": 0, "estimator": FeedbackAlignmentEstimator}
 CRITIC = {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}
 
 

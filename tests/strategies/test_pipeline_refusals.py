@@ -118,12 +118,6 @@ REFUSED = {
         {"estimator": FeedbackAlignmentEstimator, "staleness": 1},
         "FeedbackAlignmentEstimator, which is told first, at boundary 'net.0'. Pass staleness=0",
     ),
-    "feedback alignment of a function": (
-        {},
-        Net,
-        {"estimator": lambda spec: FeedbackAlignmentEstimator(spec), "staleness": 0},
-        "FeedbackAlignmentEstimator at boundary 'net.0' from a function. Pass the class",
-    ),
 }
 
 
