@@ -193,7 +193,10 @@ RESTRICTIONS = {
     "`bp_lambda` above 0, or an estimator that is told first, with a `staleness` other than 0": [
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
-        "Expected estimators that stages in processes of their own can tell all they ask for",
+    ],
+    "feedback alignment that a function makes": [
+        "Expected to know beforehand which layers of another stage to swap",
+        "Expected nothing to be trained in",
     ],
     "`DelayedGradientEstimator` at some boundaries only": [
         "Expected DelayedGradientEstimator at every boundary of a pipeline or at none",
@@ -275,7 +278,7 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
-    "Expected a CriticCascade at the boundary above",
+    "to predict a loss for each label, but it predicts",
     "Expected layer … to run when the model does",
     "Expected layer … to give a tensor with one row for each",
     "Expected an estimator that learns the gradient itself",
