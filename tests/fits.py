@@ -126,10 +126,10 @@ def quiet_trainer(strategy="auto", **options):
         return pl.Trainer(**{**quiet, **silent, "strategy": strategy, **options})
 
 
-def fit(module, strategy="auto", train=None, val=None, ckpt_path=None, **options):
-    """A fit of `module`, with seed 0; returns its Trainer."""
+def fit(module, strategy="auto", train=None, val=None, ckpt_path=None, seed=0, **options):
+    """A fit of `module`; returns its Trainer."""
     trainer = quiet_trainer(strategy, **options)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     trainer.fit(module, loader() if train is None else train, val, ckpt_path=ckpt_path)
     return trainer
 

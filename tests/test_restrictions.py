@@ -170,8 +170,10 @@ RESTRICTIONS = {
         "to use its own parameters only",
         "to differentiate its own parameters",
     ],
-    "a skip connection past a boundary, or a boundary inside a residual block": [
+    "a skip connection past a boundary that takes a gradient": [
         "to need nothing from below boundary",
+        "to take no gradient, as when the model was traced, but it does now",
+        "to return, before the boundary of stage",
         "Keep boundaries out of what an activation checkpoint runs again",
     ],
     "a boundary that does not run once in every step": [
@@ -191,7 +193,10 @@ RESTRICTIONS = {
     "`bp_lambda` above 0, or an estimator that is told first, with a `staleness` other than 0": [
         "Expected a stage that does not wait",
         "Expected boundaries that wait for nothing",
-        "Expected estimators that stages in processes of their own can tell all they ask for",
+    ],
+    "feedback alignment that a function makes": [
+        "Expected to know beforehand which layers of another stage to swap",
+        "Expected nothing to be trained in",
     ],
     "`DelayedGradientEstimator` at some boundaries only": [
         "Expected DelayedGradientEstimator at every boundary of a pipeline or at none",
@@ -273,7 +278,7 @@ MISUSE = [
     "ranks: expected rank",
     "Use the same version of lightning_dni in every process",
     "Expected no estimator at … under an exact schedule",
-    "Expected a CriticCascade at the boundary above",
+    "to predict a loss for each label, but it predicts",
     "Expected layer … to run when the model does",
     "Expected layer … to give a tensor with one row for each",
     "Expected an estimator that learns the gradient itself",

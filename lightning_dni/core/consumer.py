@@ -1,7 +1,7 @@
 """The layers that read an activation: their vector-Jacobian product may be the estimator's instead."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -216,11 +216,45 @@ def asks_for_consumer(cut: Cut) -> bool:
     return Signal.CONSUMER in cut.installed.estimator.needs
 
 
-def warn_of_hybrid(exact: Sequence[str]) -> None:
-    """Say through what the gradient passes unswapped."""
-    warnings.warn(
-        "Expected every linear layer and convolution but the first to read the output of a boundary with "
-        f"feedback alignment, but the gradient passes exactly through {exact}: this is a hybrid with "
-        "backprop. Add the boundaries below them, or compare it as what it is.",
-        stacklevel=3,
-    )
+_HYBRID = "hybrid, exact through "
+
+
+class Hybrid:
+    """Through what the gradient passes unswapped in any step, which is told once."""
+
+    def __init__(self) -> None:
+        self._exact: list[str] | None = None
+
+    def add(self, exact: Iterable[str]) -> None:
+        """Take note of what was found in a step, and warn of what is new."""
+        known = self._exact or []
+        new = [what for what in exact if what not in known]
+        self._exact = known + new
+        if new:
+            warnings.warn(
+                "Expected every linear layer and convolution but the first to read the output of a boundary "
+                f"with feedback alignment, but the gradient passes exactly through {new}: this is a hybrid "
+                "with backprop. Add the boundaries below them, or compare it as what it is.",
+                stacklevel=3,
+            )
+
+    def describe(self) -> str:
+        """Whether it is feedback alignment proper, and what makes it a hybrid."""
+        if self._exact is None:
+            return "known after the first step"
+        return f"{_HYBRID}{self._exact}" if self._exact else "proper"
+
+
+def join_alignments(one: str, other: str) -> str:
+    """What `Hybrid.describe` says of two parts of a model, as one.
+
+    >>> join_alignments("proper", "hybrid, exact through ['0.2']")
+    "hybrid, exact through ['0.2']"
+    """
+    exact = [
+        part
+        for said in (one, other)
+        if said.startswith(_HYBRID)
+        for part in said[len(_HYBRID) :].split(" and ")
+    ]
+    return _HYBRID + " and ".join(dict.fromkeys(exact)) if exact else other

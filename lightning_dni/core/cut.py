@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_dni.core.estimator import (
     Feedback,
     Gradient,
-    GradientEstimator,
     Installed,
     Lock,
     Record,
@@ -59,7 +58,7 @@ class Cut:
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
         output_gradient: The gradient there, in the estimator's units.
-        above: The estimator above and what it said.
+        above: What the estimator above predicts.
         swaps: The calls of layers whose vector-Jacobian product the estimator gives.
         loss: The estimator's loss, for reports.
         said: A scalar that is finite if the synthetic gradient is.
@@ -97,7 +96,7 @@ class Cut:
     target: Gradient | None = None
     output: Tensor | None = None
     output_gradient: Tensor | None = None
-    above: tuple[GradientEstimator, Record] | None = None
+    above: Tensor | None = None
     swaps: "list[Swap]" = field(default_factory=list)
     loss: Tensor | None = None
     said: Tensor | None = None

@@ -28,7 +28,7 @@ Example: a plain torch loop.
 True
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,7 @@ from typing_extensions import override
 from lightning_dni.core.base import Engine
 from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
-from lightning_dni.core.consumer import Layer, linear_layers, warn_of_hybrid
+from lightning_dni.core.consumer import Hybrid, Layer, linear_layers
 from lightning_dni.core.cut import Cut, refuse_other_backward
 from lightning_dni.core.delays import Delays, refuse_beside_delay
 from lightning_dni.core.estimator import Installed, Signal, who
@@ -115,7 +115,7 @@ class DNIEngine(Engine):
         self._in_forward = False
         self._held: Past = {}
         self._named: dict[str, nn.Parameter] = {}
-        self._exact: list[str] | None = None
+        self._hybrid = Hybrid()
         self._chunks = RecurrentCuts(
             self._model,
             self._truncations,
@@ -319,7 +319,7 @@ class DNIEngine(Engine):
 
     def _finish(self, step: Step) -> None:
         cuts, number = step.finish(), self._steps - (not self._in_forward)
-        self._warn_of_exact(step.consumers.exact)
+        self._hybrid.add(step.consumers.exact)
         lessons = self._chunks.finish(step.settings, step.elements_per_row, number)
         self._examine(step, cuts, number)
         self._delays.swap(cuts, self._named.values(), step.settings.accumulate)
@@ -332,14 +332,6 @@ class DNIEngine(Engine):
         self._pool.remember(lessons)
         if self._in_forward and step.settings.exchange is not None:
             step.settings.exchange.begin(fresh=False)
-
-    def _warn_of_exact(self, found: Iterable[str]) -> None:
-        """Say once what makes feedback alignment a hybrid with backprop."""
-        known = self._exact or []
-        new = [what for what in found if what not in known]
-        self._exact = known + new
-        if new:
-            warn_of_hybrid(new)
 
     def _install(self, settings: StepSettings, name: str, outputs: Sequence[Tensor]) -> Installed:
         """The estimator of boundary `name`, which may have to say that it does not go with the rest."""
@@ -371,8 +363,7 @@ class DNIEngine(Engine):
             facts |= {"truncations": list(self._chunks.names), "damping": dict(self._chunks.damping)}
             facts["sequence_end"] = self._sequence_end
         if self._pool.may_need(Signal.CONSUMER):
-            known = "known after the first step" if self._exact is None else "proper"
-            facts["feedback_alignment"] = f"hybrid, exact through {self._exact}" if self._exact else known
+            facts["feedback_alignment"] = self._hybrid.describe()
         return facts
 
     def _examine(self, step: Step, cuts: Sequence[Cut], number: int) -> None:

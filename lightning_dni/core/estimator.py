@@ -25,10 +25,6 @@ class Signal(Enum):
     ESTIMATOR_ABOVE = "estimator above"
 
 
-ONE_PROCESS = frozenset({Signal.CONSUMER, Signal.ESTIMATOR_ABOVE})
-"""What an estimator can only be told where the stage above it is in the same process."""
-
-
 class Lock(Enum):
     """What a stage has to wait for under an estimator (Jaderberg et al. 2017, section 1)."""
 
@@ -65,10 +61,11 @@ class Feedback(NamedTuple):
         age: Number of the stage's own updates since the synthesis.
         row_weights: Weight of each row, `[batch]`.
         mask: Which positions count.
-        consumer: The layer that read `h`; the first, where there are several.
+        consumer: The layer that read `h`; the first, where there are several. None where it is in another
+            process.
         network_input: The network's input.
-        above: The estimator of the next boundary and what it said for the same rows; None for the topmost
-            one, which is told the network's output in its place.
+        above: What the estimator of the next boundary predicts for the same rows (its `value`); None for the
+            topmost one, which is told the network's output in its place.
         future: At a truncation, the synthetic gradient at the end of the next chunk, which goes on from this
             one; None elsewhere.
     """
@@ -82,7 +79,7 @@ class Feedback(NamedTuple):
     mask: Tensor | None = None
     consumer: nn.Module | None = None
     network_input: Tensor | None = None
-    above: "tuple[GradientEstimator, Record] | None" = None
+    above: Tensor | None = None
     future: Gradient | None = None
 
 
@@ -181,6 +178,14 @@ class GradientEstimator(nn.Module, ABC):
         """The gradient to use instead once feedback has arrived; None to keep the synthetic one.
 
         Only asked where the stage waits for feedback: an update-locked estimator, or `bp_lambda` > 0.
+        """
+        return None
+
+    def value(self, record: Record) -> Tensor | None:
+        """What the estimator at the boundary below may learn from; None where this one has nothing to say.
+
+        Args:
+            record: What was seen and said.
         """
         return None
 

@@ -62,6 +62,7 @@ class EstimatorPool:
         self.seed = seed
         self._specs: dict[str, BoundarySpec] = {}
         self.installed: dict[str, Installed] = {}
+        self._twins: dict[str, Installed] = {}
         self._restored: set[str] = set()
         self._lessons: list[Lesson] = []
         self._pending = False
@@ -75,6 +76,17 @@ class EstimatorPool:
             _check_width(self._specs[name], BoundarySpec.of(name, outputs))
         return self.installed[name]
 
+    def twin(self, name: str, outputs: Sequence[Tensor]) -> Installed:
+        """One like the estimator of boundary `name`, which another process trains and saves."""
+        if name not in self._twins:
+            self._twins[name] = self._make(BoundarySpec.of(name, outputs))
+        return self._twins[name]
+
+    @property
+    def kinds(self) -> Mapping[str, type[GradientEstimator] | None]:
+        """The class of the estimator of each boundary; None where that cannot be told from its factory."""
+        return {name: made_by(factory) for name, factory in self._factories.items()}
+
     @property
     def factories(self) -> Mapping[str, EstimatorFactory]:
         """What makes the estimator of each boundary."""
@@ -82,8 +94,7 @@ class EstimatorPool:
 
     def may_need(self, signal: Signal) -> bool:
         """Whether an estimator is known to ask for `signal`, from its class or since it was built."""
-        kinds = [made_by(factory) for factory in self._factories.values()]
-        known = any(kind is not None and signal in kind.needs for kind in kinds)
+        known = any(kind is not None and signal in kind.needs for kind in self.kinds.values())
         return known or any(self.installed_needs(name, signal) for name in self.installed)
 
     def installed_needs(self, name: str, signal: Signal) -> bool:
@@ -92,6 +103,10 @@ class EstimatorPool:
         return installed is not None and signal in installed.estimator.needs
 
     def _build(self, spec: BoundarySpec) -> None:
+        self._specs[spec.name], self.installed[spec.name] = spec, self._make(spec)
+        self.optimizers.add(spec.name, self.installed[spec.name])
+
+    def _make(self, spec: BoundarySpec) -> Installed:
         with seeded(derive_seed(self.seed, "estimator", spec.name), spec.device):
             estimator = self._factories[spec.name](spec)
         _check(estimator, spec)
@@ -104,7 +119,7 @@ class EstimatorPool:
         for leaf in spec.leaves:
             dtype = torch.promote_types(dtype, leaf.dtype)
         estimator.to(device=spec.device, dtype=dtype)
-        installed = Installed(
+        return Installed(
             estimator,
             tuple(p for p in estimator.parameters() if p.requires_grad),
             RandomStream(derive_seed(self.seed, "stream", spec.name), spec.device)
@@ -113,8 +128,6 @@ class EstimatorPool:
             # a parametrized weight is no leaf: autograd knows the way to what is
             estimator.differentiates and not any(map(is_parametrized, estimator.modules())),
         )
-        self._specs[spec.name], self.installed[spec.name] = spec, installed
-        self.optimizers.add(spec.name, installed)
 
     def remember(self, lessons: Sequence[Lesson]) -> None:
         """Note that gradients wait for the next update, and keep what they came from."""
@@ -160,8 +173,9 @@ class EstimatorPool:
         self.optimizers.zero_grad()
         self._lessons.clear()
 
-    def keep(self, boundaries: Collection[str]) -> None:
-        """Let go of every estimator but those at `boundaries`, which train on as before."""
+    def keep(self, boundaries: Collection[str], twins: Collection[str] = ()) -> None:
+        """Let go of every estimator but those at `boundaries`, which train on as before, and of `twins`."""
+        self._twins = {n: i for n, i in self.installed.items() if n in twins}
         self.optimizers = self.optimizers.part(self._make_optimizers(), self.installed, boundaries)
         self.installed = {n: i for n, i in self.installed.items() if n in boundaries}
         self._specs = {n: spec for n, spec in self._specs.items() if n in boundaries}

@@ -40,7 +40,7 @@ def true_gradients(
     Raises:
         StageError: A stage cannot be differentiated twice.
     """
-    true: dict[Cut, list[Tensor] | None] = {cut: _true_at_top(cut) if cut in top else None for cut in cuts}
+    true: dict[Cut, list[Tensor] | None] = {cut: true_at_top(cut) if cut in top else None for cut in cuts}
     for swap in (swap for cut in cuts for swap in cut.swaps):
         swap.exact = True
     if unspent is not None:
@@ -62,7 +62,7 @@ def true_gradients(
     return {cut: Truth(true[cut], weights[cut]) for cut in cuts}
 
 
-def _true_at_top(cut: Cut) -> list[Tensor] | None:
+def true_at_top(cut: Cut) -> list[Tensor] | None:
     """What the loss has left there, as if no layer's vector-Jacobian product had been an estimator's."""
     if cut.arrived is None:
         return None

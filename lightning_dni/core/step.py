@@ -47,7 +47,14 @@ from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.sparse import sit_out
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
-from lightning_dni.core.synthesis import correct, differentiate_loss, observed, synthesize, synthesize_below
+from lightning_dni.core.synthesis import (
+    correct,
+    differentiate_loss,
+    observed,
+    synthesize,
+    synthesize_below,
+    value_of,
+)
 from lightning_dni.core.value import close_value, differentiable, open_value
 
 Context = Tensor | None
@@ -199,7 +206,7 @@ class Step:
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
         for below in (cut for cut in crossing.stage.parents if Signal.ESTIMATOR_ABOVE in cut.awaited):
-            below.above = estimator, record
+            below.above = value_of(crossing.installed, record)
             self._told(below, Signal.ESTIMATOR_ABOVE)
 
     def context_for(self, crossing: Cut) -> Context:

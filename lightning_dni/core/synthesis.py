@@ -35,6 +35,12 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     return Record(h, context, gradient, state)
 
 
+def value_of(installed: Installed, record: Record) -> Tensor | None:
+    """What an estimator predicts, for the one at the boundary below."""
+    with estimating(installed, record.h[0], grad=False):
+        return installed.estimator.value(record)
+
+
 def synthesize_below(cut: Cut, context: Tensor | None) -> None:
     """Have the estimator say, too, what the stage below is given at its own output.
 

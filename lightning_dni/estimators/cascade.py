@@ -68,26 +68,27 @@ class CriticCascade(GradientEstimator):
         Raises:
             EstimatorError: The estimator above predicts no loss, or the output is no class scores.
         """
-        labels, scores = record.context, record.state
-        assert labels is not None
-        target = _losses(self._scores_above(scores, feedback), labels)
-        predicted = _losses(self.head.scores_in(record), labels)
+        assert record.context is not None
+        predicted = _losses(self.head.scores_in(record), record.context)
+        target = self._loss_above(record.state, record.context, feedback)
+        if target is None or target.shape != predicted.shape:
+            got = "nothing" if target is None else f"a tensor of shape {tuple(target.shape)}"
+            raise EstimatorError(
+                f"Expected the estimator above {who(self, self._boundary)} to predict a loss for each label, "
+                f"but it predicts {got}. Use CriticCascade at every boundary above, or CriticEstimator here."
+            )
         return F.l1_loss(predicted, target, reduction="sum") / rows_of(record.h)
 
-    def _scores_above(self, scores: Tensor, feedback: Feedback) -> Tensor:
-        if feedback.above is None:
-            assert feedback.output is not None
-            check_scores(feedback.output, scores, who(self, self._boundary))
-            return feedback.output.to(scores.dtype)
-        estimator, said = feedback.above
-        if not isinstance(estimator, CriticCascade):
-            raise EstimatorError(
-                f"Expected a CriticCascade at the boundary above for {who(self, self._boundary)}, but got "
-                f"{type(estimator).__name__}. Use CriticCascade at every boundary above, or CriticEstimator "
-                "here."
-            )
-        above: Tensor = said.state
-        return above.detach()
+    def value(self, record: Record) -> Tensor | None:
+        """The loss that it predicts, for each label."""
+        assert record.context is not None
+        return _losses(record.state, record.context)
+
+    def _loss_above(self, scores: Tensor, labels: Tensor, feedback: Feedback) -> Tensor | None:
+        if feedback.above is not None or feedback.output is None:
+            return feedback.above
+        check_scores(feedback.output, scores, who(self, self._boundary))
+        return _losses(feedback.output.to(scores.dtype), labels)
 
 
 def _losses(scores: Tensor, labels: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Cut, lambda_at
-from lightning_dni.core.estimator import Feedback, Installed, Signal
+from lightning_dni.core.estimator import Feedback, Installed, Record, Signal, rows_of
 from lightning_dni.core.probe import Truth, differentiate_again, donated_buffer_errors
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import Stage, local_gradients, trace_stage
@@ -77,13 +78,28 @@ def refuse_foreign(variables: Iterable[Tensor], own: Container[int], where: str)
         )
 
 
-def ask(cut: Cut, context: Tensor | None, settings: StepSettings, keeps_graph: bool) -> None:
-    """Have the estimator of `cut` give its gradient."""
+def ask(cut: Cut, settings: StepSettings, keeps_graph: bool) -> Record:
+    """Have the estimator of `cut` give its gradient; what it saw and said.
+
+    Raises:
+        EstimatorError: The context that it asks for is not there or does not fit, or its gradient does not.
+    """
+    estimator = cut.installed.estimator
+    context = check_context(
+        settings.context,
+        estimator.num_classes,
+        estimator.context_size,
+        estimator.ignore_index,
+        rows_of(cut.leaves),
+        cut.who,
+        settings.check_values,
+    )
     record = synthesize(cut, context, settings if keeps_graph else replace(settings, keep_lessons=True))
     if record.gradient is not None:
         cut.synthetic = tuple(g.detach() for g in record.gradient)
     if cut.installed.parameters or cut.waits:
         cut.record = record
+    return record
 
 
 def learn(pending: Pending, settings: StepSettings, age: int) -> None:
@@ -110,13 +126,15 @@ def learn(pending: Pending, settings: StepSettings, age: int) -> None:
 
 
 def _feedback(pending: Pending, age: int) -> Feedback:
-    cut = pending.cut
-    if cut.delivered and Signal.TARGET in cut.installed.estimator.needs:
+    cut, needs = pending.cut, pending.cut.installed.estimator.needs
+    if cut.delivered and Signal.TARGET in needs:
         cut.target = cut.target_gradient()
-    output, gradient = (None, None) if pending.output is None else (*pending.output.tensors, None)[:2]
+    output, gradient = cut.output, None
+    if pending.output is not None and needs & {Signal.OUTPUT, Signal.OUTPUT_GRADIENT}:
+        output, gradient = (*pending.output.tensors, None)[:2]
     if gradient is not None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / cut.factor
-    return Feedback(target=cut.target, output=output, output_gradient=gradient, age=age)
+    return Feedback(target=cut.target, output=output, output_gradient=gradient, above=cut.above, age=age)
 
 
 def differentiate(cut: Cut, received: Received, keep_graph: bool = False) -> None:

@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lightning_dni.core.context import check_context
+from lightning_dni.core.consumer import asks_for_consumer
 from lightning_dni.core.cut import Cut
-from lightning_dni.core.estimator import Signal, rows_of
+from lightning_dni.core.estimator import Signal
 from lightning_dni.core.pool import may_ask
 from lightning_dni.core.report import report_boundary
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.stage import accumulate, in_place_errors
+from lightning_dni.core.synthesis import value_of
 from lightning_dni.core.tap import Taps
 from lightning_dni.pipeline.clock import Activity
 from lightning_dni.pipeline.crossing import (
@@ -41,13 +42,15 @@ from lightning_dni.pipeline.crossing import (
 )
 from lightning_dni.pipeline.inbox import Inbox
 from lightning_dni.pipeline.late import Late, delays_in_common, warn_of_dropped
-from lightning_dni.pipeline.message import Kind, Message
+from lightning_dni.pipeline.message import Kind
 from lightning_dni.pipeline.output import Output
 from lightning_dni.pipeline.passage import Passage
 from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
+from lightning_dni.pipeline.readers import Readers
 from lightning_dni.pipeline.refusals import refuse_what_is_told
 from lightning_dni.pipeline.restoring import goes_on, restrict
+from lightning_dni.pipeline.returns import Returns
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
 T = TypeVar("T")
@@ -67,6 +70,8 @@ class StageEngine(StagedEngine):
         self._crossing: Pending | None = None
         self._late: Late | None = None
         self._output = Output()
+        self._returns = Returns()
+        self._readers = Readers(self._model, self._pool)
         self._loss: Tensor | None = None
         self._number, self._updates, self._delays = 0, -1, False
         self._saved: Mapping[str, Any] | None = None
@@ -76,6 +81,7 @@ class StageEngine(StagedEngine):
 
     def _take_part(self, plan: StagePlan) -> None:
         self._elements_per_row = self._elements_per_row or plan.elements_per_row
+        self._readers.take_part(self._below)
         kept = [crossing for crossing in self._inbox.pending if crossing.is_complete]
         above = len(plan.boundaries) - self.stage
         self._inbox = Inbox(self._links, self._staleness, above)
@@ -86,6 +92,8 @@ class StageEngine(StagedEngine):
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
         with_gradient = may_ask(self._pool.factories.values(), {Signal.OUTPUT_GRADIENT})
         self._output = Output(self._links.output_out, with_gradient)
+        below = [self._pool.factories[self._below]] if self._below is not None else []
+        self._returns = Returns(self._links.gradient_out, may_ask(below, {Signal.ESTIMATOR_ABOVE}))
         if self._saved is not None:
             self._take_over(self._saved)
 
@@ -95,12 +103,15 @@ class StageEngine(StagedEngine):
         super().detach()
         self._step = self._crossing = None
         self._output.begin()
+        self._readers.forget()
 
     def _use(self, step: str) -> Passage:
         fresh = self._current is None or self._passages.get(step) is not self._current
         passage = super()._use(step)
-        if fresh and step == TRAINING and self.is_last:
-            self._taps.attach(self._model, {}, self._output_name, self._see_output)
+        if fresh and step == TRAINING:
+            if self.is_last:
+                self._taps.attach(self._model, {}, self._output_name, self._see_output)
+            self._readers.attach(self._taps)
         return passage
 
     # ---- one step
@@ -128,6 +139,7 @@ class StageEngine(StagedEngine):
         if self._step.exchange is not None:
             self._step.exchange.begin(fresh=first)
         passage.receive(Kind.TRAIN, self._number, batch)
+        self._readers.begin(passage.received, self._step.probe)
         boundaries = [] if self._boundary is None else [self._boundary]
         with self._drawing(self._number), in_place_errors(boundaries):
             yield
@@ -152,39 +164,35 @@ class StageEngine(StagedEngine):
         assert self._boundary is not None
         if not outputs:  # nothing below takes a gradient
             return
+        self._readers.end_stage(outputs)
         received = self._placed().received
         cut = open_cut(self._boundary, outputs, received, self._own, self._pool.install, self._step, value)
-        refuse_what_is_told(cut, self._staleness, self._delays, self._step, self._exchange is not None)
-        estimator = cut.installed.estimator
-        context = check_context(
-            self._step.context,
-            estimator.num_classes,
-            estimator.context_size,
-            estimator.ignore_index,
-            rows_of(cut.leaves),
-            cut.who,
-            self._step.check_values,
-        )
-        ask(cut, context, self._step, keeps_graph=self._staleness == 0)
-        self._crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
+        kind, copies = self._pool.kinds[self._boundary], self._exchange is not None
+        refuse_what_is_told(cut, kind, self._staleness, self._delays, self._step, copies)
+        record = ask(cut, self._step, keeps_graph=self._staleness == 0)
+        crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
+        crossing.value = value_of(cut.installed, record) if self._returns.tells else None
+        self._crossing = crossing
         if not cut.waits:
-            self._differentiate(cut, received, self._number)
+            self._differentiate(crossing, received)
 
-    def _differentiate(self, cut: Cut, received: Received, step: int) -> None:
+    def _differentiate(self, crossing: Pending, received: Received) -> None:
+        cut = crossing.cut
         with self.profile("dni.local_backward"):
             assert self._step is not None
             differentiate(cut, received, keep_graph=self._step.probe)
-        self._send_back(gradients_at(received), step)
+        gradients = gradients_at(received)
+        self._returns.send(gradients, crossing.step, self._elements_per_row, crossing.value)
         if self._step.exchange is not None:
             self._step.exchange.offer(cut.param_grads)
 
-    def _send_back(self, gradients: tuple[Tensor | None, ...], step: int | None = None) -> None:
-        """Tell the stage below what its output was worth, in this step or an earlier one."""
-        if gradients:
-            assert self._links.gradient_out is not None
-            facts = (float(self._elements_per_row or 0),)
-            number = self._number if step is None else step
-            self._links.gradient_out.send(Message(number, Kind.TRAIN, gradients, facts=facts))
+    def _send_back(self, output: Tensor | None = None) -> None:
+        """Tell the stage below what its output was worth, where this one has no estimator."""
+        gradients = gradients_at(self._placed().received)
+        self._returns.send(gradients, self._number, self._elements_per_row, output=output)
+        if self._step is not None and self._step.probe:
+            true = self._readers.true_gradients(gradients) if self.is_last else gradients
+            self._returns.send_true(true, self._number, self._elements_per_row)
 
     # ---- backward, as a strategy calls it around its own
 
@@ -198,13 +206,15 @@ class StageEngine(StagedEngine):
     def prepare_backward(self, loss: Tensor) -> Tensor:
         """First third of `backward`: look at the loss, on the last stage."""
         self._loss = loss.detach() if self.is_last else None
+        if self.is_last and loss.requires_grad:
+            self._readers.end_stage([loss])
         return loss
 
     def finish_backward(self) -> None:
         """Last third of `backward`: send back what the loss has left below, merge what was set aside."""
         crossing, self._crossing = self._crossing, None
         if self.is_last:
-            self._send_back(gradients_at(self._placed().received))
+            self._send_back(self._output.told() if self._returns.tells else None)
             self._output.send(self._number)
             self._health.observe(self._number, self._loss, [])
             self._look()
@@ -218,23 +228,18 @@ class StageEngine(StagedEngine):
         made: list[tuple[Tensor, Tensor]] = []
         if crossing is not None:
             if crossing.cut.waits:
-                self._hear(crossing)
+                self._inbox.hear(crossing)
                 say_again(crossing)
-                self._differentiate(crossing.cut, self._placed().received, crossing.step)
+                self._differentiate(crossing, self._placed().received)
             if self._step is not None and self._step.probe:
                 self._probe(crossing)
             self._examine(crossing.cut)
             made, crossing.cut.param_grads = crossing.cut.param_grads, []
         else:  # what this stage gave depends on nothing that takes a gradient: the stage below hears that
-            self._send_back(gradients_at(self._placed().received))
+            if self._step is not None and self._step.probe:
+                self._inbox.drain()
+            self._send_back()
         self._merge(made)
-
-    def _hear(self, crossing: Pending) -> None:
-        """Wait for all that `crossing` cannot be differentiated without."""
-        if Signal.OUTPUT_GRADIENT in crossing.cut.installed.estimator.needs:
-            self._inbox.take_output(crossing)
-        if crossing.cut.hears_from_above:
-            self._inbox.take_gradient(crossing)
 
     def _go_back(self, late: Late, crossing: Pending) -> list[tuple[Tensor, Tensor]]:
         """Have `crossing` wait, and differentiate what has waited long enough."""
@@ -242,13 +247,14 @@ class StageEngine(StagedEngine):
         made: list[tuple[Tensor, Tensor]] = []
         for due, received, weights in late.due(self._updates):
             with weights.restored():
-                self._differentiate(due.cut, received, due.step)
+                self._differentiate(due, received)
             self._examine(due.cut)
             made, due.cut.param_grads = made + due.cut.param_grads, []
         return made
 
     def _merge(self, made: list[tuple[Tensor, Tensor]]) -> None:
         """Add what was set aside to `.grad`, averaged over the copies of this stage where there are any."""
+        self._readers.end()
         exchange = None if self._step is None else self._step.exchange
         if exchange is None:
             accumulate(made)
@@ -261,16 +267,18 @@ class StageEngine(StagedEngine):
     def _probe(self, crossing: Pending) -> None:
         """Wait for the true gradient of this batch, hand it down, and keep what it shows.
 
-        The loss's own gradient is what the last stage sends down in any case. All others have to wait.
+        The loss's own gradient is what the last stage sends down in any case, but to feedback alignment. All
+        others have to wait.
         """
         assert self.plan is not None
         self._inbox.drain()
         cut, received = crossing.cut, self._placed().received
         with self.profile("dni.probe"):
-            next_to_loss = self.stage == self.plan.stages - 2
-            true = gradient_of(crossing) if next_to_loss else self._inbox.take_true(crossing)
+            as_it_came = self.stage == self.plan.stages - 2 and not asks_for_consumer(cut)
+            true = gradient_of(crossing) if as_it_came else self._inbox.take_true(crossing)
+            self._readers.speak_truly()
             truth, below = differentiate_truly(cut, true, received)
-            self._send_back(below)
+            self._returns.send_true(below, self._number, self._elements_per_row)
             names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
             if cut.target is None:
                 cut.target = cut.target_gradient()
@@ -330,6 +338,9 @@ class StageEngine(StagedEngine):
         accumulate(cut.estimator_grads)
         cut.estimator_grads, cut.record = [], None
 
+    def _describe_part(self) -> dict[str, object]:
+        return self._readers.describe()
+
     @property
     def skipped(self) -> dict[str, int]:
         """Number of estimator updates left out so far; on the last stage of all that have told."""
@@ -369,7 +380,8 @@ class StageEngine(StagedEngine):
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(restrict(state, self.boundaries))
-        self._pool.keep([] if self._boundary is None else [self._boundary])
+        twins = [] if self._readers.below is None else [self._readers.below]
+        self._pool.keep([] if self._boundary is None else [self._boundary], twins)
         self._saved = None
         moved = state.get("pipeline")
         self._updates = self._steps - 1 if moved is None else moved["updates"]

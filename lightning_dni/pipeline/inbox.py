@@ -72,6 +72,13 @@ class Inbox:
         hears_output = Signal.OUTPUT in crossing.cut.installed.estimator.needs
         return self._staleness * (self._above if hears_output else 1)
 
+    def hear(self, crossing: Pending) -> None:
+        """Wait for all that `crossing` cannot be differentiated without."""
+        if Signal.OUTPUT_GRADIENT in crossing.cut.installed.estimator.needs:
+            self.take_output(crossing)
+        if crossing.cut.hears_from_above:
+            self.take_gradient(crossing)
+
     def take_gradient(self, crossing: Pending) -> None:
         """Wait for the target gradient of `crossing`, if it is not here yet."""
         if crossing.gradient is None:

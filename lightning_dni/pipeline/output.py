@@ -37,6 +37,19 @@ class Output:
             tensors[0].register_hook(self._gradients.append)  # type: ignore[no-untyped-call]
         return self._seen.numel() // max(1, self._seen.shape[0])
 
+    def told(self) -> Tensor:
+        """What the output module has given.
+
+        Raises:
+            EstimatorError: It did not run.
+        """
+        if self._seen is None:
+            raise EstimatorError(
+                "Expected the network's output for the estimators of the stages below, but the output module "
+                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
+            )
+        return self._seen.contiguous()
+
     def send(self, step: int) -> None:
         """Tell the stage below, once the loss has been differentiated.
 
@@ -45,12 +58,7 @@ class Output:
         """
         if self._outlet is None:
             return
-        if self._seen is None:
-            raise EstimatorError(
-                "Expected the network's output for the estimators of the stages below, but the output module "
-                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
-            )
-        told = [self._seen.contiguous()]
+        told = [self.told()]
         if self._with_gradient:
             if len(self._gradients) != 1:
                 raise EstimatorError(

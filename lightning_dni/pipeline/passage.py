@@ -43,6 +43,8 @@ class Passage:
         self._fingerprint = 0
         self._sent = False
         self.received: list[Tensor] = []
+        self._crossed: list[Tensor] = []
+        self._arrived: list[Tensor] = []
 
     def receive(self, kind: Kind, step: int, batch: Any, fingerprinted: bool = True) -> None:
         """Wait for what the stage below gives for this batch.
@@ -58,6 +60,7 @@ class Passage:
         """
         self._fingerprint = fingerprint(batch) if fingerprinted else 0
         self._value, self.received, self._sent = None, [], False
+        self._crossed, self._arrived = [], []
         if self._links.activation_in is None:
             return
         message = self._links.activation_in.receive()
@@ -69,7 +72,10 @@ class Passage:
             leaf = tensor.requires_grad_() if kind is Kind.TRAIN and carries >> i & 1 else tensor
             leaves.append(leaf)
         self.received = [leaf for leaf in leaves if leaf.requires_grad]
-        self._value = self._plan.crossing[self._plan.boundaries[self._stage - 1]].unpack(leaves)
+        crossing = self._plan.crossing[self._plan.boundaries[self._stage - 1]]
+        own = len(crossing.leaves)
+        self._crossed, self._arrived = leaves[:own], leaves[own:]
+        self._value = crossing.unpack(self._crossed)
 
     def _check(self, message: Message, kind: Kind, step: int) -> None:
         below, here = f"stage {self._stage - 1}", f"stage {self._stage}"
@@ -123,8 +129,9 @@ class Passage:
             return self._value
 
         first, last = self._links.activation_in is None, self._links.activation_out is None
-        result = self.runner.run(step, None if first else receive, None if last else emit)
-        self._value = None
+        ends = None if first else receive, None if last else emit
+        result = self.runner.run(step, *ends, self._crossed, self._arrived)
+        self._value, self._crossed, self._arrived = None, [], []
         if not last and not self._sent:
             raise StageError(
                 f"Expected the step to run boundary {self._plan.boundaries[self._stage]!r}, but it ended "
@@ -134,7 +141,7 @@ class Passage:
 
     def _send(self, output: Any, kind: Kind, step: int, on_output: OnOutput | None) -> None:
         boundary = self._plan.boundaries[self._stage]
-        tensors = self._plan.crossing[boundary].pack(output)
+        tensors = (*self._plan.crossing[boundary].pack(output), *self.runner.onward())
         carriers = [tensors[i] for i in differentiable(list(tensors), boundary)]
         carries = sum(1 << i for i, x in enumerate(tensors) if x.requires_grad)
         sent = tuple(t.detach().contiguous() for t in tensors)

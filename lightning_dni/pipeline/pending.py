@@ -25,6 +25,7 @@ class Pending:
         share: What part of an update this forward pass is.
         gradient: What came back from above, once it is here.
         output: The network's output for the same rows, once it is here.
+        value: What the estimator predicts, where the one below asks for that.
     """
 
     cut: Cut
@@ -33,6 +34,7 @@ class Pending:
     share: float
     gradient: Message | None = None
     output: Message | None = None
+    value: Tensor | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -42,19 +44,26 @@ class Pending:
 
 
 def take_gradient(cut: Cut, message: Message) -> None:
-    """Take over what the stage above has sent back."""
+    """Take over what the stage above has sent back: gradients, and what else the estimator is told there."""
     cut.delivered = True
-    if any(g is not None for g in message.tensors):
+    gradients, told = _divided(cut, message)
+    if any(g is not None for g in gradients):
         cut.arrived = [
             leaf.new_zeros(leaf.shape) if g is None else g
-            for g, leaf in zip(message.tensors, cut.leaves, strict=True)
+            for g, leaf in zip(gradients, cut.leaves, strict=True)
         ]
+    if told:
+        cut.above, cut.output = told
+
+
+def _divided(cut: Cut, message: Message) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    return message.tensors[: len(cut.leaves)], message.tensors[len(cut.leaves) :]
 
 
 def gradient_of(crossing: Pending) -> tuple[Tensor | None, ...]:
     """What came back for `crossing`, which has come."""
     assert crossing.gradient is not None
-    return crossing.gradient.tensors
+    return _divided(crossing.cut, crossing.gradient)[0]
 
 
 def save(crossings: Iterable[Pending]) -> list[dict[str, Any]]:

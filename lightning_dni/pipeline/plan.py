@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.boundary import COMPILED
 from lightning_dni.core.value import close_value, open_value
 from lightning_dni.errors import BoundaryError, StageError
+from lightning_dni.pipeline.bypass import Bypass
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class StagePlan:
         modules: The stages in which a module runs, by each of its names; none where it has nothing to run.
         calls: What was seen of every module that ran, by each of its names.
         crossing: What crossed each boundary.
+        bypasses: What later stages read beside that, and which travels with it.
         elements_per_row: Elements of the network's output per row, where it was seen.
     """
 
@@ -119,6 +121,7 @@ class StagePlan:
     modules: Mapping[str, frozenset[int]]
     calls: Mapping[str, tuple[TracedCall, ...]] = field(repr=False)
     crossing: Mapping[str, Crossing] = field(repr=False)
+    bypasses: tuple[Bypass, ...] = ()
     elements_per_row: int | None = None
 
     @property

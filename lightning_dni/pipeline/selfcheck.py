@@ -156,31 +156,37 @@ class _Chain:
             StageRunner(model, plan, stage) as runner,
             _without_others(model, plan, stage),
         ):
+            crossed, arrived = self._pass_on(boundaries[stage - 1]) if stage else ([], [])
             value = runner.run(
                 self._run,
-                partial(self._receive, boundaries[stage - 1]) if stage else None,
-                partial(self._give, boundaries[stage]) if stage < last else None,
+                partial(self._receive, boundaries[stage - 1], crossed) if stage else None,
+                partial(self._give, boundaries[stage], runner) if stage < last else None,
+                crossed,
+                arrived,
             )
             for name, tensor in named_tensors(model).items():
                 if _is_buffer(tensor) and plan.tensors[name] == stage:
                     self._compare(f"buffer {name!r}", self._whole.buffers[name], tensor)
         return value
 
-    def _receive(self, boundary: str) -> Any:
-        self._whole.random[boundary].restore()
+    def _pass_on(self, boundary: str) -> tuple[list[Tensor], list[Tensor]]:
+        """What comes from below: the tensors of the boundary's own output, and those beside them."""
         leaves = self._plan.crossing[boundary].leaves
-        crossed = [
-            x.detach().requires_grad_(leaf.requires_grad)
-            for x, leaf in zip(self._given[-1], leaves, strict=True)
-        ]
-        self._received.append(tuple(crossed))
+        beside = [b for b in self._plan.bypasses if b.rides(self._plan.boundaries.index(boundary))]
+        traced = [leaf.requires_grad for leaf in leaves] + [each.requires_grad for each in beside]
+        received = [x.detach().requires_grad_(t) for x, t in zip(self._given[-1], traced, strict=True)]
+        self._received.append(tuple(received))
+        return received[: len(leaves)], received[len(leaves) :]
+
+    def _receive(self, boundary: str, crossed: list[Tensor]) -> Any:
+        self._whole.random[boundary].restore()
         return self._plan.crossing[boundary].unpack(crossed)
 
-    def _give(self, boundary: str, output: Any) -> None:
+    def _give(self, boundary: str, runner: StageRunner, output: Any) -> None:
         given = self._plan.crossing[boundary].pack(output)
         for expected, tensor in zip(self._whole.activations[boundary], given, strict=True):
             self._compare(f"the activation at boundary {boundary!r}", expected, tensor)
-        self._given.append(given)
+        self._given.append((*given, *runner.onward()))
 
     def _backward(self, loss: Tensor | None) -> None:
         if loss is None:

@@ -1,6 +1,6 @@
 """Run the user's step as one stage of a pipeline, on the user's own modules and code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import named_submodules
 from lightning_dni.errors import StageError
+from lightning_dni.pipeline.bypass import Luggage
 from lightning_dni.pipeline.calls import Calls, is_compiled, plain_call, usual_call
 from lightning_dni.pipeline.placeholder import Below, Placeholder, ShapesOnly
 from lightning_dni.pipeline.plan import StagePlan, named_tensors
@@ -49,6 +50,7 @@ class StageRunner:
         self._below = Below(stage, self._lower or "")
         self._below.device = device or self._below.device
         self._calls = Calls()
+        self._luggage = Luggage(plan.bypasses, stage)
         self._run: _Run | None = None
         self._kept: list[tuple[nn.Module, str]] = []
 
@@ -73,10 +75,10 @@ class StageRunner:
 
     def _place(self) -> None:
         modules = named_submodules(self._model)
-        named = {module: name for name, module in reversed(modules.items())}
-        named |= {modules[name]: name for name in self._plan.boundaries}
+        first = {module: name for name, module in reversed(modules.items())}
+        named = first | {modules[name]: name for name in self._plan.boundaries}
         for module, name in named.items():
-            on_call = self._replacement(name, module)
+            on_call = self._replacement(name, first[module], module)
             if on_call is not None:
                 self._calls.place(module, on_call)
         foreign = {
@@ -86,21 +88,22 @@ class StageRunner:
         parents = [(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in foreign]
         self._kept = [(m, n) for m, n in parents if n in m._buffers]
 
-    def _replacement(self, name: str, module: nn.Module) -> Callable[..., Any] | None:
+    def _replacement(self, name: str, first: str, module: nn.Module) -> Callable[..., Any] | None:
         """What answers for `module` while attached; None where it does itself."""
         usual, stages = usual_call(module), self._plan.modules.get(name, frozenset())
         if name == self._lower:
             return partial(self._deliver, usual)
         if name == self._upper:
-            return partial(self._give_away, usual)
+            return partial(self._give_away, usual, first)
         if stages and self._stage not in stages:
-            if max(stages) < self._stage:
+            if min(stages) < self._stage:
                 skipped = SkippedModule(name, module, self._plan.calls.get(name, ()), self._below)
-                return partial(self._skip, usual, module, skipped)
+                return partial(self._skip, usual, module, first, skipped)
             return partial(self._stray, usual, name)
-        if len(stages) > 1 and is_compiled(module):
-            return plain_call(module)
-        return None
+        split = len(stages) > 1 and is_compiled(module)
+        if first in self._luggage.modules:
+            return partial(self._note, plain_call(module) if split else usual, first)
+        return plain_call(module) if split else None
 
     def detach(self) -> None:
         """Leave the model as it was; harmless where it is."""
@@ -119,6 +122,8 @@ class StageRunner:
         step: Callable[[], T],
         receive: Callable[[], Any] | None = None,
         emit: Callable[[Any], None] | None = None,
+        crossed: Sequence[Tensor] = (),
+        arrived: Sequence[Tensor] = (),
     ) -> T | None:
         """Run `step` as this stage.
 
@@ -126,6 +131,8 @@ class StageRunner:
             step: The user's step, on the whole batch.
             receive: Gives the output of the lower boundary's module, when it is asked for.
             emit: Takes the output of the upper boundary's module.
+            crossed: The tensors of the lower boundary's output.
+            arrived: What has come beside it.
 
         Returns:
             What `step` returned on the last stage, else None.
@@ -137,6 +144,7 @@ class StageRunner:
         self._check_ends(receive, emit)
         self._calls.check()
         run = _Run(receive, emit)
+        self._luggage.begin(crossed, arrived)
         buffers = [(module, name, module._buffers[name]) for module, name in self._kept]
         self._run = run
         try:
@@ -144,8 +152,17 @@ class StageRunner:
         finally:
             self._run, self._below.open = None, False
             run.shapes.close()
+            self._luggage.end()
             for module, name, buffer in buffers:
                 module._buffers[name] = buffer
+
+    def onward(self) -> list[Tensor]:
+        """What goes past the upper boundary beside its own output, in the run in progress.
+
+        Raises:
+            BoundaryError: Something of it was not made.
+        """
+        return self._luggage.onward()
 
     def _check_ends(self, receive: object, emit: object) -> None:
         if not self._calls.placed:
@@ -219,11 +236,12 @@ class StageRunner:
         run.leave_shapes()
         return run.receive()
 
-    def _give_away(self, usual: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _give_away(self, usual: Callable[..., Any], first: str, *args: Any, **kwargs: Any) -> Any:
         output = usual(*args, **kwargs)
         run = self._run
         if run is None or run.emit is None:
             return output
+        self._luggage.pass_through(first, output)
         self._check_value(output, f"the output of boundary {self._upper!r}")
         if not run.emitted:
             run.emitted = True
@@ -231,14 +249,24 @@ class StageRunner:
         raise StageDone
 
     def _skip(
-        self, usual: Callable[..., Any], module: nn.Module, skipped: SkippedModule, *args: Any, **kwargs: Any
+        self,
+        usual: Callable[..., Any],
+        module: nn.Module,
+        name: str,
+        skipped: SkippedModule,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         run = self._run
         if run is None:
             return usual(*args, **kwargs)
         if self._below.everything:
             return plain_call(module)(*args, **kwargs)
-        return skipped(args, kwargs)
+        return self._luggage.pass_through(name, skipped(args, kwargs))
+
+    def _note(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        output = usual(*args, **kwargs)
+        return output if self._run is None else self._luggage.pass_through(name, output)
 
     def _stray(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_dni.core.base import Engine
+from lightning_dni.core.consumer import join_alignments
 from lightning_dni.core.instrument import Instrument
 from lightning_dni.core.profile import Profile, no_profile
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
@@ -265,11 +266,15 @@ class StagedEngine(Engine):
 
     def describe(self) -> dict[str, object]:
         """The configuration in primitives; of all stages, once they were introduced."""
-        here = super().describe()
+        here = super().describe() | self._describe_part()
         for each in self._others:
             here = _joined(here, each)
         stages = {} if self.plan is None else {"stages": self.plan.stages}
         return {**here, "schedule": self.schedule, "staleness": self._staleness, **stages}
+
+    def _describe_part(self) -> dict[str, object]:
+        """What else there is to tell of this stage."""
+        return {}
 
     # ---- where all stages come together
 
@@ -298,6 +303,8 @@ def _joined(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str,
         known = joined.get(key)
         if isinstance(known, Mapping) and isinstance(value, Mapping):
             joined[key] = {**known, **value}
+        elif key == "feedback_alignment":
+            joined[key] = join_alignments(str(known), str(value))
         elif key == "estimator_optimizers" and isinstance(known, list) and isinstance(value, list):
             joined[key] = known + [each for each in value if each not in known]
     return joined

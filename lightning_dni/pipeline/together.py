@@ -127,7 +127,7 @@ class ExactStagesTogether:
     ) -> None:
         probed = copy.deepcopy(model)
         self.plan = trace_stages(
-            probed, boundaries, lambda: loss_of(probed, batch), output=options.get("output")
+            probed, boundaries, lambda: loss_of(probed, batch), output=options.get("output"), skips=True
         )
         self._loss_of = loss_of
         self.models = [copy.deepcopy(model) for _ in range(self.plan.stages)]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.errors import BoundaryError, StageError
+from lightning_dni.pipeline.bypass import Sightings
 from lightning_dni.pipeline.calls import Calls, plain_call
 from lightning_dni.pipeline.keeping import undisturbed
 from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, named_tensors, without_wrappers
@@ -47,6 +48,7 @@ def trace_stages(
     *,
     grad: bool = True,
     output: str | None = None,
+    skips: bool = False,
 ) -> StagePlan:
     """See which stage of `model` uses what, by one call of `run`.
 
@@ -59,6 +61,7 @@ def trace_stages(
         run: Calls the model as a training step does.
         grad: Whether gradients are to cross.
         output: Submodule whose output is the network's; None: the model's own forward.
+        skips: Whether what takes a gradient may travel past a boundary, too.
 
     Raises:
         BoundaryError: A boundary does not run, runs twice, is unknown, or nothing that can be
@@ -71,7 +74,7 @@ def trace_stages(
     output_module = resolve_output(model, output)
     watched = trace.watch(lambda m, out: seen.append(out) if m is output_module else None)
     with undisturbed(model), watched, torch.set_grad_enabled(grad):
-        run()
+        trace.end(run())
     trace.check_order()
     return StagePlan(
         boundaries=tuple(trace.order),
@@ -80,6 +83,7 @@ def trace_stages(
         modules=trace.stages_of_modules(),
         calls={name: tuple(trace.calls[m]) for name, m in trace.modules.items() if m in trace.calls},
         crossing=trace.crossing,
+        bypasses=trace.sightings.bypasses(skips),
         elements_per_row=_elements_per_row(seen),
     )
 
@@ -125,6 +129,7 @@ class _Trace:
         self.tensors = named_tensors(model)
         for name, tensor in self.tensors.items():
             self._names.setdefault(id(tensor), []).append(name)
+        self.sightings = Sightings()
         self._constant: set[str] = set()
 
     @contextmanager
@@ -163,7 +168,14 @@ class _Trace:
             first.setdefault(module, name)
         return first
 
+    def end(self, value: Any) -> None:
+        """Note what the step has returned."""
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self.sightings.read(leaf, len(self.order))
+
     def _use(self, tensor: Tensor) -> None:
+        self.sightings.read(tensor, len(self.order))
         for name in self._names.get(id(tensor), ()):
             self._uses.setdefault(name, set()).add(len(self.order))
 
@@ -185,9 +197,12 @@ class _Trace:
                 raise
             facts = None
         call = TracedCall(entry, len(self.order), rows_of((args, kwargs)), facts)
-        self.calls.setdefault(module, []).append(call)
+        calls = self.calls.setdefault(module, [])
+        calls.append(call)
         on_output(module, output)
+        self.sightings.returned(name, len(calls) - 1, call.exit, (args, kwargs), output)
         if boundary is not None and facts is not None:
+            self.sightings.crossed(len(self.order), facts.pack(output))
             self._pass(boundary, facts)
         return output
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
+from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.profile import no_profile
 from lightning_dni.pipeline.restoring import left_out
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
@@ -69,6 +70,15 @@ class DecoupledTraining(Strategy):
         if self._engine is None:
             raise AttributeError(f"{type(self).__name__} has no engine before `fit` has set it up.")
         return self._engine
+
+    @property
+    def estimators(self) -> dict[str, GradientEstimator]:
+        """The estimators built so far, by boundary; in a pipeline those of this process's stage.
+
+        Raises:
+            AttributeError: Before the first fit is set up.
+        """
+        return self.engine.estimators
 
     def describe(self, module: pl.LightningModule | None = None) -> None:
         """Print the stages of `module` (or of the module being trained) without training it."""

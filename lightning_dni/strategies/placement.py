@@ -156,14 +156,19 @@ class Trial:
         """
         return measure(self._copy, self._run)
 
-    def plan(self, boundaries: Sequence[str], output: str | None) -> StagePlan:
+    def plan(self, boundaries: Sequence[str], output: str | None, skips: bool = False) -> StagePlan:
         """See what belongs to which stage, and that the stages together do what the whole module does.
+
+        Args:
+            boundaries: Their names.
+            output: Name of the module whose output is the network's.
+            skips: Whether skip connections may pass boundaries, as they may where gradients are exact.
 
         Raises:
             BoundaryError: The module cannot be cut there.
             StageError: A parameter is used in two stages, or the stages do something else.
         """
-        plan = trace_stages(self._copy, boundaries, self._run, grad=self._trains, output=output)
+        plan = trace_stages(self._copy, boundaries, self._run, grad=self._trains, output=output, skips=skips)
         if self._trains:
             check_split(self._copy, plan, self._run)
         return plan
@@ -175,7 +180,7 @@ def compare_plans(plan: StagePlan, batch: Any, place: Place) -> None:
     Raises:
         MisconfigurationException: On every process, where one differs.
     """
-    here = (plan.boundaries, sorted(plan.tensors.items()), fingerprint(batch))
+    here = (plan.boundaries, (sorted(plan.tensors.items()), plan.bypasses), fingerprint(batch))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, here)
     strange = [rank for k in range(place.copies) for rank in _strange(found, [r[k] for r in place.ranks])]

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dni.core.boundary import choose_by_pattern
-from lightning_dni.core.estimator import ONE_PROCESS
 from lightning_dni.core.pool import locks_made_by, made_by
 from lightning_dni.strategies._compat import (
     AVERAGING,
@@ -84,7 +83,7 @@ def _refuse_averaging(trainer: pl.Trainer) -> None:
 
 
 def refuse_waiting(options: DNIOptions, boundaries: Sequence[str], staleness: int) -> None:
-    """Refuse a boundary that waits where stages do not, or for what they do not tell each other.
+    """Refuse a boundary that waits where stages do not.
 
     Raises:
         MisconfigurationException: There is one.
@@ -93,13 +92,6 @@ def refuse_waiting(options: DNIOptions, boundaries: Sequence[str], staleness: in
         bp_lambda = float(choose_by_pattern(name, options.bp_lambda, "bp_lambda"))
         factory = choose_by_pattern(name, options.estimator, "estimator")
         made = made_by(factory)
-        alone = sorted(s.value for s in ONE_PROCESS & (made.needs if made else frozenset()))
-        if made is not None and alone:
-            raise MisconfigurationException(
-                "Expected estimators that stages in processes of their own can tell all they ask for, but "
-                f"got {made.__name__} at boundary {name!r}, which needs {alone}. Train in one process: "
-                "strategy='dni' or 'dni_ddp'."
-            )
         locks = locks_made_by(factory)
         if staleness and (bp_lambda > 0 or locks):
             waiting = "" if made is None else made.__name__

@@ -222,7 +222,7 @@ class StagedTraining(StagesInCommon):
         assert self.lightning_module is not None
         trial = Trial(self.lightning_module, step, args, self.precision_plugin)
         options = self._options_for(self.lightning_module)
-        plan = trial.plan(options.boundaries, options.output)
+        plan = trial.plan(options.boundaries, options.output, skips=self._exact is not None)
         compare = partial(compare_plans, plan, args[0] if args else None, self._placed())
         self._together(compare, f"the first {step}")
         self._bring(plan, self._placed().stage)

@@ -24,6 +24,7 @@ from core.nets import (
 from oracles import decoupled_backward
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.weak import TensorWeakRef
 
 from lightning_dni.estimators import LinearEstimator
 
@@ -274,4 +275,6 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
     finally:
         gc.enable()
         gc.unfreeze()
+    # of a boundary tensor that is gone, a later one may have the place in memory, and the reference
+    assert max(counted.pop(TensorWeakRef, 0) for counted in alive.values()) <= len(BOUNDARIES)
     assert not alive[7] - alive[1]

@@ -99,7 +99,7 @@ def test_refuses_another_kind_above():
     engine = attached(model, ["0", "1"], factories)
     with pytest.raises(
         EstimatorError,
-        match=r"CriticCascade at the boundary above for CriticCascade at boundary '0', but got LinearEst",
+        match=r"the estimator above CriticCascade at boundary '0' to predict .*, but it predicts nothing",
     ):
         run_step(engine, model, blobs())
 
@@ -119,14 +119,3 @@ def test_refuses_a_network_whose_output_was_never_seen():
         loss = F.cross_entropy(scores, y)
     with pytest.raises(EstimatorError, match=r"output for CriticCascade at boundary '1', but .* `output=`"):
         engine.backward(loss)
-
-
-def test_a_pipeline_refuses_it():
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from lightning_dni.strategies.options import DNIOptions
-    from lightning_dni.strategies.refusals import refuse_waiting
-
-    options = DNIOptions(boundaries=["0"], estimator=cascade)
-    with pytest.raises(MisconfigurationException, match=r"got CriticCascade .* needs \['estimator above'\]"):
-        refuse_waiting(options, ["0"], staleness=2)

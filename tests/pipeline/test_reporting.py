@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import VECTOR_ESTIMATORS, mlp
-from pipeline.test_together import WIDTHS, batches, loss_of, together
+from pipeline.test_together import TOLD, WIDTHS, batches, loss_of, together
 from torch import nn
 from torch.testing import assert_close
 
@@ -61,12 +61,19 @@ def measured_in_one_process(model, estimator, data, how, **options):
 @pytest.mark.parametrize("how", ["request_report", "request_probe"])
 @pytest.mark.parametrize(
     ("stages", "bp_lambda", "name"),
-    [(3, 0.0, "linear"), (4, 0.0, "critic"), (3, 0.5, "mlp"), (3, 1.0, "zero"), (2, 0.0, "local_loss")],
+    [
+        (3, 0.0, "linear"),
+        (4, 0.0, "critic"),
+        (3, 0.5, "mlp"),
+        (3, 1.0, "zero"),
+        (2, 0.0, "local_loss"),
+        (4, 0.0, "cascade"),
+    ],
 )
 def test_without_lag_the_figures_are_those_of_one_process(how, stages, bp_lambda, name):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[stages], dropout=0.2, batch_norm=True, dtype=torch.float32), batches(10)
-    twin, estimator = copy.deepcopy(model), VECTOR_ESTIMATORS[name]
+    twin, estimator = copy.deepcopy(model), (VECTOR_ESTIMATORS | TOLD)[name]
     staged = together(model, estimator, data, bp_lambda=bp_lambda)
     reports = step_together(staged, data, how)
     expected = measured_in_one_process(twin, estimator, data, how, bp_lambda=bp_lambda)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, Told, blobs, mlp
 from oracles import mlp_stages
-from pipeline.lagged import NaiveLaggedDNI
+from pipeline.lagged import NaiveLaggedCascade, NaiveLaggedDNI
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +39,11 @@ TOLD = {
     "sobolev": partial(SobolevEstimator, num_classes=CLASSES, hidden_sizes=(8,)),
     "low rank": partial(LowRankEstimator, rank=2, num_classes=CLASSES),
     "control variate": partial(ControlVariateEstimator, fraction=0.5, num_classes=CLASSES),
+    "cascade": partial(CriticCascade, num_classes=CLASSES, hidden_sizes=(8,)),
+    "cascade over a critic": {
+        "0": VECTOR_ESTIMATORS["critic"],
+        "*": lambda spec: CriticCascade(spec, num_classes=CLASSES),
+    },
 }
 """What hears several things, or has more to be restored than its weights."""
 
@@ -95,6 +100,10 @@ def assert_same_bits(stages, engine, model):
         *((stages, bp_lambda, "linear") for stages in (2, 4) for bp_lambda in LAMBDAS),
         (4, 0.0, "critic"),
         *((3, 0.0, name) for name in TOLD),
+        (2, 0.0, "cascade"),
+        (4, 0.0, "cascade"),
+        (4, 0.5, "cascade"),
+        (4, 0.0, "cascade over a critic"),
     ],
 )
 def test_without_lag_stages_are_one_process(stages, bp_lambda, name):
@@ -199,6 +208,34 @@ def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
         torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_with_lag_a_cascade_is_the_loop_with_that_lag(staleness):
+    torch.manual_seed(0)
+    model, data = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True), batches(dtype=torch.float64)
+    naive = NaiveLaggedCascade(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
+    staged = together(
+        model,
+        partial(CriticCascade, num_classes=CLASSES),
+        data,
+        staleness,
+        estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
+    )
+    user = OPTIMIZERS["sgd"](naive.stages.parameters())
+    for batch in data:
+        loss = staged.step([batch])
+        user.zero_grad()
+        expected = naive.gradients(*batch)
+        user.step()
+        naive.update()
+        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+    for name, value in staged.state_dict().items():
+        torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
+    for k, head in enumerate(naive.heads):
+        (found,) = staged.engines[k].estimators[str(k)].head.stack.layers
+        assert found.weight.any()
+        torch.testing.assert_close(found.weight, head.weight, atol=1e-10, rtol=0)
+
+
 def test_the_lag_changes_what_is_learnt():
     data = batches()
     torch.manual_seed(0)
@@ -245,6 +282,9 @@ WAITING = {
     "mlp": partial(MLPEstimator, hidden_sizes=(8,), num_classes=CLASSES, prop_alpha=0.3),
     "direct feedback alignment": DirectFeedbackAlignmentEstimator,
     "kickback": partial(KickbackEstimator, num_classes=CLASSES),
+    "feedback alignment": FeedbackAlignmentEstimator,
+    "feedback alignment at the bottom": {"0": FeedbackAlignmentEstimator, "*": TOLD["cascade"]},
+    "feedback alignment at the top": {"0": BackpropEstimator, "*": FeedbackAlignmentEstimator},
     "kickback, made by a function": lambda spec: KickbackEstimator(spec, num_classes=CLASSES),
 }
 
@@ -270,19 +310,16 @@ def test_a_lag_and_an_estimator_that_is_told_first_exclude_each_other(name):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize(
-    ("estimator", "needs"),
-    [
-        (FeedbackAlignmentEstimator, "consumer of h"),
-        (partial(CriticCascade, num_classes=CLASSES), "estimator above"),
-    ],
-)
-def test_what_needs_the_stage_above_in_its_own_process_is_refused(estimator, needs, staleness):
+@pytest.mark.parametrize("above", ["linear", "critic"])
+def test_a_cascade_below_what_predicts_no_loss_is_refused(above, staleness):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
-    staged = together(model, estimator, data, staleness)
-    with pytest.raises(EstimatorError, match=rf"at boundary '0', which needs \['{needs}'\].*strategy='dni'"):
-        staged.step([data[0]])
+    factories = {"0": TOLD["cascade"], "1": VECTOR_ESTIMATORS[above]}
+    staged = together(model, factories, data, staleness)
+    for batch in data[:staleness]:
+        staged.step([batch])
+    with pytest.raises(EstimatorError, match=r"above CriticCascade at boundary '0' .* it predicts nothing"):
+        staged.step([data[staleness]])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -323,20 +360,21 @@ def test_a_lag_that_is_no_number_of_updates_is_refused(staleness):
         together(model, VECTOR_ESTIMATORS["linear"], data, staleness)
 
 
-@pytest.mark.parametrize("name", ["linear", "critic", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "critic", "mlp", "cascade"])
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_saved_pipeline_goes_on_as_if_it_had_not_stopped(name, staleness):
     torch.manual_seed(0)
     model, data = mlp(WIDTHS[4], dropout=0.2, dtype=torch.float32), batches(20)
-    whole = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
-    first = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
+    estimator = (VECTOR_ESTIMATORS | TOLD)[name]
+    whole = together(model, estimator, data, staleness, "adam")
+    first = together(model, estimator, data, staleness, "adam")
     for batch in data:
         whole.step([batch])
     for batch in data[:9]:
         first.step([batch])
     for engine in reversed(first.engines):
         engine.drain()
-    second = together(model, VECTOR_ESTIMATORS[name], data, staleness, "adam")
+    second = together(model, estimator, data, staleness, "adam")
     for k, engine in enumerate(second.engines):
         second.models[k].load_state_dict(first.models[k].state_dict())
         second.optimizers[k].load_state_dict(first.optimizers[k].state_dict())
@@ -385,8 +423,9 @@ class Blind(nn.Module):
         return self.map(x).detach() if self.blind else self.map(x)
 
 
+@pytest.mark.parametrize("probe", [False, True])
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness):
+def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness, probe):
     """Whose estimator then hears that its target is zero, in every step, and nothing hangs."""
     torch.manual_seed(0)
     data = batches(8)
@@ -395,6 +434,8 @@ def test_a_stage_that_passes_on_no_gradient_tells_the_stage_below(staleness):
     staged = StagesTogether(model, ["0", "1"], told, loss_of, OPTIMIZERS["sgd"], data[0], staleness, seed=3)
     staged.models[1][1].blind = True
     for batch in data:
+        for engine in staged.engines if probe else ():
+            engine.request_probe()
         staged.step([batch])
     first = staged.engines[0]
     assert not torch.equal(staged.state_dict()["0.weight"], model.state_dict()["0.weight"])

@@ -41,7 +41,7 @@ def fit_stage(rank, stages, make, options, fit):
         "weights": weights(module),
         "losses": losses.train,
         "val": losses.val,
-        "estimators": {n: weights(e) for n, e in trainer.strategy.engine.estimators.items()},
+        "estimators": {n: weights(e) for n, e in trainer.strategy.estimators.items()},
         "step": trainer.global_step,
     }
 
@@ -105,7 +105,7 @@ class Case:
         return {
             "losses": losses.train,
             "weights": weights(module),
-            "estimators": {n: weights(e) for n, e in strategy.engine.estimators.items()},
+            "estimators": {n: weights(e) for n, e in strategy.estimators.items()},
             "skipped": strategy.engine.skipped,
         }
 

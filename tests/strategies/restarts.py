@@ -8,13 +8,13 @@ from tempfile import mkdtemp
 import lightning.pytorch as pl
 import torch
 from core.nets import VECTOR_ESTIMATORS
-from fits import LINEAR, dni, fit, loader, weights
+from fits import CLASSES, LINEAR, dni, fit, loader, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from strategies.pipelined import in_turn, once, pipeline
 from strategies.resuming import Annealed, NoisyEstimator, Shuffled, assert_same_state, state_of
 
-from lightning_dni.estimators import DelayedGradientEstimator
+from lightning_dni.estimators import CriticCascade, DelayedGradientEstimator, FeedbackAlignmentEstimator
 
 STAGES = 3
 MODULE = {"dropout": 0.3, "batch_norm": True}
@@ -30,6 +30,7 @@ KINDS = {
     ),
     "critic": ({"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
     "critic, no lag": ({"staleness": 0, "estimator": VECTOR_ESTIMATORS["critic"]}, {}, {}),
+    "cascade": ({"staleness": 2, "estimator": partial(CriticCascade, num_classes=CLASSES)}, {}, {}),
     "noisy": ({"staleness": 0, "estimator": NoisyEstimator}, {}, {}),
     "mixed": ({"staleness": 0, "bp_lambda": 0.5}, {}, {}),
     "several": (
@@ -44,6 +45,7 @@ KINDS = {
     ),
 }
 DELAYED = {"staleness": 2, "estimator": partial(DelayedGradientEstimator, delay=2)}
+ALIGNED = {"staleness": 0, "estimator": FeedbackAlignmentEstimator}
 CRITIC = {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}
 
 
@@ -215,6 +217,8 @@ def three():
     keep = partial(keep_all, folder())
     one = partial(fit, train=Shuffled(), max_epochs=1, enable_checkpointing=True)
     one(annealed(), dni(rng="stage"), callbacks=[keep("one-")])
+    aligned = dni(rng="stage", estimator=FeedbackAlignmentEstimator)
+    one(annealed(), aligned, train=Shuffled(), callbacks=[keep("aligned-one-")], seed=9)
     one(annealed(dropout=0.0), "auto", train=Shuffled(), callbacks=[keep("plain-")])
     scenes = {("resume", kind): partial(resume_everywhere, folder=folder(), kind=kind) for kind in KINDS}
     scenes |= {
@@ -228,6 +232,8 @@ def three():
     }
     another = partial(resume_another, folder=folder())
     scenes |= {
+        "write alignment": partial(write, folder=folder(), name="aligned-", options=ALIGNED),
+        "from alignment": partial(another, path="aligned-one-step=5.ckpt", options=ALIGNED),
         "from one": partial(another, path="one-step=5.ckpt", options={"staleness": 0}),
         "from plain": partial(
             another, path="plain-step=5.ckpt", options={"staleness": 0, "bp_lambda": 1.0}, dropout=0.0

@@ -31,6 +31,14 @@ class Logs(Net):
         return {"loss": loss, "rows": len(batch[0])}
 
 
+class Skips(Logs):
+    """What the first stage makes meets what the second one makes on the third."""
+
+    def forward(self, x):
+        low = self.net[0](x)
+        return self.net[2](self.net[1](low) + low)
+
+
 class Seen(pl.Callback):
     """What was logged, and what `training_step` gave, on every batch and epoch."""
 
@@ -110,8 +118,9 @@ def fit_plain(module, microbatches=2, accumulate=1, **options):
         (2, "1f1b", 2, {"batch_norm": True}, {"accumulate_grad_batches": 3}),
         (3, "1f1b", 2, {"batch_norm": True, "optimizer": "adam"}, {}),
         (3, "1f1b", 4, {}, {"precision": "bf16-mixed", "val_check_interval": 5, "gradient_clip_val": 0.2}),
+        (3, "1f1b", 2, {"kind": Skips, "batch_norm": True}, {}),
     ],
-    ids=["gpipe", "accumulated", "1f1b", "bf16"],
+    ids=["gpipe", "accumulated", "1f1b", "bf16", "skip"],
 )
 def test_a_fit_is_the_plain_fit_that_accumulates(stages, schedule, microbatches, make, more):
     """Weights on every rank; logged values, validation and step count where they are reported."""

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fits import (
+    BOUNDARIES,
     CLASSES,
     FEATURES,
     AtBatchEnd,
@@ -285,6 +286,14 @@ def test_the_engine_is_not_there_before_a_fit():
     with pytest.raises(AttributeError, match="DNIStrategy has no engine before `fit`"):
         _ = strategy.engine
     assert not hasattr(strategy, "engine")
+    assert not hasattr(strategy, "estimators")
+
+
+def test_the_estimators_of_a_fit_are_the_strategys():
+    strategy = dni()
+    fit(net(), strategy, fast_dev_run=True)
+    assert list(strategy.estimators) == BOUNDARIES
+    assert all(strategy.estimators[name] is made for name, made in strategy.engine.estimators.items())
 
 
 class Tuned(pl.LightningDataModule):

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 from lightning_dni.core import GradientEstimator, Signal
 from lightning_dni.demos import GPT
 from lightning_dni.estimators import (
+    CriticCascade,
     DelayedGradientEstimator,
     DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
     KickbackEstimator,
 )
 from lightning_dni.pipeline.together import StagesTogether
@@ -39,6 +41,27 @@ class Summed(Net):
         loss = F.cross_entropy(self(batch[0]), batch[1], reduction="sum") / 10
         self.log("loss", loss)
         return loss
+
+
+class Gates(nn.Module):
+    """Two functions of the input that take no gradient."""
+
+    def forward(self, x):
+        high = x.detach().amax(1, keepdim=True)
+        return high.sigmoid(), high > 1
+
+
+class Gated(Net):
+    """The second and third stage read what the first one has made beside its activation."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gates = Gates()
+
+    def forward(self, x):
+        gate, closed = self.gates(x)
+        h = self.net[1](self.net[0](x)) * gate
+        return self.net[2](h.masked_fill(closed, 0.0))
 
 
 class Words(Net):
@@ -91,11 +114,14 @@ def four(**options):
     return partial(net, dropout=0.3, batch_norm=True, hidden=3, **options)
 
 
+CASCADE = partial(CriticCascade, num_classes=CLASSES, hidden_sizes=(8,))
 WITHOUT_LAG = {
     2: {
         "linear": Case(),
         "lambda 0.5": Case(options={"bp_lambda": 0.5}),
         "lambda 1": Case(options={"bp_lambda": 1.0}),
+        "cascade": Case(options={"estimator": CASCADE}),
+        "feedback alignment": Case(options={"estimator": FeedbackAlignmentEstimator}),
         "transformer": Case(
             partial(made, Words),
             {"boundaries": ["net.block_0"], "labels": None, "estimator": VECTOR_ESTIMATORS["linear"].func},
@@ -116,12 +142,17 @@ WITHOUT_LAG = {
         "critic, one update per epoch": Case(
             options={"estimator": VECTOR_ESTIMATORS["critic"]}, trainer={"accumulate_grad_batches": 10}
         ),
+        "cascade, accumulation": Case(options={"estimator": CASCADE}, trainer={"accumulate_grad_batches": 3}),
         "direct feedback alignment": Case(options={"estimator": DirectFeedbackAlignmentEstimator}),
+        "feedback alignment, bf16-mixed": Case(
+            options={"estimator": FeedbackAlignmentEstimator}, trainer={"precision": "bf16-mixed"}
+        ),
         "kickback, accumulation": Case(
             partial(made, Regression),
             {"loss_denominator": "elements", "estimator": KickbackEstimator},
             trainer={"accumulate_grad_batches": 3},
         ),
+        "beside the activation": Case(partial(made, Gated, dropout=0.3)),
         "dict": Case(partial(made, FedDicts, dropout=0.3), {"labels": "label"}, data=dicts),
         "sum": Case(partial(made, Summed), {"loss_denominator": "sum"}),
         "elements": Case(partial(made, Regression), {"loss_denominator": "elements"}),
@@ -136,6 +167,8 @@ WITHOUT_LAG = {
         "linear": Case(four()),
         "adam": Case(four(optimizer="adam")),
         "critic": Case(four(), {"estimator": VECTOR_ESTIMATORS["critic"]}),
+        "cascade": Case(four(), {"estimator": CASCADE}),
+        "feedback alignment": Case(four(), {"estimator": FeedbackAlignmentEstimator}),
         "lambda 0.5": Case(four(), {"bp_lambda": 0.5}),
         "lambda 1": Case(four(), {"bp_lambda": 1.0}),
     },
@@ -146,7 +179,9 @@ PLAIN = {
 WITH_LAG = {
     3: {
         **{f"linear {lag}": Case(options={"staleness": lag}) for lag in (1, 2, 4)},
+        "beside the activation 2": Case(partial(made, Gated, dropout=0.3), {"staleness": 2}),
         "mlp 2": Case(options={"staleness": 2, "estimator": VECTOR_ESTIMATORS["mlp"]}),
+        "cascade 1": Case(options={"staleness": 1, "estimator": CASCADE}),
         "accumulation 2": Case(options={"staleness": 2}, trainer={"accumulate_grad_batches": 5}),
     },
     4: {
@@ -156,6 +191,9 @@ WITH_LAG = {
             trainer={"accumulate_grad_batches": 5},
         ),
         "critic 2": Case(four(), {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}),
+        "cascade 2, accumulation": Case(
+            four(), {"staleness": 2, "estimator": CASCADE}, trainer={"accumulate_grad_batches": 5}
+        ),
         "local_loss 1": Case(four(), {"staleness": 1, "estimator": VECTOR_ESTIMATORS["local_loss"]}),
     },
 }

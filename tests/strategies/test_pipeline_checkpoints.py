@@ -8,6 +8,8 @@ from fits import different, dni, fit, loader, weights
 from strategies.restarts import CRITIC, KINDS, STAGES, Start, annealed, folder, said, three, two
 from strategies.resuming import Annealed, Shuffled, leaves
 
+from lightning_dni.estimators import FeedbackAlignmentEstimator
+
 
 def saved(name, step=5):
     return torch.load(folder() / f"{name}-step={step}.ckpt", weights_only=True)
@@ -169,6 +171,24 @@ def test_a_pipeline_goes_on_bit_for_bit_with_a_checkpoint_of_one_process():
     for rank in found:
         assert different(rank["weights"], weights(whole)) == []
         assert not rank["said"]
+
+
+def test_feedback_alignment_goes_on_with_its_matrices_from_one_strategy_to_the_other():
+    """Resumed under another seed, of which other matrices would come."""
+    found = three()["from alignment"]
+    one = partial(dni, rng="stage", estimator=FeedbackAlignmentEstimator)
+    first, second, resumed = annealed(), annealed(), annealed(seed=5)
+    fit(first, one(), Shuffled(), max_epochs=2, seed=9)
+    for rank in found:
+        assert different(rank["weights"], weights(first)) == []
+        assert not rank["said"]
+    fit(second, one(), Shuffled(), max_epochs=2)
+    fit(resumed, one(), Shuffled(), ckpt_path=folder() / "aligned-step=5.ckpt", max_epochs=2, seed=9)
+    assert different(weights(second), weights(resumed)) == []
+    assert different(weights(first), weights(second))
+    ours, theirs = saved("aligned")["lightning_dni"], saved("aligned-one")["lightning_dni"]
+    assert flat(ours["estimators"]).keys() == flat(theirs["estimators"]).keys()
+    assert ours["estimators"] != theirs["estimators"]
 
 
 def test_a_pipeline_goes_on_bit_for_bit_with_a_plain_checkpoint():

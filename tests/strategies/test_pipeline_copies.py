@@ -1,6 +1,7 @@
 """Copies of a whole pipeline, data-parallel: together they do what one process does on the joint batch."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from strategies.pipelined import STAGES, pipeline
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dni import DNIStrategy, GradientMonitor
-from lightning_dni.estimators import CriticEstimator, DirectFeedbackAlignmentEstimator
+from lightning_dni.estimators import (
+    CriticCascade,
+    CriticEstimator,
+    DirectFeedbackAlignmentEstimator,
+    FeedbackAlignmentEstimator,
+)
 
 AGAINST_TARGET = ("dni_sg_loss", "dni_target_error", "dni_target_cosine")
 AGAINST_TRUE = (
@@ -46,6 +52,9 @@ def critic(spec):
     return CriticEstimator(spec, CLASSES)
 
 
+cascade = partial(CriticCascade, num_classes=CLASSES)
+
+
 @pytest.mark.parametrize(
     ("stages", "options", "accumulate"),
     [
@@ -53,9 +62,10 @@ def critic(spec):
         (2, {"bp_lambda": 0.5}, 2),
         (2, {"estimator": critic}, 1),
         (2, {"estimator": DirectFeedbackAlignmentEstimator}, 1),
+        (3, {"estimator": {"net.0": FeedbackAlignmentEstimator, "*": cascade}}, 1),
         (3, {}, 1),
     ],
-    ids=["two", "mixed-accumulated", "critic", "direct feedback alignment", "three"],
+    ids=["two", "mixed-accumulated", "critic", "direct feedback alignment", "alignment, cascade", "three"],
 )
 def test_copies_do_what_one_process_does_on_the_joint_batch(stages, options, accumulate):
     found = on_ranks(fit_copy, stages, options, accumulate, world_size=2 * stages, grouped=False, seconds=120)

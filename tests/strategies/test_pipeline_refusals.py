@@ -115,8 +115,8 @@ REFUSED = {
     "feedback alignment": (
         {},
         Net,
-        {"estimator": FeedbackAlignmentEstimator, "staleness": 0},
-        "FeedbackAlignmentEstimator at boundary 'net.0', which needs .'consumer of h'.*strategy='dni'",
+        {"estimator": FeedbackAlignmentEstimator, "staleness": 1},
+        "FeedbackAlignmentEstimator, which is told first, at boundary 'net.0'. Pass staleness=0",
     ),
 }
 
