@@ -101,10 +101,9 @@ def run(task: Task, seeds: int, rates_of: int) -> None:
 
 
 def measure_costs(task: Task, turns: int) -> None:
-    """Measure what a step costs, in place of what costs.csv says of this net and depth."""
-    others = [
-        found for found in read(COSTS) if (found["net"], found["depth"]) != (task.name, str(task.depth))
-    ]
+    """Measure what a step costs, in place of what costs.csv says of these rows of this net and depth."""
+    measured = {(task.name, str(task.depth), row) for row in task.rows}
+    others = [found for found in read(COSTS) if (found["net"], found["depth"], found["row"]) not in measured]
     found = costs(task.net, task.rows, task.depth, task.data, turns)
     with COSTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("net", "depth", "row", *Cost._fields))

@@ -167,14 +167,19 @@ def _table(heading: list[str], cells: list[list[str]]) -> list[str]:
 def tables() -> list[list[str]]:
     """Those of the README, in their order."""
     depths = [Scope("mnist-mlp", depth, rates_of=6) for depth in (3, 6, 10, 20)]
-    ours, local = "critic, label share", "local loss"
+    ours, local, steps = "critic, label share", "local loss", "critic, label share, 4 steps"
     behind = ["critic", "Sobolev, label share", "cDNI"]
     pairs = [(ours, "backprop"), (local, "backprop"), (ours, local)]
     return [
         error_table(Scope("mnist-mlp", 6)),
         depth_table(depths, ["backprop", ours, pairs[0], local, *pairs[1:], *behind]),
+        depth_table(
+            [scope._replace(rates_of=None) for scope in depths],
+            ["backprop", steps, (steps, "backprop"), local, (local, "backprop"), (steps, local)],
+        ),
         cost_table({"mnist-mlp": "128 units", "mnist-mlp-1024": "1,024 units"}, depth=6),
         error_table(Scope("text-transformer", 3, steps=500)),
+        cost_table({"text-transformer": "transformer"}, depth=3),
     ]
 
 

@@ -103,13 +103,6 @@ def _transformer(depth: int, rate: float) -> NextCharacter:
 NETS: Mapping[str, Net] = {
     "mnist-mlp": Net(_mnist, _perceptron, ["net.hidden_*"]),
     "mnist-mlp-1024": Net(_mnist, partial(_perceptron, width=1024), ["net.hidden_*"]),
-    "mnist-cnn": Net(
-        _mnist,
-        _convolutional,
-        ["net.block_*"],
-        regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=5),
-        undefined=frozenset({"control variate"}),
-    ),
     "fashion-mlp": Net(partial(_mnist, **FASHION), _perceptron, ["net.hidden_*"]),
     "fashion-cnn": Net(
         partial(_mnist, **FASHION),
