@@ -176,6 +176,11 @@ RESTRICTIONS = {
         "to return, before the boundary of stage",
         "Keep boundaries out of what an activation checkpoint runs again",
     ],
+    "what travels past a boundary and is returned otherwise": [
+        "to be built as when the model was traced, …",
+        "to return one and the same tensor",
+        "reads not to be changed in place",
+    ],
     "a boundary that does not run once in every step": [
         "Expected a differentiable tensor to cross boundary",
         "Expected tensors to cross boundary",
