@@ -166,9 +166,11 @@ class StageRunner:
         """What goes past the upper boundary beside its own output, in the run in progress.
 
         Raises:
-            BoundaryError: Something of it was not made.
+            BoundaryError: Something of it was not made, or is from below.
         """
-        return self._luggage.onward()
+        tensors = self._luggage.onward()
+        self._check_value(tensors, "what its modules return and later stages read")
+        return tensors
 
     def _check_ends(self, receive: object, emit: object) -> None:
         if not self._calls.placed:

@@ -228,6 +228,36 @@ def test_a_trace_in_inference_mode_sees_changes_in_place(stage):
     assert plan.bypasses == ()
 
 
+# ---- what no module makes
+
+
+class Around(nn.Module):
+    """Lies on two stages, and returns what its code has made on the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        h = self.first(x)
+        mask = (h > 0) & (h < 1)
+        return self.second(h), mask
+
+
+def test_what_code_has_made_is_refused_though_a_module_returns_it_later():
+    class Surrounded(Gated):
+        def __init__(self):
+            super().__init__()
+            self.a = Around()
+
+        def forward(self, x):
+            h, mask = self.a(x)
+            return self.d(self.b(h) * mask)
+
+    with pytest.raises(BoundaryError, match="tensor from below in what its modules return and later stages"):
+        split(Surrounded(), ["a.second", "b"])
+
+
 # ---- structure, gradients
 
 
