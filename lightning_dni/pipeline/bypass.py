@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dni.errors import BoundaryError
+from lightning_dni.pipeline.header import MAX_TENSORS
 
 Path = tuple[tuple[str, int], ...]
 """A call, below the calls around it: first names of modules, each with its number in the call around it.
@@ -300,6 +301,26 @@ class Luggage:
             )
         self.check()
         return [self._known[b].tensor for b in self._out]
+
+
+def check_room(boundary: str, own: int, beside: Sequence[Bypass]) -> None:
+    """See that one message takes what goes past a boundary.
+
+    Args:
+        boundary: Its name.
+        own: Number of the tensors of its own output.
+        beside: What goes past it beside those.
+
+    Raises:
+        BoundaryError: It does not.
+    """
+    if own + len(beside) > MAX_TENSORS:
+        modules = sorted({name for bypass in beside for name in _modules(bypass)})
+        raise BoundaryError(
+            f"Expected up to {MAX_TENSORS} tensors to go past boundary {boundary!r}, as a message takes, but "
+            f"got {own} of its own and {len(beside)} that modules {modules} return and later stages read. "
+            "Return some of them as one tensor, such as by `torch.stack`, or choose another boundary."
+        )
 
 
 def _modules(bypass: Bypass) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.errors import BoundaryError, StageError
-from lightning_dni.pipeline.bypass import Frames, Sightings, version_of
+from lightning_dni.pipeline.bypass import Frames, Sightings, check_room, version_of
 from lightning_dni.pipeline.calls import Calls, plain_call
 from lightning_dni.pipeline.keeping import undisturbed
 from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, named_tensors, without_wrappers
@@ -65,8 +65,8 @@ def trace_stages(
         skips: Whether what takes a gradient may travel past a boundary, too.
 
     Raises:
-        BoundaryError: A boundary does not run, runs twice, is unknown, or nothing that can be
-            differentiated crosses it.
+        BoundaryError: A boundary does not run, runs twice, is unknown, nothing that can be
+            differentiated crosses it, or more goes past it than a message takes.
         StageError: Two stages use one tensor.
     """
     names = list(resolve_boundaries(model, boundaries))
@@ -77,6 +77,9 @@ def trace_stages(
     with torch.inference_mode(False), undisturbed(model), watched, torch.set_grad_enabled(grad):
         trace.end(run())
     trace.check_order()
+    bypasses = trace.sightings.bypasses(skips)
+    for number, name in enumerate(trace.order):
+        check_room(name, len(trace.crossing[name].leaves), [b for b in bypasses if b.rides(number)])
     return StagePlan(
         boundaries=tuple(trace.order),
         tensors=trace.owners(),
@@ -84,7 +87,7 @@ def trace_stages(
         modules=trace.stages_of_modules(),
         calls={name: tuple(trace.calls[m]) for name, m in trace.modules.items() if m in trace.calls},
         crossing=trace.crossing,
-        bypasses=trace.sightings.bypasses(skips),
+        bypasses=bypasses,
         elements_per_row=_elements_per_row(seen),
     )
 

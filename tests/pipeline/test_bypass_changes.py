@@ -258,6 +258,29 @@ def test_what_code_has_made_is_refused_though_a_module_returns_it_later():
         split(Surrounded(), ["a.second", "b"])
 
 
+def test_more_than_a_message_takes_is_refused_before_anything_is_sent():
+    class Many(Gated):
+        def forward(self, x):
+            gates = self.gate(x)
+            return self.d(self.c(self.b(self.a(x))) * sum(gates))
+
+    model = Many()
+    model.gate = Columns(31)
+    assert len(split(model, ["a"]).bypasses) == 31
+    model.gate = Columns(32)
+    with pytest.raises(BoundaryError, match=r"past boundary 'a', .* got 1 of its own and 32 .* \['gate'\]"):
+        split(model, ["a"])
+
+
+class Columns(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x):
+        return [x.detach()[:, :1] * k for k in range(self.count)]
+
+
 # ---- structure, gradients
 
 
