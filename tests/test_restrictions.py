@@ -176,6 +176,11 @@ RESTRICTIONS = {
         "to return, before the boundary of stage",
         "Keep boundaries out of what an activation checkpoint runs again",
     ],
+    "what travels past a boundary and is returned otherwise": [
+        "to be built as when the model was traced, …",
+        "to return one and the same tensor",
+        "reads not to be changed in place",
+    ],
     "a boundary that does not run once in every step": [
         "Expected a differentiable tensor to cross boundary",
         "Expected tensors to cross boundary",
@@ -240,7 +245,7 @@ RESTRICTIONS = {
         "Expected no arguments about synthetic gradients",
         "Expected no `clip_norm` with an exact schedule",
     ],
-    "activations that are sparse, or of more dimensions": ["A message takes"],
+    "activations that are sparse, or of more dimensions": ["A message takes", "tensors to go past boundary"],
     "monitors that need the stages' graphs": [
         "Expected a model in one process for",
         "Expected a probe of the gradients alone in a pipeline",

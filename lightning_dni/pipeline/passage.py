@@ -144,12 +144,20 @@ class Passage:
         tensors = (*self._plan.crossing[boundary].pack(output), *self.runner.onward())
         carriers = [tensors[i] for i in differentiable(list(tensors), boundary)]
         carries = sum(1 << i for i, x in enumerate(tensors) if x.requires_grad)
-        sent = tuple(t.detach().contiguous() for t in tensors)
+        sent = tuple(map(_to_send, tensors))
         self._sent = True
         assert self._links.activation_out is not None
         self._links.activation_out.send(Message(step, kind, sent, self._fingerprint, (float(carries),)))
         if on_output is not None:
             on_output(carriers, output)
+
+
+def _to_send(tensor: Tensor) -> Tensor:
+    """What no later step changes, though the message may still be under way then."""
+    sent = tensor.detach().contiguous()
+    origin = tensor if tensor._base is None else tensor._base
+    # a buffer, a parameter, or a part of one; what has a graph of its own was made in this step
+    return sent.clone() if origin.is_leaf and sent.data_ptr() == tensor.data_ptr() else sent
 
 
 def fingerprint(batch: Any) -> int:

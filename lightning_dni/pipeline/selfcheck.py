@@ -172,9 +172,7 @@ class _Chain:
     def _pass_on(self, boundary: str) -> tuple[list[Tensor], list[Tensor]]:
         """What comes from below: the tensors of the boundary's own output, and those beside them."""
         leaves = self._plan.crossing[boundary].leaves
-        beside = [b for b in self._plan.bypasses if b.rides(self._plan.boundaries.index(boundary))]
-        traced = [leaf.requires_grad for leaf in leaves] + [each.requires_grad for each in beside]
-        received = [x.detach().requires_grad_(t) for x, t in zip(self._given[-1], traced, strict=True)]
+        received = [x.detach().requires_grad_(x.requires_grad) for x in self._given[-1]]
         self._received.append(tuple(received))
         return received[: len(leaves)], received[len(leaves) :]
 

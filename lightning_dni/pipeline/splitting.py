@@ -53,6 +53,7 @@ class StageRunner:
         self._luggage = Luggage(plan.bypasses, stage)
         self._run: _Run | None = None
         self._kept: list[tuple[nn.Module, str]] = []
+        self._seen: frozenset[nn.Module] = frozenset()
 
     @property
     def stage(self) -> int:
@@ -75,6 +76,8 @@ class StageRunner:
 
     def _place(self) -> None:
         modules = named_submodules(self._model)
+        inside = tuple(f"{n}." for n, m in modules.items() if is_compiled(m) and not self._is_split(n))
+        self._seen = frozenset(m for n, m in modules.items() if not n.startswith(inside))
         first = {module: name for name, module in reversed(modules.items())}
         named = first | {modules[name]: name for name in self._plan.boundaries}
         for module, name in named.items():
@@ -100,10 +103,13 @@ class StageRunner:
                 skipped = SkippedModule(name, module, self._plan.calls.get(name, ()), self._below)
                 return partial(self._skip, usual, module, first, skipped)
             return partial(self._stray, usual, name)
-        split = len(stages) > 1 and is_compiled(module)
-        if first in self._luggage.modules:
-            return partial(self._note, plain_call(module) if split else usual, first)
-        return plain_call(module) if split else None
+        plain = is_compiled(module) and self._is_split(name)
+        if self._luggage and module in self._seen:
+            return partial(self._note, plain_call(module) if plain else usual, first)
+        return plain_call(module) if plain else None
+
+    def _is_split(self, name: str) -> bool:
+        return len(self._plan.modules.get(name, ())) > 1
 
     def detach(self) -> None:
         """Leave the model as it was; harmless where it is."""
@@ -160,9 +166,11 @@ class StageRunner:
         """What goes past the upper boundary beside its own output, in the run in progress.
 
         Raises:
-            BoundaryError: Something of it was not made.
+            BoundaryError: Something of it was not made, or is from below.
         """
-        return self._luggage.onward()
+        tensors = self._luggage.onward()
+        self._check_value(tensors, "what its modules return and later stages read")
+        return tensors
 
     def _check_ends(self, receive: object, emit: object) -> None:
         if not self._calls.placed:
@@ -234,14 +242,14 @@ class StageRunner:
             )
         run.received, self._below.open = True, False
         run.leave_shapes()
+        self._luggage.check()
         return run.receive()
 
     def _give_away(self, usual: Callable[..., Any], first: str, *args: Any, **kwargs: Any) -> Any:
-        output = usual(*args, **kwargs)
+        output = self._note(usual, first, *args, **kwargs)
         run = self._run
         if run is None or run.emit is None:
             return output
-        self._luggage.pass_through(first, output)
         self._check_value(output, f"the output of boundary {self._upper!r}")
         if not run.emitted:
             run.emitted = True
@@ -262,11 +270,22 @@ class StageRunner:
             return usual(*args, **kwargs)
         if self._below.everything:
             return plain_call(module)(*args, **kwargs)
-        return self._luggage.pass_through(name, skipped(args, kwargs))
+        return self._note(lambda *a, **k: skipped(a, k), name, *args, **kwargs)
 
     def _note(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-        output = usual(*args, **kwargs)
-        return output if self._run is None else self._luggage.pass_through(name, output)
+        run = self._run
+        # while torch.compile looks on it is inside a call that is noted
+        if torch.compiler.is_compiling() or run is None or run.emitted or self._below.everything:
+            return usual(*args, **kwargs)
+        path = self._luggage.frames.enter(name)
+        try:
+            output = usual(*args, **kwargs)
+        finally:
+            self._luggage.frames.leave()
+        if self._below.open:
+            return self._luggage.fill(path, output)
+        self._luggage.note(path, output)
+        return output
 
     def _stray(self, usual: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:

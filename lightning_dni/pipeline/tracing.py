@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import named_submodules, resolve_boundaries, resolve_output
 from lightning_dni.errors import BoundaryError, StageError
-from lightning_dni.pipeline.bypass import Sightings
+from lightning_dni.pipeline.bypass import Frames, Sightings, check_room, version_of
 from lightning_dni.pipeline.calls import Calls, plain_call
 from lightning_dni.pipeline.keeping import undisturbed
 from lightning_dni.pipeline.plan import Crossing, StagePlan, TracedCall, named_tensors, without_wrappers
@@ -53,7 +53,8 @@ def trace_stages(
     """See which stage of `model` uses what, by one call of `run`.
 
     Random numbers and buffers are afterwards as before. What else the user's code changes stays changed:
-    give a copy where that matters.
+    give a copy where that matters. It does not run in inference mode, in which no tensor knows whether it
+    was changed in place.
 
     Args:
         model: The model that `run` calls.
@@ -64,8 +65,8 @@ def trace_stages(
         skips: Whether what takes a gradient may travel past a boundary, too.
 
     Raises:
-        BoundaryError: A boundary does not run, runs twice, is unknown, or nothing that can be
-            differentiated crosses it.
+        BoundaryError: A boundary does not run, runs twice, is unknown, nothing that can be
+            differentiated crosses it, or more goes past it than a message takes.
         StageError: Two stages use one tensor.
     """
     names = list(resolve_boundaries(model, boundaries))
@@ -73,9 +74,12 @@ def trace_stages(
     seen: list[Any] = []
     output_module = resolve_output(model, output)
     watched = trace.watch(lambda m, out: seen.append(out) if m is output_module else None)
-    with undisturbed(model), watched, torch.set_grad_enabled(grad):
+    with torch.inference_mode(False), undisturbed(model), watched, torch.set_grad_enabled(grad):
         trace.end(run())
     trace.check_order()
+    bypasses = trace.sightings.bypasses(skips)
+    for number, name in enumerate(trace.order):
+        check_room(name, len(trace.crossing[name].leaves), [b for b in bypasses if b.rides(number)])
     return StagePlan(
         boundaries=tuple(trace.order),
         tensors=trace.owners(),
@@ -83,7 +87,7 @@ def trace_stages(
         modules=trace.stages_of_modules(),
         calls={name: tuple(trace.calls[m]) for name, m in trace.modules.items() if m in trace.calls},
         crossing=trace.crossing,
-        bypasses=trace.sightings.bypasses(skips),
+        bypasses=bypasses,
         elements_per_row=_elements_per_row(seen),
     )
 
@@ -129,7 +133,7 @@ class _Trace:
         self.tensors = named_tensors(model)
         for name, tensor in self.tensors.items():
             self._names.setdefault(id(tensor), []).append(name)
-        self.sightings = Sightings()
+        self.sightings, self._frames = Sightings(), Frames()
         self._constant: set[str] = set()
 
     @contextmanager
@@ -149,7 +153,7 @@ class _Trace:
 
     def _contents(self) -> dict[str, tuple[Tensor, int, Tensor]]:
         buffers = self.model.named_buffers(remove_duplicate=False)
-        return {without_wrappers(n): (b, b._version, b.detach().clone()) for n, b in buffers}
+        return {without_wrappers(n): (b, version_of(b), b.detach().clone()) for n, b in buffers}
 
     def _unchanged(self, before: dict[str, tuple[Tensor, int, Tensor]]) -> set[str]:
         # batch norm changes its buffers without counting it, others may write what was there
@@ -176,6 +180,9 @@ class _Trace:
 
     def _use(self, tensor: Tensor) -> None:
         self.sightings.read(tensor, len(self.order))
+        self._use_own(tensor)
+
+    def _use_own(self, tensor: Any) -> None:
         for name in self._names.get(id(tensor), ()):
             self._uses.setdefault(name, set()).add(len(self.order))
 
@@ -189,7 +196,11 @@ class _Trace:
         **kwargs: Any,
     ) -> Any:
         entry = len(self.order)
-        output = plain_call(module)(*args, **kwargs)
+        path = self._frames.enter(name)
+        try:
+            output = plain_call(module)(*args, **kwargs)
+        finally:
+            self._frames.leave()
         try:
             facts = Crossing.of(name, output)
         except BoundaryError:
@@ -197,10 +208,11 @@ class _Trace:
                 raise
             facts = None
         call = TracedCall(entry, len(self.order), rows_of((args, kwargs)), facts)
-        calls = self.calls.setdefault(module, [])
-        calls.append(call)
+        self.calls.setdefault(module, []).append(call)
+        for leaf in pytree.tree_leaves(output):
+            self._use_own(leaf)  # a parameter or buffer itself may be read elsewhere
         on_output(module, output)
-        self.sightings.returned(name, len(calls) - 1, call.exit, (args, kwargs), output)
+        self.sightings.returned(path, call.exit, (args, kwargs), output)
         if boundary is not None and facts is not None:
             self.sightings.crossed(len(self.order), facts.pack(output))
             self._pass(boundary, facts)

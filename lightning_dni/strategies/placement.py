@@ -114,9 +114,10 @@ class Trial:
         device: torch.device | None = None,
     ) -> None:
         device = device or torch.device("cpu")
-        self._copy = quiet_copy(module).to(device)
         self._step, self._precision, self._device = step, precision, device
-        self.args: tuple[Any, ...] = move_data_to_device(tuple(args), device)
+        with torch.inference_mode(False):  # else the copies could not be changed outside of it
+            self._copy = quiet_copy(module).to(device)
+            self.args: tuple[Any, ...] = move_data_to_device(tuple(args), device)
 
     def take(self, batch: Any, first_part: Callable[[Sequence[Any]], tuple[Any, ...]]) -> None:
         """Give the step what a loop makes of a loader's batch, or the part of it that runs at a time."""

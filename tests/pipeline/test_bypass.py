@@ -10,6 +10,7 @@ from pipeline.test_exact import assert_same_bits, either
 from pipeline.test_exact import plain as plain_loop
 from pipeline.test_together import OPTIMIZERS, batches, loss_of
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import BoundaryError
@@ -120,7 +121,7 @@ def split(model, boundaries=BOUNDARIES, loss_of=loss_of, **options):
 
 def test_what_takes_no_gradient_reaches_every_stage_that_reads_it():
     plan = split(rotating())
-    assert [(b.made, b.until, b.requires_grad) for b in plan.bypasses] == [(0, 3, False)] * 3
+    assert [(b.made, b.until, b.with_gradient) for b in plan.bypasses] == [(0, 3, False)] * 3
 
 
 def test_without_lag_stages_are_one_process():
@@ -302,12 +303,14 @@ def test_what_begins_to_take_a_gradient_is_refused():
 
 
 def test_nothing_is_kept_between_two_runs():
-    bypass = Bypass(0, 2, False, frozenset({Spot("m", 0, 0)}), frozenset())
+    path = (("m", 0),)
+    spot = Spot(path, 0, repr(pytree.tree_structure(torch.zeros(2))))
+    bypass = Bypass(0, 2, False, frozenset({spot}), frozenset())
     luggage, tensor = Luggage([bypass], 1), torch.zeros(2)
     luggage.begin([], [tensor])
     assert luggage.onward()[0] is tensor
-    assert luggage.pass_through("m", torch.ones(2)) is tensor
-    assert torch.equal(luggage.pass_through("m", torch.ones(2)), torch.ones(2))  # a second call
+    assert luggage.fill(path, torch.ones(2)) is tensor
+    assert torch.equal(luggage.fill((("m", 1),), torch.ones(2)), torch.ones(2))  # a second call
     luggage.end()
     with pytest.raises(BoundaryError, match=r"modules \['m'\]"):
         luggage.onward()

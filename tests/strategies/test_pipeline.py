@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from core.nets import VECTOR_ESTIMATORS
-from fits import CLASSES, LINEAR, OPTIMIZERS, Net, dataset, fit, net, weights
+from fits import CLASSES, LINEAR, OPTIMIZERS, Net, dataset, fit, loader, net, weights
+from lightning.pytorch.plugins.precision import Precision
 from strategies.pipelined import STAGES, Case, fit_cases, once
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from lightning_dni.estimators import (
     KickbackEstimator,
 )
 from lightning_dni.pipeline.together import StagesTogether
+from lightning_dni.strategies.placement import Trial
 
 
 class FedDicts(Net):
@@ -319,3 +321,12 @@ def test_a_lag_changes_the_run():
     """Guard: the lags above are told apart."""
     ends = [pipelined(3)["lag", f"linear {lag}"][0]["weights"]["net.0.0.weight"] for lag in (1, 2, 4)]
     assert not any(torch.equal(a, b) for a, b in ((ends[0], ends[1]), (ends[1], ends[2])))
+
+
+def test_the_stages_of_an_evaluation_are_found_in_inference_mode():
+    """In which Lightning evaluates under any backend but gloo."""
+    module, batch = net(batch_norm=True), next(iter(loader()))
+    with torch.inference_mode():
+        trial = Trial(module, "validation_step", (batch, 0), Precision())
+        plan = trial.plan(["net.0"], None)
+    assert (plan.tensors["net.0.1.running_mean"], plan.tensors["net.1.1.running_mean"]) == (0, 1)
