@@ -1,5 +1,6 @@
 """Tiny models and data modules for recipes, tests and docstrings."""
 
+from lightning_dni.demos.cifar import CIFAR10DataModule
 from lightning_dni.demos.clocks import ClocksDataModule, TwoClocksModel
 from lightning_dni.demos.copying import CopyCurriculum, CopyDataModule, CopyModel
 from lightning_dni.demos.digits import DigitsDataModule
@@ -14,6 +15,7 @@ from lightning_dni.demos.text import TextDataModule, count_tokens
 
 __all__ = [
     "GPT",
+    "CIFAR10DataModule",
     "CharacterModel",
     "ClocksDataModule",
     "ConvClassifier",

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_dni.demos.arguments import check_count
 from lightning_dni.demos.idx import read_idx
 from lightning_dni.demos.mirror import fetch
-from lightning_dni.demos.splits import AbstractInMemoryDataModule, Split, Splits
+from lightning_dni.demos.splits import AbstractInMemoryDataModule, Split, Splits, shuffle_rows
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -84,30 +84,13 @@ class MNISTDataModule(AbstractInMemoryDataModule):
     def load(self) -> Splits:
         """Read and split the files."""
         images, labels = read_pair(self.data_dir, "train")
-        train, val = self._split(len(labels))
+        train, val = shuffle_rows(len(labels), self.val_size, self.num_train, self.seed)
         test_images, test_labels = read_pair(self.data_dir, "t10k")
         return Splits(
             Split(images, labels, train),
             Split(images, labels, val),
             Split(test_images, test_labels, torch.arange(len(test_labels))),
         )
-
-    def _split(self, size: int) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
-        if self.val_size >= size:
-            raise ValueError(
-                f"Expected `val_size` to be less than the {size} rows of the training file, "
-                f"but got {self.val_size}."
-            )
-        num_left = size - self.val_size
-        if self.num_train is not None and self.num_train > num_left:
-            raise ValueError(
-                f"Expected `num_train` to be at most {num_left}, the rows that validation leaves, "
-                f"but got {self.num_train}."
-            )
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
-        # validation comes first, so that it does not change with num_train
-        val, train = order[: self.val_size], order[self.val_size :][: self.num_train]
-        return train.sort().values, val.sort().values
 
 
 def read_pair(data_dir: Path, prefix: str) -> tuple[Float[Tensor, " size 1 28 28"], Int64[Tensor, " size"]]:

@@ -57,6 +57,39 @@ class Splits(NamedTuple):
     test: Split
 
 
+def shuffle_rows(
+    size: int, val_size: int, num_train: int | None, seed: int
+) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
+    """Share out the rows of a training set at random, by a generator of its own.
+
+    Args:
+        size: rows of the training set.
+        val_size: rows that validate.
+        num_train: rows that train; `None` takes all that are left.
+        seed: of the shuffle.
+
+    Returns:
+        Rows that train and rows that validate, each in the order of the set.
+
+    Raises:
+        ValueError: there are fewer rows than that.
+    """
+    if val_size >= size:
+        raise ValueError(
+            f"Expected `val_size` to be less than the {size} rows of the training set, but got {val_size}."
+        )
+    num_left = size - val_size
+    if num_train is not None and num_train > num_left:
+        raise ValueError(
+            f"Expected `num_train` to be at most {num_left}, the rows that validation leaves, "
+            f"but got {num_train}."
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    # validation comes first, so that it does not change with num_train
+    val, train = order[:val_size], order[val_size:][:num_train]
+    return train.sort().values, val.sort().values
+
+
 class AbstractInMemoryDataModule(pl.LightningDataModule, ABC):
     """Load all splits once and iterate over them in batches; the train split is shuffled.
 
