@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from lightning_dni import DNIStrategy
 from lightning_dni.cli import build, run
-from lightning_dni.study.configuration import is_study, read_study
+from lightning_dni.study.configuration import ESTIMATOR_AXES, is_study, read_study
 from lightning_dni.study.running import run_study
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +139,15 @@ def test_each_study_runs_in_short(recipe, tmp_path):
     logged = {name for result in outcome.results.values() for name in result.metrics}
     assert {*study.table, *study.picture.y} <= logged
     assert (tmp_path / "out/picture.png").exists()
+
+
+@pytest.mark.parametrize("recipe", STUDIES, ids=lambda path: path.stem)
+def test_the_job_types_of_a_study_are_its_estimators(recipe):
+    """An axis called so, or what the recipe says; never what happens to be the first axis, and no number."""
+    study = read_study(recipe)
+    assert "job_type" in study.recipe or {*ESTIMATOR_AXES} & {*study.axes}
+    job_types = {study.job_type(run) for run in study.runs}
+    assert not [each for each in job_types if re.fullmatch(r"[-+\d.e]+", each)]
 
 
 @each_recipe
