@@ -25,6 +25,7 @@ KEYS = (
     *("table", "picture", "wandb", "quick"),
 )
 PICTURE_KEYS = ("x", "y", "line", "panel", "x_scale", "y_scale", "title")
+ESTIMATOR_AXES = ("estimator", "method", "module")
 GIVEN_BY_STUDY = {
     "seed_everything": "the study sets it to each of `seeds`",
     "trainer.logger": "the study adds a CSVLogger, and W&B as `wandb` says",
@@ -81,11 +82,10 @@ class Study:
         return [self.name, *tags]
 
     def job_type(self, run: Run) -> str:
-        """The estimator or method of a run: its name on the axis called so, else on the first axis."""
-        axis = next(
-            (name for name in ("estimator", "method") if name in self.axes), next(iter(self.axes), "")
-        )
-        return run.cell.get(axis, "run")
+        """The estimator of a run: its name on the axis that `recipe.job_type` names, or what that says."""
+        first = next(iter(self.axes), "run")
+        said = self.recipe.get("job_type") or next(filter(self.axes.__contains__, ESTIMATOR_AXES), first)
+        return run.cell.get(said, said)
 
 
 def run_name(cell: Mapping[str, str], seed: int) -> str:
@@ -121,7 +121,7 @@ def read_study(file: str | Path, overrides: Sequence[tuple[str, str]] = (), *, q
     table = check_names("table", source.get("table"))
     return Study(
         name=file.stem,
-        recipe=_plain(check_mapping("recipe", source.get("recipe"))),
+        recipe=_recipe(source),
         axes={axis: list(values) for axis, values in axes.items()},
         runs=list(_runs(source, axes)),
         table=table,
@@ -155,6 +155,17 @@ def _override(source: DictConfig, key: str, text: str) -> None:
 
 def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+
+
+def _recipe(source: DictConfig) -> dict[str, Any]:
+    recipe: dict[str, Any] = check_mapping("recipe", _plain(source.get("recipe")))
+    job_type = recipe.get("job_type", "estimator")
+    if not isinstance(job_type, str) or not job_type:
+        raise StudyError(
+            f"Expected `recipe.job_type` to be the name of an axis or a text, but got {job_type!r}. Write "
+            "`job_type: method`, or leave it out."
+        )
+    return recipe
 
 
 def _axes(source: DictConfig) -> dict[str, dict[str, Any]]:

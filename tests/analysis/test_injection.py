@@ -108,6 +108,16 @@ def test_no_error_is_backprop():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("direction", ["random", "opposed"])
+def test_where_the_condition_holds_training_ends_as_backprop_does(direction):
+    slight = partial(InjectedErrorEstimator, relative_size=0.05, direction=direction)
+    losses, _, conditions = trained(slight, instrument=TrackingInstrument())
+    assert [bool(condition.held) for condition in conditions] == [True] * 6
+    exact = backprop()[0][-1]
+    assert losses[-1] != exact
+    assert losses[-1] <= 1.05 * exact
+
+
 @pytest.mark.parametrize(("direction", "worse"), [("random", 1.1), ("opposed", 1.3)])
 def test_small_errors_converge_as_backprop_does_though_no_guarantee_may_hold(direction, worse):
     noisy = partial(InjectedErrorEstimator, relative_size=0.3, direction=direction)

@@ -142,7 +142,11 @@ def test_a_converged_synthetic_gradient_is_backprop():
     converged = regress(x, y, sg_steps="converged", steps=100)
     true = regress(x, y, teacher="true", steps=100)
     assert_close(converged.weight, true.weight, rtol=0, atol=1e-12)
-    assert float(converged.sg_errors[-1]) < 1e-10 or float(converged.sg_errors[1:].max()) < 1
+    # learnt at outputs of zero, which leave A open, and from then on exact wherever the net goes
+    assert float(converged.sg_errors[1]) > 1e-2
+    assert float(converged.sg_errors[2:].max()) < 1e-12
+    followed = regress(x, y, steps=100)
+    assert float(followed.sg_errors[2:].max()) > 1e-3
 
 
 def test_more_steps_of_the_estimator_track_better():

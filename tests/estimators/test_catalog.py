@@ -42,7 +42,7 @@ def test_every_estimator_is_in_it_once_with_its_option():
         ("ZeroEstimator", "no", "forward", "no"),
     ],
 )
-def test_it_says_what_the_papers_table_says(name, learns, locks, direct):
+def test_it_says_what_is_learnt_what_is_waited_for_and_who_sees_the_error(name, learns, locks, direct):
     row = rows()[name]
     assert (row["s learns"], row["locks"], row["direct error"]) == (learns, locks, direct)
 

@@ -75,8 +75,23 @@ def test_job_type_and_tags():
     claimed = read("recipe: {claim: '" + "x" * 70 + "'}\ncall: a.b\ngrid: {first: [u], second: [v]}")
     assert claimed.tags == ["toy", "x" * 64]
     assert claimed.job_type(claimed.runs[0]) == "u"
+    axes = "call: a.b\ngrid: {size: [2], module: [m], data: [d]}\n"
+    for recipe, job_type in {
+        "": "m",
+        "recipe: {job_type: data}": "d",
+        "recipe: {job_type: zero}": "zero",
+    }.items():
+        said = read(axes + recipe)
+        assert said.job_type(said.runs[0]) == job_type
     alone = read("call: a.b")
     assert (alone.job_type(alone.runs[0]), alone.runs[0].name) == ("run", "seed=0")
+
+
+@pytest.mark.parametrize("job_type", ["2", "[method]", "''", "null"])
+def test_a_job_type_is_a_text(job_type):
+    message = r"Expected `recipe.job_type` to be the name of an axis or a text, but got .* leave it out"
+    with pytest.raises(StudyError, match=message):
+        read(f"call: a.b\nrecipe: {{job_type: {job_type}}}")
 
 
 def test_a_fit_is_no_study():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,23 @@ def test_finished_runs_are_not_repeated():
     assert len(calls()) == 8 + 4
     assert before.items() <= finished().items()
     assert len(rows()) == 12
+
+
+def test_a_bar_counts_the_runs_and_is_full_at_once_where_all_have_finished(capsys):
+    assert study(CALL) == 0
+    bars = capsys.readouterr().err.split("\r")
+    for count in (0, 8):
+        assert any(re.match(rf"toy: .*\b{count}/8 \[.*(run/s|s/run)", bar) for bar in bars), bars
+    assert any("rate=0.5,kind=a,seed=1" in bar for bar in bars)
+    assert study(CALL) == 0
+    again = capsys.readouterr().err
+    assert "8/8 [" in again
+    assert "rate=" not in again  # nothing is being run
+    assert len(calls()) == 8
+    *_, last = again.split("\r")
+    seconds = re.search(r"8/8 \[00:(\d\d)<", last)
+    assert seconds is not None
+    assert int(seconds[1]) < 5
 
 
 def test_a_killed_study_goes_on_with_the_run_that_it_was_in():
