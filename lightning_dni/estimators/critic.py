@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
@@ -79,5 +78,5 @@ class CriticEstimator(GradientEstimator):
         output, scores = feedback.output, record.state
         assert output is not None
         check_scores(output, scores, who(self, self._boundary))
-        probabilities = torch.softmax(output.to(scores.dtype), dim=-1)
-        return self.head.loss(record, share_labels(probabilities, record.context, self.label_share))
+        followed = share_labels(output.to(scores.dtype), record.context, self.label_share)
+        return self.head.loss(record, followed)

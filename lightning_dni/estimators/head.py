@@ -112,17 +112,22 @@ def check_share(argument: str, share: float) -> None:
         raise EstimatorError(f"Expected `{argument}` to be from 0 to 1, but got {share!r}.")
 
 
-def share_labels(probabilities: Tensor, labels: Tensor | None, share: float) -> Tensor:
-    """Probabilities `[..., classes]`, of which the labels `[...]` are given a share.
+def share_labels(scores: Tensor, labels: Tensor | None, share: float) -> Tensor:
+    """Probabilities `[..., classes]` of the scores, of which the labels `[...]` are given a share.
+
+    It is one tensor of the width of a vocabulary, and no one-hot beside it.
 
     >>> import torch
-    >>> share_labels(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), share=0.5)
+    >>> share_labels(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), share=0.5)
     tensor([[0.2500, 0.7500]])
     """
+    probabilities = torch.softmax(scores, dim=-1)
     if not share or labels is None:
         return probabilities
-    one_hot = F.one_hot(labels.long(), probabilities.shape[-1]).to(probabilities.dtype)
-    return torch.lerp(probabilities, one_hot, share)
+    place = labels.long().unsqueeze(-1)
+    zero, one = probabilities.new_zeros(()), probabilities.new_ones(())
+    at_labels = probabilities.gather(-1, place).lerp_(one, share)
+    return probabilities.lerp_(zero, share).scatter_(-1, place, at_labels)
 
 
 def check_scores(output: Tensor, scores: Tensor, who: str) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_dni.core.boundary import BoundarySpec
@@ -96,10 +95,9 @@ class SobolevEstimator(GradientEstimator):
         assert output is not None
         assert feedback.target is not None
         check_scores(output, scores, who(self, self._boundary))
-        output = output.to(scores.dtype)
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        followed = share_labels(torch.softmax(output, dim=-1), record.context, self.label_share)
+        followed = share_labels(output.to(scores.dtype), record.context, self.label_share)
         values = summed_cross_entropy(scores, followed) / rows_of(record.h)
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)

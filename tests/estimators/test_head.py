@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from making import Making
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_dni.core import BoundarySpec, LeafSpec, Record
 from lightning_dni.errors import BoundaryError, EstimatorError
-from lightning_dni.estimators.head import ClassHead, average_to_grid, summed_cross_entropy
+from lightning_dni.estimators.head import ClassHead, average_to_grid, share_labels, summed_cross_entropy
 
 
 def spec_of(*shapes):
@@ -52,6 +53,26 @@ def test_probabilities_of_certain_labels_are_the_labels():
     expected = F.cross_entropy(scores.reshape(8, 3), labels.reshape(8), reduction="sum")
     assert_close(summed_cross_entropy(scores, labels), expected)
     assert_close(summed_cross_entropy(scores, F.one_hot(labels, 3).float()), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(37,), (5, 7)], ids=str)
+def test_a_share_of_labels_is_a_mixture_with_the_one_hot_to_the_bit(share, dtype, rows):
+    scores, labels = torch.randn(*rows, 11).to(dtype), torch.randint(11, rows, dtype=torch.uint8)
+    said, one_hot = torch.softmax(scores, -1), F.one_hot(labels.long(), 11).to(dtype)
+    before = scores.clone()
+    assert torch.equal(share_labels(scores, labels, share), torch.lerp(said, one_hot, share))
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_share_of_labels_is_one_tensor_of_class_width(share):
+    """The probabilities themselves: none of another kind beside them, and no one-hot."""
+    scores, labels = torch.randn(4, 6, 5000), torch.randint(5000, (4, 6))
+    with Making() as making:
+        share_labels(scores, labels, share)
+    assert [n for n in making.elements if n >= 5000] == [scores.numel()]
 
 
 def test_as_many_positions_as_classes_are_still_labels():
