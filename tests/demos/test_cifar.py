@@ -179,7 +179,7 @@ def test_one_wrong_bit_is_found_by_the_checksum_that_gzip_has(made):
         cifar(made)
 
 
-@pytest.mark.parametrize("data", [b"an error page", gzip.compress(b"no tar archive")])
+@pytest.mark.parametrize("data", [b"an error page", gzip.compress(b"no tar archive")], ids=["page", "gzip"])
 def test_what_is_no_archive_is_named(made, data):
     write_archive(made, data)
     with pytest.raises(ValueError, match=re.escape(f"Expected `{made / ARCHIVE}` to be a whole tar archive")):
