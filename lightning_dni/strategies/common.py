@@ -195,7 +195,8 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
             names = list(self.lightning_module.state_dict())
             outline = join_outlines(place.downwards(found), names) if divided else outline
         writes = place.copy == 0 and (divided or place.is_last)
-        write_shards(tensors if writes else {}, outline if found is not None else None, path, self._together)
+        alone = outline if found is not None else None
+        write_shards(tensors if writes else {}, alone, path, self._together, self.barrier)
 
     def _placed(self) -> Place:
         assert self._place is not None

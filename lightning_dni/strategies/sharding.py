@@ -65,6 +65,7 @@ def write_shards(
     outline: Mapping[str, Any] | None,
     path: Path,
     together: Callable[[Callable[[], Any], str], Any],
+    barrier: Callable[[], None],
 ) -> None:
     """Write a checkpoint, to which every process comes; one that is there gives way once this is whole.
 
@@ -73,11 +74,13 @@ def write_shards(
         outline: The rest, on the process that writes it; None elsewhere.
         path: The folder.
         together: Calls what every process has to come to, and is told what for.
+        barrier: Waits for every process.
     """
     part, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
     if outline is not None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True, exist_ok=True)
+    barrier()  # every process makes the folder, and none may while what was there is removed
     together(lambda: save(tensors, checkpoint_id=part), "saving a checkpoint")
     if outline is None:
         return

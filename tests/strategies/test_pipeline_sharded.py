@@ -1,13 +1,17 @@
 """Sharded checkpoints: every stage writes its own part, and together they are the ordinary one."""
 
+import shutil
+import time
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 import torch
+import torch.distributed as dist
 from fits import different, dni, fit, loader, weights
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from processes import on_ranks
 from strategies.pipelined import in_turn, once
 from strategies.restarts import CRITIC, Start, annealed, keep_all, run, said
 from strategies.resuming import Shuffled, assert_same_state, state_of
@@ -159,13 +163,42 @@ def test_one_copy_of_a_pipeline_writes():
     assert sum(f.stat().st_size > 0 for f in path.glob("*.distcp")) == 2
 
 
+def crowd_in(rank, path):
+    """Rank 0 is slow to make room, and finds what others have made meanwhile."""
+    if rank == 0:
+        remove = shutil.rmtree
+
+        def removes_late(folder, **options):
+            if folder.name.endswith(".part"):
+                time.sleep(0.5)
+                assert not folder.exists()
+            remove(folder, **options)
+
+        shutil.rmtree = removes_late
+    write_shards(
+        {f"stage {rank}: w": torch.full((3,), rank)},
+        {} if rank == 0 else None,
+        path,
+        together=lambda collective, what: collective(),
+        barrier=dist.barrier,
+    )
+
+
+def test_no_stage_makes_the_folder_while_another_removes_the_last_one(tmp_path):
+    on_ranks(crowd_in, tmp_path / "kept.ckpt", world_size=3)
+
+
+def write_alone(tensors, outline, path, together=lambda collective, what: collective()):
+    write_shards(tensors, outline, path, together, barrier=lambda: None)
+
+
 def test_the_old_checkpoint_survives_when_a_stage_stops_while_saving(tmp_path):
     def stops(collective, what):
         raise RuntimeError("a stage has stopped")
 
     path = tmp_path / "kept.ckpt"
-    write = partial(write_shards, {"w": torch.ones(3)}, path=path, outline={"state_dict": {}})
-    write(together=lambda collective, what: collective())
+    write = partial(write_alone, {"w": torch.ones(3)}, path=path, outline={"state_dict": {}})
+    write()
     before = {f.name: f.read_bytes() for f in path.iterdir()}
     with pytest.raises(RuntimeError, match="has stopped"):
         write(together=stops)
@@ -181,7 +214,7 @@ def test_texts_that_look_like_names_of_tensors_stay_texts(tmp_path):
         "state_dict": {"w": torch.ones(3)},
     }
     outline, tensors = split_off(saved, 1)
-    write_shards(tensors, outline, tmp_path / "x.ckpt", lambda collective, what: collective())
+    write_alone(tensors, outline, tmp_path / "x.ckpt")
     assert_same_leaves(consolidate(tmp_path / "x.ckpt"), saved)
 
 
@@ -194,7 +227,7 @@ def test_what_a_module_renames_when_it_saves_is_kept():
 def test_a_link_to_another_checkpoint_gives_way(tmp_path):
     """As ModelCheckpoint(save_last="link") leaves it."""
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
-    write = partial(write_shards, {"w": torch.ones(3)}, together=lambda collective, what: collective())
+    write = partial(write_alone, {"w": torch.ones(3)})
     write(path=best, outline={"of": "best"})
     last.symlink_to(best.name)
     for name in ("once", "again"):
