@@ -196,12 +196,15 @@ def _runs(source: DictConfig, axes: Mapping[str, Mapping[str, Any]]) -> Iterator
     seeds = check_seeds(_plain(source.get("seeds", [0])))
     skipped = _selections(source, "skip", axes)
     only = _selections(source, "only", axes)
+    here = OmegaConf.create(_plain(source))  # once: OmegaConf parses every ${...} when it is put in
     for names in product(*axes.values()):
         cell = dict(zip(axes, names, strict=True))
         if any(_matches(cell, each) for each in skipped) or not all(_matches(cell, each) for each in only):
             continue
         for seed in seeds:
-            yield Run(cell, seed, _configuration(source, axes, cell, seed))
+            values = {axis: axes[axis][name] for axis, name in cell.items()}
+            here["run"] = {**values, "seed": seed, "name": run_name(cell, seed)}
+            yield Run(cell, seed, _configuration(here, seed))
 
 
 def _selections(
@@ -226,12 +229,8 @@ def _matches(cell: Cell, selection: Mapping[str, Sequence[str]]) -> bool:
     return all(cell[axis] in names for axis, names in selection.items())
 
 
-def _configuration(
-    source: DictConfig, axes: Mapping[str, Mapping[str, Any]], cell: Cell, seed: int
-) -> dict[str, Any]:
-    """What one run trains or calls, with every `${...}` resolved."""
-    values = {axis: axes[axis][name] for axis, name in cell.items()}
-    here = OmegaConf.create({**_plain(source), "run": {**values, "seed": seed, "name": run_name(cell, seed)}})
+def _configuration(here: DictConfig, seed: int) -> dict[str, Any]:
+    """What one run trains or calls, with every `${...}` resolved; `here` is the study with its `run`."""
     key = "fit" if "fit" in here else "call"
     try:
         parts = {name: here[name] for name in ("fit", "call", "arguments") if name in here}
@@ -240,7 +239,7 @@ def _configuration(
             for name, part in parts.items()
         }
     except OmegaConfBaseException as error:
-        known = ", ".join(f"${{run.{axis}}}" for axis in (*axes, "seed", "name"))
+        known = ", ".join(f"${{run.{name}}}" for name in here.run)
         raise StudyError(
             f"Expected every ${{...}} in `{error.full_key or key}` to name a key of the study, but: "
             f"{str(error.msg or error).splitlines()[0]}. Name a key that is there; of the run these are "
