@@ -242,6 +242,28 @@ ESTIMATORS = [
     *head_rows("cascade", cascade, True, hidden=False),
     Row("cascade-hidden", partial(cascade, hidden_sizes=(8,)), context="labels"),
     *(
+        Row(
+            f"padded-{name}-tokens",
+            partial(make, ignore_index=1),
+            "sequence",
+            "token labels",
+            learns_from_network=hears,
+        )
+        for name, make, hears in (
+            ("local_loss", local_loss, False),
+            ("probe", partial(ProbeEstimator, num_classes=CLASSES), False),
+            ("critic", partial(critic, label_share=0.4), True),
+            ("sobolev", partial(sobolev, label_share=0.4), True),
+            ("cascade", cascade, True),
+        )
+    ),
+    Row(
+        "padded-similarity",
+        partial(local_loss, similarity=0.7, ignore_index=1),
+        context="labels",
+        **SIMILAR,
+    ),
+    *(
         Row(f"similarity-{kind}", partial(local_loss, similarity=0.7), kind, "labels", **SIMILAR)
         for kind in ("vector", "sequence", "map")
     ),

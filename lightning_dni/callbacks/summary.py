@@ -73,7 +73,7 @@ def advise(figures: Mapping[str, float | None]) -> str:
         return "worse than no gradient, against the target: see docs/choosing.md" if worse else ""
     cosine, bootstrap = figures["dni_true_gradient_cosine"] or 0.0, figures["dni_bootstrap_error"] or 0.0
     if error < 0.9:
-        return ""
+        return _of_small_error(error, figures)
     if ratio == 0:
         return "no gradient: nothing below learns"
     if not ratio <= 1.5:  # also where it is no number
@@ -85,6 +85,12 @@ def advise(figures: Mapping[str, float | None]) -> str:
     if cosine <= 0.1:
         return "another direction: let the estimator see labels (num_classes=), or cut higher up"
     return "a larger estimator, estimator_steps=2, or a lower rate for the network"
+
+
+def _of_small_error(error: float, figures: Mapping[str, float | None]) -> str:
+    if (figures[WEIGHT_ERROR] or 0.0) < 1 or error == 0:  # an exact gradient is merely late
+        return ""
+    return "errors of rows add up in the weights: a critic, hidden layers, or bp_lambda > 0"
 
 
 def _advice(figures: Mapping[str, float | None], bp_lambda: float, learns: bool) -> str:
@@ -100,7 +106,7 @@ def _lambdas(engine: Observable) -> dict[str, float]:
 
 
 _ByName = Mapping[str, object]
-_READ = (*FIGURES.values(), "dni_bootstrap_error")
+_READ = (*FIGURES.values(), "dni_bootstrap_error", WEIGHT_ERROR)
 
 
 def _mean(values: Sequence[float]) -> float | None:

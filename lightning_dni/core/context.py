@@ -171,12 +171,22 @@ def _check_labels(
             f"{tuple(labels.shape)}. For a continuous context build it with `context_size`."
         )
     if check_values and ignore_index is not None:
-        labels = labels[labels != ignore_index]
+        labels = labels[~is_padding(labels, ignore_index)]
     if check_values and labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
             raise EstimatorError(
                 f"Expected labels in [0, {num_classes}) for {who}, but got values from {low} to "
                 f"{high}. Correct `num_classes` or pass `labels=` a callable that maps them; for a label of "
-                "padding LinearEstimator, MLPEstimator and LowRankEstimator take `ignore_index`."
+                "padding linear, MLP and low-rank estimators, critics and local losses take `ignore_index`."
             )
+
+
+def is_padding(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which of the labels are `ignore_index`, in int64: as a byte -100 would be class 156.
+
+    >>> import torch
+    >>> is_padding(torch.tensor([156, 255], dtype=torch.uint8), ignore_index=-100)
+    tensor([False, False])
+    """
+    return labels.long() == ignore_index

@@ -18,7 +18,7 @@ from lightning_dni.core.estimator import (
     who,
 )
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.head import ClassHead, check_scores
+from lightning_dni.estimators.head import ClassHead, check_scores, cross_entropy
 
 
 @final
@@ -35,6 +35,7 @@ class CriticCascade(GradientEstimator):
         num_classes: Number of classes; the network's output must be scores `[batch, num_classes]`, or
             `[batch, positions, num_classes]` where labels are per position.
         hidden_sizes: Widths of the head's hidden layers.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activation, the labels or a size does not fit.
@@ -48,10 +49,16 @@ class CriticCascade(GradientEstimator):
         loss="absolute difference of CE(s, y)",
     )
 
-    def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        spec: BoundarySpec,
+        num_classes: int,
+        hidden_sizes: Sequence[int] = (),
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.head = ClassHead(spec, num_classes, hidden_sizes)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.head = ClassHead(spec, num_classes, hidden_sizes, ignore_index)
         self._boundary = spec.name
 
     def synthesize(
@@ -69,7 +76,7 @@ class CriticCascade(GradientEstimator):
             EstimatorError: The estimator above predicts no loss, or the output is no class scores.
         """
         assert record.context is not None
-        predicted = _losses(self.head.scores_in(record), record.context)
+        predicted = self._losses(self.head.scores_in(record), record.context)
         target = self._loss_above(record.state, record.context, feedback)
         if target is None or target.shape != predicted.shape:
             got = "nothing" if target is None else f"a tensor of shape {tuple(target.shape)}"
@@ -82,15 +89,13 @@ class CriticCascade(GradientEstimator):
     def value(self, record: Record) -> Tensor | None:
         """The loss that it predicts, for each label."""
         assert record.context is not None
-        return _losses(record.state, record.context)
+        return self._losses(record.state, record.context)
 
     def _loss_above(self, scores: Tensor, labels: Tensor, feedback: Feedback) -> Tensor | None:
         if feedback.above is not None or feedback.output is None:
             return feedback.above
         check_scores(feedback.output, scores, who(self, self._boundary))
-        return _losses(feedback.output.to(scores.dtype), labels)
+        return self._losses(feedback.output.to(scores.dtype), labels)
 
-
-def _losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, or of each position."""
-    return F.cross_entropy(scores.flatten(0, -2), labels.flatten().long(), reduction="none")
+    def _losses(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(scores, labels, self.ignore_index, "none")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.context import is_padding
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators.layers import check_sizes
 
@@ -78,7 +79,7 @@ class Conditioning(nn.Module):
             added = F.linear(context.to(h.dtype), self.weight.t(), bias)
         else:
             check_aligned(context.shape, h.shape[:-1], self._boundary)
-            labels = self._to_look_up(context)
+            labels = to_look_up(context, self._ignore_index)
             added = F.embedding(labels, self.weight if bias is None else self.weight + bias)
         while added.ndim < h.ndim:
             added = added.unsqueeze(-2)
@@ -96,13 +97,15 @@ class Conditioning(nn.Module):
         if self._continuous:
             return [(self.weight, (context.flatten(0, -2).to(d.dtype).t() @ d).mul_(scale))]
         # as embedding's own backward: the same numbers on every device, where an index_add has none
-        labels, classes = self._to_look_up(context).flatten(), self.weight.shape[0]
+        labels, classes = to_look_up(context, self._ignore_index).flatten(), self.weight.shape[0]
         found = torch.ops.aten.embedding_dense_backward(d, labels, classes, -1, False)
         return [(self.weight, found.mul_(scale))]
 
-    def _to_look_up(self, labels: Tensor) -> Tensor:
-        labels = labels.long()
-        return labels if self._ignore_index is None else labels.masked_fill(labels == self._ignore_index, 0)
+
+def to_look_up(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """The labels as indices, class 0 in place of padding; what is made of that is for the caller to drop."""
+    labels = labels.long()
+    return labels if ignore_index is None else labels.masked_fill(is_padding(labels, ignore_index), 0)
 
 
 def mask_padding(x: Tensor, context: Tensor | None, ignore_index: int | None) -> Tensor:
@@ -114,7 +117,7 @@ def mask_padding(x: Tensor, context: Tensor | None, ignore_index: int | None) ->
     """
     if context is None or ignore_index is None:
         return x
-    padding = context == ignore_index
+    padding = is_padding(context, ignore_index)
     return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - padding.ndim)), 0.0)
 
 

@@ -34,6 +34,7 @@ class CriticEstimator(GradientEstimator):
         hidden_sizes: Widths of the head's hidden layers.
         label_share: Share of the labels in the values, from 0 to 1, beside the network's probabilities. An
             untrained network says nothing of the labels, and through many boundaries it is long untrained.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activation, the labels, a size or the share does not fit.
@@ -54,11 +55,12 @@ class CriticEstimator(GradientEstimator):
         num_classes: int,
         hidden_sizes: Sequence[int] = (),
         label_share: float = 0.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         check_share("label_share", label_share)
-        self.num_classes, self.label_share = num_classes, label_share
-        self.head = ClassHead(spec, num_classes, hidden_sizes)
+        self.num_classes, self.label_share, self.ignore_index = num_classes, label_share, ignore_index
+        self.head = ClassHead(spec, num_classes, hidden_sizes, ignore_index)
         self._boundary = spec.name
 
     def synthesize(
@@ -78,5 +80,6 @@ class CriticEstimator(GradientEstimator):
         output, scores = feedback.output, record.state
         assert output is not None
         check_scores(output, scores, who(self, self._boundary))
-        followed = share_labels(output.to(scores.dtype), record.context, self.label_share)
+        output = output.to(scores.dtype)
+        followed = share_labels(output, record.context, self.label_share, self.ignore_index)
         return self.head.loss(record, followed)

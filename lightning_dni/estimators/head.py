@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.context import is_padding
 from lightning_dni.core.estimator import Record, rows_of
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.conditioning import check_aligned
+from lightning_dni.estimators.conditioning import check_aligned, to_look_up
 from lightning_dni.estimators.layers import Stack, check_sizes
 
+_NO_LABEL = torch.iinfo(torch.int64).min
 _MAX_GRID = 4
 """Feature maps are averaged to at most this many cells a side, so that the head stays small."""
 
@@ -27,12 +29,19 @@ class ClassHead(nn.Module):
         spec: The boundary's spec.
         num_classes: Number of classes, at least two.
         hidden_sizes: Widths of hidden layers (linear, ReLU).
+        ignore_index: The label of padding: its cross-entropy is exactly zero, as is every derivative of it.
 
     Raises:
         EstimatorError: The activation has another form, or a size is out of range.
     """
 
-    def __init__(self, spec: BoundarySpec, num_classes: int, hidden_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        spec: BoundarySpec,
+        num_classes: int,
+        hidden_sizes: Sequence[int],
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
         check_sizes("num_classes", [num_classes], at_least=2)
         check_sizes("hidden_sizes", hidden_sizes)
@@ -42,7 +51,7 @@ class ClassHead(nn.Module):
                 f"Expected vectors, sequences or two-dimensional feature maps at boundary {spec.name!r}, "
                 f"but got rows of shape {shape}. Choose another estimator or boundary."
             )
-        self._boundary = spec.name
+        self._boundary, self._ignore_index = spec.name, ignore_index
         self._grid = (min(shape[1], _MAX_GRID), min(shape[2], _MAX_GRID)) if len(shape) == 3 else None
         width = shape[0] * self._grid[0] * self._grid[1] if self._grid else shape[-1]
         self.stack = Stack(nn.Linear, [width, *hidden_sizes, num_classes])
@@ -71,7 +80,7 @@ class ClassHead(nn.Module):
         with torch.enable_grad():
             h = h.detach().requires_grad_()
             scores = self(h, per_position=labels.ndim > 1)
-            loss = summed_cross_entropy(scores, labels)
+            loss = summed_cross_entropy(scores, labels, self._ignore_index)
             (derivative,) = torch.autograd.grad(loss, h, retain_graph=keeps, create_graph=keeps and twice)
         return derivative, scores if keeps else scores.detach()
 
@@ -82,7 +91,7 @@ class ClassHead(nn.Module):
             record: Its state is the scores that `gradient` gave; made again where their graph was not kept.
             target: Labels, or probabilities of the classes.
         """
-        return summed_cross_entropy(self.scores_in(record), target) / rows_of(record.h)
+        return summed_cross_entropy(self.scores_in(record), target, self._ignore_index) / rows_of(record.h)
 
     def scores_in(self, record: Record) -> Tensor:
         """The scores that `gradient` gave, made again where their graph was not kept."""
@@ -90,16 +99,31 @@ class ClassHead(nn.Module):
         return scores if scores.requires_grad else self(record.h[0], per_position=scores.ndim == 3)
 
 
-def summed_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+def summed_cross_entropy(scores: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """Cross-entropy summed over rows and positions.
 
     Args:
         scores: `[..., classes]`.
-        target: Labels `[...]`, or probabilities `[..., classes]`.
+        target: Labels `[...]`, or probabilities `[..., classes]`, which are zero at padding.
+        ignore_index: The label of padding, which counts nothing.
     """
-    flat = scores.flatten(0, -2)
-    flat_target = target.flatten(0, -2) if target.is_floating_point() else target.flatten().long()
-    return F.cross_entropy(flat, flat_target, reduction="sum")
+    if not target.is_floating_point():
+        return cross_entropy(scores, target, ignore_index, "sum")
+    return F.cross_entropy(scores.flatten(0, -2), target.flatten(0, -2), reduction="sum")
+
+
+def cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int | None, reduction: str) -> Tensor:
+    """Cross-entropy of all labels, of any type of integer, zero for those of padding.
+
+    Args:
+        scores: `[..., classes]`.
+        labels: `[...]`.
+        ignore_index: The label of padding. Without one -100 is none either, as it is by torch's default.
+        reduction: "sum", or "none" for one number for each label, laid flat.
+    """
+    ignored = _NO_LABEL if ignore_index is None else ignore_index
+    flat = labels.flatten().long()
+    return F.cross_entropy(scores.flatten(0, -2), flat, ignore_index=ignored, reduction=reduction)
 
 
 def check_share(argument: str, share: float) -> None:
@@ -112,22 +136,30 @@ def check_share(argument: str, share: float) -> None:
         raise EstimatorError(f"Expected `{argument}` to be from 0 to 1, but got {share!r}.")
 
 
-def share_labels(scores: Tensor, labels: Tensor | None, share: float) -> Tensor:
+def share_labels(
+    scores: Tensor, labels: Tensor | None, share: float, ignore_index: int | None = None
+) -> Tensor:
     """Probabilities `[..., classes]` of the scores, of which the labels `[...]` are given a share.
 
-    It is one tensor of the width of a vocabulary, and no one-hot beside it.
+    It is one tensor of the width of a vocabulary, and no one-hot beside it. It is zero where the label is
+    `ignore_index`: cross-entropy on that is zero, and so is its derivative.
 
     >>> import torch
-    >>> share_labels(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), share=0.5)
-    tensor([[0.2500, 0.7500]])
+    >>> share_labels(torch.zeros(2, 2), torch.tensor([1, -100]), share=0.5, ignore_index=-100)
+    tensor([[0.2500, 0.7500],
+            [0.0000, 0.0000]])
     """
     probabilities = torch.softmax(scores, dim=-1)
-    if not share or labels is None:
+    if labels is None:
         return probabilities
-    place = labels.long().unsqueeze(-1)
-    zero, one = probabilities.new_zeros(()), probabilities.new_ones(())
-    at_labels = probabilities.gather(-1, place).lerp_(one, share)
-    return probabilities.lerp_(zero, share).scatter_(-1, place, at_labels)
+    if share:
+        place = to_look_up(labels, ignore_index).unsqueeze(-1)
+        zero, one = probabilities.new_zeros(()), probabilities.new_ones(())
+        at_labels = probabilities.gather(-1, place).lerp_(one, share)
+        probabilities = probabilities.lerp_(zero, share).scatter_(-1, place, at_labels)
+    if ignore_index is None:
+        return probabilities
+    return probabilities.masked_fill_(is_padding(labels, ignore_index).unsqueeze(-1), 0.0)
 
 
 def check_scores(output: Tensor, scores: Tensor, who: str) -> None:

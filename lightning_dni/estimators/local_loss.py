@@ -28,6 +28,7 @@ class LocalLossEstimator(GradientEstimator):
         num_classes: Number of classes; labels `[batch]`, or `[batch, positions]`.
         hidden_sizes: Widths of the head's hidden layers.
         similarity: Weight of similarity matching, from 0 to 1; above 0 labels are `[batch]`.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activation, the labels, a size or the weight does not fit.
@@ -46,12 +47,13 @@ class LocalLossEstimator(GradientEstimator):
         num_classes: int,
         hidden_sizes: Sequence[int] = (),
         similarity: float = 0.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         check_share("similarity", similarity)
-        self.num_classes, self.similarity = num_classes, similarity
-        self.head = ClassHead(spec, num_classes, hidden_sizes)
-        self.matching = SimilarityMatching(spec, num_classes) if similarity else None
+        self.num_classes, self.similarity, self.ignore_index = num_classes, similarity, ignore_index
+        self.head = ClassHead(spec, num_classes, hidden_sizes, ignore_index)
+        self.matching = SimilarityMatching(spec, num_classes, ignore_index) if similarity else None
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any

@@ -19,6 +19,7 @@ class ProbeEstimator(GradientEstimator):
         spec: The boundary's spec; vectors, sequences or two-dimensional feature maps, as ClassHead
             takes them.
         num_classes: Number of classes; labels `[batch]`, or `[batch, positions]`.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activation, the labels or a size does not fit.
@@ -26,10 +27,10 @@ class ProbeEstimator(GradientEstimator):
 
     facts = Facts(gradient="dl/dh", synthesis="hA + C", target="label y", loss="cross-entropy")
 
-    def __init__(self, spec: BoundarySpec, num_classes: int) -> None:
+    def __init__(self, spec: BoundarySpec, num_classes: int, ignore_index: int | None = None) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.head = ClassHead(spec, num_classes, ())
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.head = ClassHead(spec, num_classes, (), ignore_index)
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
+from lightning_dni.core.context import is_padding
 from lightning_dni.estimators.conditioning import check_aligned
 
 
@@ -18,11 +19,13 @@ class SimilarityMatching(nn.Module):
     Args:
         spec: The boundary's spec; vectors, sequences or two-dimensional feature maps.
         num_classes: Number of classes; one label for each row.
+        ignore_index: The label of padding: such a row is in no pair.
     """
 
-    def __init__(self, spec: BoundarySpec, num_classes: int) -> None:
+    def __init__(self, spec: BoundarySpec, num_classes: int, ignore_index: int | None = None) -> None:
         super().__init__()
         self._boundary, self._different = spec.name, -1.0 / (num_classes - 1)
+        self._ignore_index = ignore_index
         width = spec.shape[0] if len(spec.shape) == 3 else spec.shape[-1]
         self.map: nn.Module = (
             nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -31,7 +34,7 @@ class SimilarityMatching(nn.Module):
         )
 
     def forward(self, h: Tensor, labels: Tensor) -> Tensor:
-        """Mean over all pairs of rows.
+        """Mean over all pairs of rows; with padding a row's mean over its pairs, averaged over all rows.
 
         Raises:
             EstimatorError: There is not one label for each row.
@@ -41,7 +44,12 @@ class SimilarityMatching(nn.Module):
         x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)
         same = labels.unsqueeze(0) == labels.unsqueeze(1)
         wanted = same.to(x.dtype) * (1.0 - self._different) + self._different
-        return F.mse_loss(x @ x.t(), wanted)
+        if self._ignore_index is None:
+            return F.mse_loss(x @ x.t(), wanted)
+        padding = is_padding(labels, self._ignore_index)
+        unpaired = padding.unsqueeze(0) | padding.unsqueeze(1)
+        squares = (x @ x.t() - wanted).masked_fill(unpaired, 0.0).square()
+        return squares.sum() / ((~padding).sum().clamp(min=1) * len(h))
 
     def gradient(self, h: Tensor, labels: Tensor) -> Tensor:
         """The derivative with respect to `h` of the loss times the number of rows."""

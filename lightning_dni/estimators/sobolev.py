@@ -45,6 +45,7 @@ class SobolevEstimator(GradientEstimator):
         derivative_weight: Weight of the SG loss beside the loss of the values.
         label_share: Share of the labels in the values, from 0 to 1, beside the network's probabilities. An
             untrained network says nothing of the labels, and through many boundaries it is long untrained.
+        ignore_index: The label of padding: there the synthetic gradient is zero, and nothing is learnt.
 
     Raises:
         EstimatorError: The activation, the labels, a size or the weight does not fit.
@@ -65,6 +66,7 @@ class SobolevEstimator(GradientEstimator):
         hidden_sizes: Sequence[int] = (),
         derivative_weight: float = 1.0,
         label_share: float = 0.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= derivative_weight < float("inf"):
@@ -72,9 +74,9 @@ class SobolevEstimator(GradientEstimator):
                 f"Expected `derivative_weight` to be a number of at least 0, but got {derivative_weight!r}."
             )
         check_share("label_share", label_share)
-        self.num_classes = num_classes
+        self.num_classes, self.ignore_index = num_classes, ignore_index
         self.derivative_weight, self.label_share = derivative_weight, label_share
-        self.head = ClassHead(spec, num_classes, hidden_sizes)
+        self.head = ClassHead(spec, num_classes, hidden_sizes, ignore_index)
         self._boundary = spec.name
 
     def synthesize(
@@ -98,6 +100,7 @@ class SobolevEstimator(GradientEstimator):
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        followed = share_labels(output.to(scores.dtype), record.context, self.label_share)
+        output = output.to(scores.dtype)
+        followed = share_labels(output, record.context, self.label_share, self.ignore_index)
         values = summed_cross_entropy(scores, followed) / rows_of(record.h)
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)

@@ -4,17 +4,21 @@ import ast
 import inspect
 import math
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from callbacks.test_monitor import monitored
 from fits import BOUNDARIES, dni
 
+from lightning_dni import DNIStrategy
 from lightning_dni.callbacks import GradientMonitor
 from lightning_dni.callbacks.engine import key_of
-from lightning_dni.callbacks.summary import advise
-from lightning_dni.estimators import LocalLossEstimator, ZeroEstimator
+from lightning_dni.callbacks.summary import _of_small_error, advise
+from lightning_dni.demos import DigitsDataModule, MLPClassifier
+from lightning_dni.estimators import CriticEstimator, LinearEstimator, LocalLossEstimator, ZeroEstimator
 
 GOOD = {
     "dni_true_gradient_cosine": 0.8,
@@ -22,6 +26,7 @@ GOOD = {
     "dni_norm_ratio": 0.9,
     "dni_target_error": 0.6,
     "dni_bootstrap_error": 0.0,
+    "dni_weight_error": 0.7,
 }
 
 
@@ -62,6 +67,30 @@ def test_zero_is_told_what_it_does_and_a_local_loss_is_not_blamed(capsys):
     assert (local, silent) == ("LocalLoss", "")
 
 
+@pytest.mark.parametrize("estimator", [LinearEstimator, CriticEstimator])
+def test_errors_that_add_up_in_the_weights_are_told_of(capsys, estimator):
+    """Of digits, in a net without batch norm: not those of the critic that the line names."""
+    torch.manual_seed(0)
+    module = MLPClassifier(hidden_size=64, num_hidden=1, batch_norm=False, learning_rate=3e-3)
+    strategy = DNIStrategy(
+        boundaries=["net.hidden_0"],
+        estimator=partial(estimator, num_classes=10),
+        estimator_optimizer=partial(torch.optim.Adam, lr=3e-3),
+    )
+    digits = DigitsDataModule()
+    digits.setup("fit")
+    rows, _, _ = monitored(10, module, strategy, train=digits.train_dataloader(), max_epochs=15)
+    last = sorted(step for step in rows if "dni_weight_error/net_hidden_0" in rows[step])[-10:]
+    of_weights, of_rows = (
+        sum(rows[step][f"{key}/net_hidden_0"] for step in last) / 10
+        for key in ("dni_weight_error", "dni_sg_error")
+    )
+    assert of_rows < 0.9
+    ((*_, line),) = printed(capsys)
+    assert bool(line) == (of_weights >= 1) == (estimator is LinearEstimator)
+    assert line.startswith("errors of rows add up in the weights: a critic, " if line else "")
+
+
 def test_exact_gradients_need_no_advice(capsys):
     monitored(2, strategy=dni(bp_lambda=1.0))
     assert [row[-2:] for row in printed(capsys)] == [("5 of 5", "")] * 2
@@ -89,6 +118,9 @@ def test_nothing_is_printed_where_nothing_is_asked_or_measured(capsys, options):
         ({"dni_sg_error": 0.95, "dni_norm_ratio": 0.1}, "too small"),
         ({"dni_sg_error": 1.1, "dni_true_gradient_cosine": -0.1}, "another direction"),
         ({"dni_sg_error": 0.95, "dni_true_gradient_cosine": 0.4}, "a larger estimator"),
+        ({"dni_weight_error": 1.2}, "errors of rows add up"),
+        ({"dni_weight_error": None}, ""),
+        ({"dni_weight_error": 1.2, "dni_sg_error": 0.0}, ""),
         ({"dni_sg_error": None, "dni_target_error": 1.2}, "worse than no gradient"),
         ({"dni_sg_error": None, "dni_target_error": 0.7}, ""),
         (dict.fromkeys(GOOD, float("nan")), "too large: a lower rate"),
@@ -113,6 +145,14 @@ THRESHOLDS = [
     ("its target is wrong itself", r"off by ([\d.]+) or more", "dni_bootstrap_error", True, True, {}),
     ("another direction", r"at most ([\d.]+)", "dni_true_gradient_cosine", False, True, {}),
     (
+        "errors of rows add up in the weights",
+        r"of ([\d.]+) or more, though",
+        "dni_weight_error",
+        True,
+        True,
+        {"dni_sg_error": 0.5},
+    ),
+    (
         "worse than no gradient, against the target",
         r"is ([\d.]+) or",
         "dni_target_error",
@@ -124,13 +164,16 @@ THRESHOLDS = [
 
 
 def test_the_guide_has_every_line_that_is_printed_and_no_other():
-    values = [0.0, 0.05, 0.2, 0.5, 1.0, 2.0]
+    values = [0.0, 0.05, 0.2, 1.0, 2.0]
     measured = (dict(zip(GOOD, each, strict=True)) for each in product(values, repeat=len(GOOD)))
     probed = {advise(figures) for figures in measured}
     said = probed | {advise({**GOOD, **NO_PROBE, "dni_target_error": value}) for value in values}
     assert {line for line, _ in ROWS} == said - {""}
     returned = [
-        node.value for node in ast.walk(ast.parse(inspect.getsource(advise))) if isinstance(node, ast.Return)
+        node.value
+        for function in (advise, _of_small_error)
+        for node in ast.walk(ast.parse(inspect.getsource(function)))
+        if isinstance(node, ast.Return)
     ]
     written = {node.value for value in returned for node in ast.walk(value) if isinstance(node, ast.Constant)}
     assert said == written

@@ -97,6 +97,24 @@ def test_scores_carry_a_graph_only_where_one_is_recorded(recorded):
     assert all(p.grad is not None for p in head.parameters())
 
 
+def test_nothing_is_padding_that_nobody_has_called_so():
+    """torch's own cross-entropy would ignore it."""
+    with pytest.raises(IndexError, match="-100 is out of bounds"):
+        stirred_head((5,)).gradient(torch.randn(2, 5), torch.tensor([0, -100]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_probabilities_are_zero_at_padding(share):
+    """In one tensor of class width still."""
+    scores, labels = torch.randn(4, 6, 5000), torch.randint(5000, (4, 6))
+    expected = share_labels(scores, labels, share)
+    labels[:, 4:], expected[:, 4:] = 7000, 0.0
+    with Making() as making:
+        found = share_labels(scores, labels, share, ignore_index=7000)
+    assert [n for n in making.elements if n >= 5000] == [scores.numel()]
+    assert torch.equal(found, expected)
+
+
 def test_leaves_no_gradient_behind():
     head, h = stirred_head((5,), (4,)), torch.randn(6, 5, requires_grad=True)
     head.gradient(h, torch.zeros(6, dtype=torch.long))

@@ -335,6 +335,8 @@ def test_head_gives_the_derivative_of_its_summed_loss(row):
     estimator, eps = row.stirred(dtype=torch.float64), 1e-6
     (gradient,) = synthesize(estimator, h, context)
     labels_only = nn.functional.one_hot(context, CLASSES).double()
+    if estimator.ignore_index is not None:
+        labels_only[context == estimator.ignore_index] = 0.0
 
     def summed(h):
         scores = estimator.head(h, per_position=context.ndim > 1)

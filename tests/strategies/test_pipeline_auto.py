@@ -4,13 +4,14 @@ import logging
 
 import pytest
 import torch
-from fits import LINEAR, Net, dataset, different, loader, net, weights
+from fits import LINEAR, Net, dataset, different, fit, loader, net, weights
 from lightning_utilities.core import rank_zero
 from processes import ReplicaError
-from strategies.staged_fits import fit_staged, on_stages, staged
+from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lightning_dni import DNIDDPStrategy, DNIPipelineStrategy, DNIStrategy
+from lightning_dni.estimators import FeedbackAlignmentEstimator
 from lightning_dni.strategies._compat import MisconfigurationException
 from lightning_dni.strategies.sampling import one_batch
 
@@ -44,10 +45,15 @@ def fit_one(rank, stages, options, fit):
 
 
 DNI = {"estimator": LINEAR}
+ALIGNED = {"estimator": FeedbackAlignmentEstimator, "staleness": 0}
 EXACT = {"schedule": "1f1b", "microbatches": 2}
 
 
-@pytest.mark.parametrize(("stages", "options"), [(2, DNI), (3, DNI), (2, EXACT)], ids=["2", "3", "1f1b"])
+@pytest.mark.parametrize(
+    ("stages", "options"),
+    [(2, DNI), (3, DNI), (2, EXACT), (3, ALIGNED)],
+    ids=["2", "3", "1f1b", "feedback alignment"],
+)
 def test_a_fit_with_chosen_boundaries_is_the_fit_in_which_they_are_named(stages, options):
     found = on_stages(fit_one, stages, {"boundaries": "auto", **options}, {}, stages=stages, seconds=120)
     boundaries = found[0]["boundaries"]
@@ -93,6 +99,32 @@ def test_a_fit_that_goes_on_has_the_boundaries_of_the_checkpoint(tmp_path):
     assert told[0] == "boundaries='auto' has taken those of the checkpoint: ['net.0.0']."
     assert fresh == same
     assert f"has chosen {list(fresh)}" in told[1]
+
+
+def align(rank, path):
+    """With shards, and resumed under another seed, of which other matrices would come."""
+    whole = net(dropout=0.2)
+    first = fit_staged(3, net(dropout=0.2), strategy=auto(**ALIGNED, save_sharded=True), max_epochs=1)
+    first.save_checkpoint(path)
+    fit_staged(3, whole, strategy=auto(**ALIGNED), max_epochs=2)
+    strategy, resumed = auto(**ALIGNED), net(seed=5, dropout=0.2)
+    trainer = staged_trainer(3, strategy, max_epochs=2)
+    torch.manual_seed(9)
+    trainer.fit(resumed, loader(), ckpt_path=path)
+    found = strategy.engine.describe()["feedback_alignment"]
+    return weights(whole), weights(resumed), list(strategy.engine.plan.boundaries), found
+
+
+def test_feedback_alignment_with_chosen_boundaries_is_one_process_and_goes_on(tmp_path):
+    found = on_stages(align, str(tmp_path / "x.ckpt"), stages=3, seconds=120)
+    module, boundaries = net(dropout=0.2), found[0][2]
+    one = DNIStrategy(boundaries=boundaries, estimator=FeedbackAlignmentEstimator, rng="stage")
+    fit(module, one, max_epochs=2)
+    for whole, resumed, chosen, _ in found:
+        assert chosen == boundaries
+        assert different(whole, weights(module)) == []
+        assert different(resumed, whole) == []
+    assert found[0][3] == one.engine.describe()["feedback_alignment"]
 
 
 # ---- what cannot be done

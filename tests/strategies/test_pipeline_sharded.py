@@ -13,12 +13,13 @@ from fits import different, dni, fit, loader, weights
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from processes import on_ranks
 from strategies.pipelined import in_turn, once
-from strategies.restarts import CRITIC, Start, annealed, keep_all, run, said
+from strategies.restarts import ALIGNED, CRITIC, Start, annealed, keep_all, run, said
 from strategies.resuming import Shuffled, assert_same_state, state_of
 from strategies.test_pipeline_checkpoints import assert_same_leaves
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_dni import DNIPipelineStrategy
+from lightning_dni.estimators import FeedbackAlignmentEstimator
 from lightning_dni.strategies import consolidate
 from lightning_dni.strategies._compat import MisconfigurationException
 from lightning_dni.strategies.sharding import join_outlines, split_off, write_shards
@@ -33,17 +34,19 @@ def folder():
     return Path(mkdtemp())
 
 
-def save_and_go_on(rank):
-    """The run with ordinary checkpoints, with shards, and on from shards in mid-epoch and later."""
+def save_and_go_on(rank, options=CRITIC, name=""):
+    """The run with ordinary checkpoints, with shards, and on from shards in mid-epoch and later.
+
+    Under another seed, of which other matrices of feedback alignment would come.
+    """
+    shards, of = {**options, "save_sharded": True}, partial(keep_all, folder())
     keep = {"enable_checkpointing": True}
-    whole = state_of(run(annealed(), CRITIC, callbacks=[keep_all(folder(), "whole-")], **keep))
-    sharded = run(annealed(), SHARDED, callbacks=[keep_all(folder(), "shards-")], **keep)
+    whole = state_of(run(annealed(), options, callbacks=[of(f"{name}whole-")], **keep))
+    sharded = run(annealed(), shards, callbacks=[of(f"{name}shards-")], **keep)
     held = {"alone": weights(sharded.lightning_module)}
-    resumed = [
-        state_of(run(annealed(seed=5), SHARDED, ckpt_path=folder() / f"shards-step={step}.ckpt"))
-        for step in (5, 10)
-    ]
-    unsharded = state_of(run(annealed(seed=5), CRITIC, ckpt_path=folder() / "shards-step=5.ckpt"))
+    paths = [folder() / f"{name}shards-step={step}.ckpt" for step in (5, 10)]
+    resumed = [state_of(run(annealed(seed=5), shards, ckpt_path=path, seed=9)) for path in paths]
+    unsharded = state_of(run(annealed(seed=5), options, ckpt_path=paths[0], seed=9))
     if rank == 0:  # the others have their own part only
         for state in (state_of(sharded), *resumed):
             assert_same_state(state, whole)
@@ -73,7 +76,8 @@ def save_outside_of_a_fit(rank):
 @once
 def three():
     folder()
-    return in_turn(STAGES, {"on": save_and_go_on, "outside": save_outside_of_a_fit})
+    aligned = partial(save_and_go_on, options=ALIGNED, name="aligned-")
+    return in_turn(STAGES, {"on": save_and_go_on, "outside": save_outside_of_a_fit, "aligned": aligned})
 
 
 def test_a_run_with_shards_and_runs_resumed_from_them_are_the_ordinary_run():
@@ -99,10 +103,11 @@ def test_every_stage_writes_its_own_tensors_into_one_file():
 
 
 @pytest.mark.parametrize("step", [5, 10, 20])
-def test_consolidated_shards_are_the_ordinary_checkpoint(step):
+@pytest.mark.parametrize("name", ["", "aligned-"], ids=["critic", "feedback alignment"])
+def test_consolidated_shards_are_the_ordinary_checkpoint(name, step):
     three()
-    ours = consolidate(folder() / f"shards-step={step}.ckpt", weights_only=True)
-    whole = torch.load(folder() / f"whole-step={step}.ckpt", weights_only=True)
+    ours = consolidate(folder() / f"{name}shards-step={step}.ckpt", weights_only=True)
+    whole = torch.load(folder() / f"{name}whole-step={step}.ckpt", weights_only=True)
     paths = {"callbacks"}  # where the checkpoints are
     assert list(ours) == list(whole)
     assert list(ours["state_dict"]) == list(whole["state_dict"])
@@ -146,6 +151,17 @@ def test_one_process_goes_on_from_shards():
     assert "target gradients under way" in said(caught)[0]
     saved = torch.load(folder() / "whole-step=5.ckpt", weights_only=True)
     assert different(start.weights, saved["state_dict"]) == []
+
+
+def test_one_process_goes_on_from_shards_with_the_matrices_of_feedback_alignment(recwarn):
+    three()
+    one = partial(dni, rng="stage", estimator=FeedbackAlignmentEstimator)
+    whole, resumed = annealed(), annealed(seed=5)
+    fit(whole, one(), Shuffled(), max_epochs=2)
+    path = folder() / "aligned-shards-step=5.ckpt"
+    fit(resumed, one(), Shuffled(), ckpt_path=path, max_epochs=2, seed=9)
+    assert different(weights(whole), weights(resumed)) == []
+    assert not said(recwarn)
 
 
 def copies(rank):
