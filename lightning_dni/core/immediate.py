@@ -7,7 +7,7 @@ own, all gradients are those that one update at the end would have been given.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_dni.core.boundary import modules_by_stage
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.hooks import hooks_asleep
-from lightning_dni.core.stage import accumulate
+from lightning_dni.core.stage import accumulate, without_autocast
 from lightning_dni.errors import StageError
 
 
@@ -178,10 +178,9 @@ class ImmediateUpdates:
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
     """Run a step of an optimizer apart from the autocast of the forward pass around it."""
-    autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(device):
         yield
-    if autocast:
+    if torch.is_autocast_enabled(device):
         torch.clear_autocast_cache()  # it holds what the parameters were before
 
 

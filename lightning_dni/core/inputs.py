@@ -9,7 +9,6 @@ nothing is synthetic.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from lightning_dni.core.context import Where, find_input
 from lightning_dni.core.distance import difference_sums
 from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory
 from lightning_dni.core.randomness import derive_seed, seeded
-from lightning_dni.core.stage import local_gradients
+from lightning_dni.core.stage import local_gradients, without_autocast
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError, StageError
 
@@ -161,10 +160,7 @@ class SyntheticInputs:
             )
         x = find_input(self._batch, self._network_input)
         trained = self._install(boundary, outputs, x)
-        device = outputs[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        apart = torch.autocast(device, enabled=False) if autocast else nullcontext()
-        with apart, torch.set_grad_enabled(learns):
+        with without_autocast(outputs[0].device.type), torch.set_grad_enabled(learns):
             predicted = self._predict(boundary, trained, x, outputs)
             said = tuple(p.detach() for p in predicted)
             real = tuple(h.detach().to(p.dtype) for h, p in zip(outputs, said, strict=True))

@@ -1,7 +1,7 @@
 """A stage is what autograd says it is: the graph from one cut down to the cuts and leaves below it."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -116,6 +116,11 @@ def _leak(node: Node, closed_by: str, reached_from: str) -> str:
     )
 
 
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """A block apart from the autocast around it, if there is one."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def local_gradients(
     outputs: Sequence[Tensor],
     gradients: Sequence[Tensor] | None,
@@ -127,7 +132,8 @@ def local_gradients(
 
     It is a plain backward pass into emptied `.grad` fields, not `torch.autograd.grad`: autograd then
     decides as ever what may be stolen and what must be copied, runs the users' hooks, and
-    accepts sparse gradients.
+    accepts sparse gradients. It runs apart from the autocast of a forward pass around it, which would cast
+    what the graph itself did not.
 
     Args:
         outputs: Tensors with a graph.
@@ -144,7 +150,8 @@ def local_gradients(
         v.grad = None
     try:
         inputs = list(variables) if only and variables else None
-        torch.autograd.backward(outputs, gradients, retain_graph=retain_graph, inputs=inputs)
+        with without_autocast(outputs[0].device.type):
+            torch.autograd.backward(outputs, gradients, retain_graph=retain_graph, inputs=inputs)
         return [(v, v.grad) for v in variables if v.grad is not None]
     finally:
         for v, grad in zip(variables, kept, strict=True):

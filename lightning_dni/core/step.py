@@ -247,11 +247,8 @@ class Step:
         if crossing.waits and self.settings.skips and gradients is not None:
             crossing.applied = observed(gradients)
         if gradients is not None:
-            device = crossing.outputs[0].device.type
-            autocast = torch.is_autocast_enabled(device)
             with (
                 self._profile("dni.local_backward"),
-                torch.autocast(device, enabled=False) if autocast else nullcontext(),
                 donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(

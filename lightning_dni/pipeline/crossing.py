@@ -147,13 +147,8 @@ def differentiate(cut: Cut, received: Received, keep_graph: bool = False) -> Non
     """
     cut.closed = True
     gradients = cut.applied_gradient()
-    device = cut.outputs[0].device.type
-    autocast = torch.is_autocast_enabled(device)
     if gradients is not None:
-        with (
-            torch.autocast(device, enabled=False) if autocast else nullcontext(),
-            donated_buffer_errors(cut.boundary) if keep_graph else nullcontext(),
-        ):
+        with donated_buffer_errors(cut.boundary) if keep_graph else nullcontext():
             found = local_gradients(cut.outputs, gradients, [*cut.stage.variables, *received], keep_graph)
         below = {id(leaf): leaf for leaf in received}
         for variable, gradient in found:

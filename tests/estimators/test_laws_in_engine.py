@@ -216,3 +216,35 @@ def test_a_resumed_engine_goes_on_bit_for_bit(row):
     for name, estimator in engine.estimators.items():
         exact(dict(resumed.estimators[name].state_dict()), dict(estimator.state_dict()))
     exact(dict(resumed_model.state_dict()), dict(model.state_dict()))
+
+
+class Uncast(torch.nn.Module):
+    """A module that runs in full precision whatever is around it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        with torch.autocast("cpu", enabled=False):
+            return self.module(*args)
+
+
+@each(LEARNED)
+def test_what_it_learns_in_mixed_precision_is_not_rounded(row):
+    """Boundaries that pass on the same to the bit, with autocast around them and without."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model, inputs = network(row, torch.float32)
+        model, batch = torch.nn.Sequential(*map(Uncast, model)), batch_for(row, inputs)
+        engine = DNIEngine(model, ["0", "1"], lambda spec: row.stirred(), labels=1, seed=1)
+        with engine:
+            with engine.training_step(batch[:2]), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = loss_of(model(batch[0]), batch[2])
+            engine.backward(loss)
+        made = [p.grad for e in engine.estimators.values() for p in e.parameters()]
+        found.append([torch.zeros(()) if g is None else g for g in made])
+    assert any(g.any() for g in found[0])
+    for without, within in zip(*found, strict=True):
+        assert torch.equal(within, without)
