@@ -206,7 +206,7 @@ class Step:
             crossing.awaited = set(estimator.needs)
             self._told(crossing)
         for below in (cut for cut in crossing.stage.parents if Signal.ESTIMATOR_ABOVE in cut.awaited):
-            below.above = value_of(crossing.installed, record)
+            below.above = value_of(crossing, record)
             self._told(below, Signal.ESTIMATOR_ABOVE)
 
     def context_for(self, crossing: Cut) -> Context:

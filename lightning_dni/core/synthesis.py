@@ -35,10 +35,22 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     return Record(h, context, gradient, state)
 
 
-def value_of(installed: Installed, record: Record) -> Tensor | None:
-    """What an estimator predicts, for the one at the boundary below."""
-    with estimating(installed, record.h[0], grad=False):
-        return installed.estimator.value(record)
+def value_of(cut: Cut, record: Record) -> Tensor | None:
+    """What the estimator of `cut` predicts, for the one at the boundary below.
+
+    It is a copy: the estimator's weights, of which it may be a view, have moved when the other one learns.
+
+    Raises:
+        EstimatorError: It is no tensor.
+    """
+    with estimating(cut.installed, record.h[0], grad=False):
+        value = cut.installed.estimator.value(record)
+        if value is not None and not isinstance(value, Tensor):
+            raise EstimatorError(
+                f"Expected `value` of {cut.who} to give a tensor or None, but got {type(value).__name__}. "
+                "Stack what the estimator below learns from into one tensor."
+            )
+        return None if value is None else value.detach().clone()
 
 
 def synthesize_below(cut: Cut, context: Tensor | None) -> None:

@@ -171,7 +171,7 @@ class StageEngine(StagedEngine):
         refuse_what_is_told(cut, kind, self._staleness, self._delays, self._step, copies)
         record = ask(cut, self._step, keeps_graph=self._staleness == 0)
         crossing = Pending(cut, self._number, self._updates, 1.0 / self._step.accumulate)
-        crossing.value = value_of(cut.installed, record) if self._returns.tells else None
+        crossing.value = value_of(cut, record) if self._returns.tells else None
         self._crossing = crossing
         if not cut.waits:
             self._differentiate(crossing, received)
@@ -189,7 +189,8 @@ class StageEngine(StagedEngine):
     def _send_back(self, output: Tensor | None = None) -> None:
         """Tell the stage below what its output was worth, where this one has no estimator."""
         gradients = gradients_at(self._placed().received)
-        self._returns.send(gradients, self._number, self._elements_per_row, output=output)
+        speaks = output is not None
+        self._returns.send(gradients, self._number, self._elements_per_row, output=output, speaks=speaks)
         if self._step is not None and self._step.probe:
             true = self._readers.true_gradients(gradients) if self.is_last else gradients
             self._returns.send_true(true, self._number, self._elements_per_row)

@@ -54,6 +54,8 @@ def take_gradient(cut: Cut, message: Message) -> None:
         ]
     if told:
         cut.above, cut.output = told
+    elif Signal.ESTIMATOR_ABOVE in cut.installed.estimator.needs:
+        cut.record = None  # the estimator above was not asked in this batch: there is nothing to learn from
 
 
 def _divided(cut: Cut, message: Message) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:

@@ -26,6 +26,7 @@ class Returns:
         elements_per_row: int | None,
         value: Tensor | None = None,
         output: Tensor | None = None,
+        speaks: bool = True,
     ) -> None:
         """Tell the stage below what its output was worth, in this step or an earlier one.
 
@@ -35,8 +36,9 @@ class Returns:
             elements_per_row: Those of the network's output, where that is known.
             value: What the estimator of this stage predicts, where the one below asks for that.
             output: The network's output, where this stage has that in place of an estimator.
+            speaks: Whether this stage has either for that forward pass.
         """
-        told = (value, output) if self.tells else ()
+        told = (value, output) if self.tells and speaks else ()
         self._send(gradients and (*gradients, *told), step, elements_per_row)
 
     def send_true(
