@@ -173,7 +173,7 @@ def _check_labels(
     if check_values and ignore_index is not None:
         labels = labels[~is_padding(labels, ignore_index)]
     if check_values and labels.numel():
-        low, high = (int(v) for v in torch.aminmax(labels))
+        low, high = (int(v) for v in torch.aminmax(labels.long()))  # torch compares no uint16 to uint64
         if low < 0 or high >= num_classes:
             raise EstimatorError(
                 f"Expected labels in [0, {num_classes}) for {who}, but got values from {low} to "

@@ -107,3 +107,12 @@ def test_bad_labels_are_refused_on_a_later_step_too():
         run_step(engine, model, (x, y))
     with pytest.raises(EstimatorError, match=r"in \[0, 3\) for LocalLossEstimator at boundary '0'"):
         run_step(engine, model, (x, y + CLASSES))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("make", [LinearEstimator, LocalLossEstimator])
+def test_labels_of_any_type_of_integer_are_looked_at(make, dtype):
+    estimator, model = partial(make, num_classes=CLASSES), mlp()
+    run_step(attached(model, ["0"], estimator, labels=lambda batch: batch[1].to(dtype)), model, blobs())
+    refuse(r"\[0, 3\) for .* from 1 to 3", lambda batch: batch[1].clamp(max=1).add(2).index_fill(
+        0, torch.tensor(0), 1).to(dtype), estimator)  # fmt: skip
