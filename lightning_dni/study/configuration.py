@@ -204,6 +204,7 @@ def _runs(source: DictConfig, axes: Mapping[str, Mapping[str, Any]]) -> Iterator
         for seed in seeds:
             values = {axis: axes[axis][name] for axis, name in cell.items()}
             here["run"] = {**values, "seed": seed, "name": run_name(cell, seed)}
+            OmegaConf.clear_cache(here)  # what a resolver gave for the run before
             yield Run(cell, seed, _configuration(here, seed))
 
 

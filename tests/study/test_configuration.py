@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lightning_dni.errors import StudyError
 from lightning_dni.study.configuration import is_study, read_study
@@ -49,6 +50,16 @@ def test_references_follow_the_run():
     }
     assert runs["depth=1,method=plain,seed=3"]["trainer"] == {"strategy": "auto"}
     assert runs["depth=10,method=linear,seed=3"]["model"]["hidden"] == 10
+
+
+@pytest.mark.filterwarnings("ignore:register_new_resolver")
+def test_what_a_resolver_keeps_is_of_one_run():
+    OmegaConf.register_new_resolver("kept", lambda value: f"kept {value}", use_cache=True)
+    try:
+        study = read("call: a.b\ngrid: {n: [1, 2]}\narguments: {n: '${kept:${run.n}}'}")
+    finally:
+        OmegaConf.clear_resolver("kept")
+    assert [run.configuration["arguments"]["n"] for run in study.runs] == ["kept 1", "kept 2"]
 
 
 def test_overrides_reach_what_refers_to_them():
