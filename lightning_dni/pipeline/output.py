@@ -46,7 +46,8 @@ class Output:
         if self._seen is None:
             raise EstimatorError(
                 "Expected the network's output for the estimators of the stages below, but the output module "
-                "did not run. Pass `output=` the name of the submodule whose output is the network's output."
+                "did not run. Pass `output=` the name of the submodule whose output is the network's output; "
+                "where no estimator asks for it, the estimator's class or a partial of it in place of a function."
             )
         return self._seen.contiguous()
 
