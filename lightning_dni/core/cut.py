@@ -57,6 +57,7 @@ class Cut:
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
+        output_version: Number of changes in place that it had gone through when it was seen.
         output_gradient: The gradient there, in the estimator's units.
         above: What the estimator above predicts.
         swaps: The calls of layers whose vector-Jacobian product the estimator gives.
@@ -95,6 +96,7 @@ class Cut:
     arrived: list[Tensor] | None = None
     target: Gradient | None = None
     output: Tensor | None = None
+    output_version: int = 0
     output_gradient: Tensor | None = None
     above: Tensor | None = None
     swaps: "list[Swap]" = field(default_factory=list)
@@ -323,6 +325,19 @@ def refuse_told_twice(cut: Cut) -> None:
             f"Expected one gradient at the network's output for {cut.who}, but the loss came back through "
             "several calls of the output module above it. Pass `output=` the name of a submodule that runs "
             "once and whose output carries all that the loss is computed of."
+        )
+
+
+def refuse_changed(cut: Cut, output: Tensor | None) -> None:
+    """Refuse an output of the network that an estimator has still to learn from, and is another one by now.
+
+    Raises:
+        EstimatorError: It was changed in place.
+    """
+    if output is not None and output._version != cut.output_version:
+        raise EstimatorError(
+            f"Expected the network's output for {cut.who} to stay as the output module gave it, but it was "
+            "changed in place. Make the change out of place, or in the output module."
         )
 
 

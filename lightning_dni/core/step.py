@@ -34,6 +34,7 @@ from lightning_dni.core.cut import (
     claim,
     lambda_at,
     lineage,
+    refuse_changed,
     refuse_no_gradient,
     refuse_told_twice,
     refuse_untold,
@@ -141,7 +142,7 @@ class Step:
         for crossing in below:
             heard = {Signal.OUTPUT} | ({Signal.ESTIMATOR_ABOVE} if crossing in topmost else set())
             for signal in heard & crossing.awaited:
-                crossing.output = tensors[0].detach()
+                crossing.output, crossing.output_version = tensors[0].detach(), tensors[0]._version
                 self._told(crossing, signal)
                 if crossing.due:
                     self._settle(crossing)
@@ -240,6 +241,8 @@ class Step:
     def _differentiate(self, crossing: Cut) -> None:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
+            if crossing.installed.estimator.locks:
+                refuse_changed(crossing, crossing.output)
             correct(crossing, crossing.record, crossing.feedback())
         parents = [] if self.settings.report else crossing.stage.parents
         deaf = bool(parents) and not any(parent.hears_from_above for parent in parents)
@@ -288,6 +291,7 @@ class Step:
         crossing.awaited.discard(signal)
         if crossing.record is not None and not crossing.awaited and not crossing.learned:
             crossing.learned = True
+            refuse_changed(crossing, crossing.output)
             self._learn(crossing, crossing.feedback())
         crossing.let_go(self.settings.report)
 
@@ -382,6 +386,9 @@ class Step:
             accumulate(gradients)
         else:
             self.settings.exchange.merge(gradients, named)
+        for crossing in counted:
+            if crossing.lesson is not None:
+                refuse_changed(crossing, crossing.lesson[2].output)
         for crossing in counted:  # who asks for a second backward pass is told so, but keeps nothing alive
             crossing.param_grads, crossing.estimator_grads, crossing.input_grads = [], [], []
             crossing.stage = Stage([], [])

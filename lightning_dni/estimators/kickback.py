@@ -4,13 +4,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dni.core.boundary import BoundarySpec
 from lightning_dni.core.estimator import Facts, Feedback, Gradient, GradientEstimator, Lock, Record, Signal
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators.conditioning import check_aligned
 from lightning_dni.estimators.fixed import lay_out, spread
+from lightning_dni.estimators.head import cross_entropy
 from lightning_dni.estimators.layers import check_sizes
 
 
@@ -84,7 +84,7 @@ class KickbackEstimator(GradientEstimator):
                 "Pass `output=` the submodule that gives the scores."
             )
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        loss = F.cross_entropy(scores.flatten(0, -2), labels.flatten().long(), reduction="none")
+        loss = cross_entropy(scores, labels, None, "none")
         return -loss.exp().view(*labels.shape, 1)
 
     def _check_sums(self, error: Tensor, dtype: torch.dtype) -> None:

@@ -90,8 +90,10 @@ class StageEngine(StagedEngine):
             warn_of_dropped(len(self._late), self._boundary)
         late = self._delays and above > 0
         self._late = Late(self._staleness, above, self._inbox.take_gradient) if late else None
-        with_gradient = may_ask(self._pool.factories.values(), {Signal.OUTPUT_GRADIENT})
-        self._output = Output(self._links.output_out, with_gradient)
+        factories = self._pool.factories.values()
+        with_gradient = may_ask(factories, {Signal.OUTPUT_GRADIENT})
+        with_value = may_ask(factories, {Signal.OUTPUT, Signal.ESTIMATOR_ABOVE})
+        self._output = Output(self._links.output_out, with_gradient, with_value)
         below = [self._pool.factories[self._below]] if self._below is not None else []
         self._returns = Returns(self._links.gradient_out, may_ask(below, {Signal.ESTIMATOR_ABOVE}))
         if self._saved is not None:

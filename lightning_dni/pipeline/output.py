@@ -16,11 +16,16 @@ class Output:
     Args:
         outlet: The way to the stage below; None where nobody below is to be told.
         with_gradient: Whether the gradient of the loss goes along.
+        with_value: Whether anybody may ask for the output itself.
     """
 
-    def __init__(self, outlet: Outlet | None = None, with_gradient: bool = False) -> None:
+    def __init__(
+        self, outlet: Outlet | None = None, with_gradient: bool = False, with_value: bool = True
+    ) -> None:
         self._outlet, self._with_gradient = outlet, with_gradient and outlet is not None
+        self._with_value = with_value
         self._seen: Tensor | None = None
+        self._version = 0
         self._gradients: list[Tensor] = []
 
     def begin(self) -> None:
@@ -32,7 +37,7 @@ class Output:
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not torch.is_grad_enabled() or not tensors or not tensors[0].ndim:
             return None
-        self._seen = tensors[0].detach()
+        self._seen, self._version = tensors[0].detach(), tensors[0]._version
         if self._with_gradient:
             tensors[0].register_hook(self._gradients.append)  # type: ignore[no-untyped-call]
         return self._seen.numel() // max(1, self._seen.shape[0])
@@ -41,13 +46,19 @@ class Output:
         """What the output module has given.
 
         Raises:
-            EstimatorError: It did not run.
+            EstimatorError: It did not run, or that was changed since.
         """
         if self._seen is None:
             raise EstimatorError(
                 "Expected the network's output for the estimators of the stages below, but the output module "
                 "did not run. Pass `output=` the name of the submodule whose output is the network's output; "
-                "where no estimator asks for it, the estimator's class or a partial of it in place of a function."
+                "where no estimator asks for it, its class or a partial of it in place of a function."
+            )
+        if self._with_value and self._seen._version != self._version:
+            raise EstimatorError(
+                "Expected the network's output for the estimators of the stages below to stay as the output "
+                "module gave it, but it was changed in place. Make the change out of place, or in the output "
+                "module."
             )
         return self._seen.contiguous()
 
@@ -55,7 +66,8 @@ class Output:
         """Tell the stage below, once the loss has been differentiated.
 
         Raises:
-            EstimatorError: The output module did not run, or what is made of it is not the loss alone.
+            EstimatorError: The output module did not run, its output was changed since, or what is made of it
+                is not the loss alone.
         """
         if self._outlet is None:
             return

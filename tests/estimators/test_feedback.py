@@ -10,7 +10,7 @@ from oracles import FeedbackByHand
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_dni.core import DNIEngine
+from lightning_dni.core import BoundarySpec, DNIEngine, Feedback, Record
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import (
     BackpropEstimator,
@@ -142,6 +142,14 @@ def test_kickback_takes_an_error_of_probabilities_under_cross_entropy():
     model = mlp()[0]
     stepped(model, partial(KickbackEstimator, num_classes=CLASSES))
     assert model[0].weight.grad.norm() > 1e-3
+
+
+def test_to_kickback_minus_100_is_no_label_of_padding():
+    """Where nobody looks at labels: on a GPU after the first step."""
+    h, error, y = torch.zeros(2, 3), torch.zeros(2, CLASSES), torch.tensor([0, -100])
+    estimator = KickbackEstimator(BoundarySpec.of("b", [h]), num_classes=CLASSES)
+    with pytest.raises(IndexError, match="out of bounds"):
+        estimator.correct(Record((h,), y, None, None), Feedback(output=error, output_gradient=error))
 
 
 def test_kickback_takes_a_module_that_gives_probabilities():

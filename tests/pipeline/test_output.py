@@ -59,6 +59,21 @@ def test_an_output_of_an_earlier_step_is_not_sent_again():
     assert len(way) == 1
 
 
+def test_an_output_that_was_changed_is_not_sent():
+    way, output, scores = seen(with_gradient=False)
+    scores.div_(2).sum().backward()
+    with pytest.raises(EstimatorError, match=r"of the stages below to stay as the .* was changed in place"):
+        output.send(0)
+    assert not len(way)
+
+
+def test_where_only_the_gradient_is_asked_for_the_output_may_change():
+    output, scores = Output(LocalChannel(), True, with_value=False), torch.ones(3, 4, requires_grad=True) * 2
+    output.see(scores)
+    scores.div_(2).sum().backward()
+    output.send(0)
+
+
 def test_what_takes_no_gradient_is_not_taken_note_of():
     output = Output(LocalChannel(), with_gradient=True)
     assert output.see(torch.zeros(3, 4)) is None
