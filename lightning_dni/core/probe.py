@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.hooks import hooks_asleep
 from lightning_dni.core.instrument import Instrument, Observation
+from lightning_dni.core.stage import without_autocast
 from lightning_dni.errors import StageError
 
 
@@ -97,7 +98,8 @@ def differentiate_again(
     if not inputs:
         return []
     try:
-        with hooks_asleep(_hooks_of(cut.stage.variables)):
+        apart = without_autocast(cut.outputs[0].device.type)
+        with apart, hooks_asleep(_hooks_of(cut.stage.variables)):
             return torch.autograd.grad(
                 cut.outputs, inputs, gradient, retain_graph=retain_graph, allow_unused=True
             )

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import StageError
-from lightning_dni.estimators import ZeroEstimator
+from lightning_dni.estimators import BackpropEstimator, ZeroEstimator
 
 WIDTHS = (5, 6, 7, 6, CLASSES)
 KINDS = {"0": VECTOR_ESTIMATORS["mlp"], "1": VECTOR_ESTIMATORS["linear"], "2": VECTOR_ESTIMATORS["critic"]}
@@ -202,3 +202,29 @@ def test_a_probe_keeps_nothing_of_the_graph():
         assert all(ref() is None for ref in seen)
     report = engine.last_report.boundaries["0"]
     assert not any(t.requires_grad for t in (report.true, report.synthetic, report.target))
+
+
+class Uncast(nn.Module):
+    """A linear layer that runs in full precision whatever is around it."""
+
+    def __init__(self, *size):
+        super().__init__()
+        self.layer = nn.Linear(*size)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.layer(x)
+
+
+def test_under_autocast_backprop_is_still_what_is_measured():
+    """As in manual optimization, where the backward pass is inside of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Uncast(5, 16), Uncast(16, 16), Uncast(16, CLASSES))
+    engine, (x, y) = attached(model, ["0", "1"], BackpropEstimator), blobs(dtype=torch.float32)
+    engine.request_probe()
+    with torch.autocast("cpu", torch.bfloat16), engine.training_step((x, y)):
+        engine.backward(F.cross_entropy(model(x), y))
+    for report in engine.last_report.boundaries.values():
+        assert torch.equal(report.synthetic, report.true)
+        for name, gradient in report.true_weights.items():
+            assert torch.equal(report.applied_weights[name], gradient)
