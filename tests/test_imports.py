@@ -1,6 +1,7 @@
 """Who may import whom, and which names are promised."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -246,3 +247,18 @@ def test_importing_the_package_registers_its_strategies_and_does_nothing_else(pa
     done = python("-c", IMPORTED_TWICE, cwd=package.parent)
     assert done.returncode == 0, done.stderr
     assert {"dni", "dni_ddp", "ddp"} <= set(done.stdout.split())
+
+
+def test_shapes_are_checked_wherever_they_are_annotated(pytestconfig):
+    """The option names modules; one whose shapes nobody checks would not be noticed."""
+    checked = tuple(pytestconfig.getoption("jaxtyping_packages").split(","))
+    root = pytestconfig.rootpath
+    annotated = {
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in (root / "lightning_dni").rglob("*.py")
+        if re.search(r"^from jaxtyping import", path.read_text(), re.MULTILINE)
+    }
+    assert annotated
+    assert {
+        name for name in annotated if not f"{name}.".startswith(tuple(f"{each}." for each in checked))
+    } == set()

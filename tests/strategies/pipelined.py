@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from typing import Any
 
-import jaxtyping
 import torch
 from fits import LINEAR, Losses, fit, loader, net, quiet_trainer, weights
 from processes import on_ranks
@@ -146,7 +145,6 @@ def once(function):
 
 
 def _play_in_turn(rank, scenes):
-    jaxtyping.config.update("jaxtyping_disable", True)  # half of the time; other fits check all types
     warnings.simplefilter("ignore")
     os.environ["PL_GLOBAL_SEED"] = "0"
     found = {}

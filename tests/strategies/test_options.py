@@ -176,7 +176,7 @@ for options in (
 
 
 def test_arguments_of_a_wrong_type_are_named_where_no_type_checker_runs(pytestconfig):
-    """In the tests jaxtyping refuses them first; users get these sentences."""
+    """As users import the package."""
     done = subprocess.run(
         [sys.executable, "-c", WRONG_TYPES],
         cwd=pytestconfig.rootpath / "tests",
