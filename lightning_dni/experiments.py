@@ -21,7 +21,7 @@ from lightning_dni.analysis import (
     regress,
     train_deep_linear,
 )
-from lightning_dni.analysis.counter_example import Module
+from lightning_dni.analysis.counter_example import Module, residuals_at
 from lightning_dni.analysis.data import Kind
 from lightning_dni.analysis.implicit import Losses
 from lightning_dni.analysis.regression import LossName
@@ -61,15 +61,29 @@ def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -
         steps: Number of steps.
 
     Returns:
-        The curve `loss`, where it ends (`slope`, `offset`), and the picture `surface`.
+        The curve `loss`, where it ends (`slope`, `offset`), the picture `surface`, and how far from critical
+        that point is, in units of the mean loss of a row (`Stationarity`): `residual_above`, `residual_below`
+        and `residual_sg` of the joint system, and `residual_below_true`, which is backprop's.
     """
     a, b, c = start
     run = descend((a, b, c), module, steps)
     beside = {} if module == "none" else {f"{module} SG": run}
     beside["backprop"] = descend((a, b, c), "none", steps)
     slope, offset, _ = run.parameters[-1].tolist()
-    surface = draw_counter_example(loss_surface(), beside)
-    return {"loss": run.losses, "slope": slope, "offset": offset, "surface": surface}
+    found = residuals_at(run.parameters[-1], module)
+    residuals = {
+        "above": found.above,
+        "below": found.below,
+        "sg": found.estimator,
+        "below_true": found.below_true,
+    }
+    return {
+        "loss": run.losses,
+        "slope": slope,
+        "offset": offset,
+        "surface": draw_counter_example(loss_surface(), beside),
+        **{f"residual_{name}": float(value) for name, value in residuals.items()},
+    }
 
 
 def linear_dynamics(

@@ -26,6 +26,13 @@ def test_the_counter_example_ends_at_six_and_shows_backprop_beside_it():
     legend = [text.get_text() for text in figures["surface"].axes[1].get_legend().get_texts()]
     assert legend[0] == "constant SG: ends at 6"
     assert legend[1].startswith("backprop: ends at 0.2")
+    residuals = {name: value for name, value in figures.items() if name.startswith("residual")}
+    assert residuals == {
+        "residual_above": 0.0,
+        "residual_below": pytest.approx(0, abs=0.05),
+        "residual_sg": pytest.approx(0, abs=0.05),
+        "residual_below_true": pytest.approx(1.5),  # backprop would go on
+    }
     alone = counter_example([1.0, 3.0, 0.0], "none", steps=2)
     assert len(alone["surface"].axes[1].get_legend().get_texts()) == 1
 
