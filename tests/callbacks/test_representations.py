@@ -23,10 +23,11 @@ from lightning_dni.analysis import (
     fit_probe,
     layer_outputs,
     weight_norm_profile,
+    weight_norm_slope,
 )
 from lightning_dni.callbacks import RepresentationMonitor, Representations, draw_representations
-from lightning_dni.callbacks.layers import resolve_layers
-from lightning_dni.callbacks.representation_report import COLUMNS
+from lightning_dni.callbacks.layers import layers_before, resolve_layers, short_names
+from lightning_dni.callbacks.representation_report import COLUMNS, draw_dissimilarities
 from lightning_dni.demos import MLPClassifier
 
 STRATEGIES = {"backprop": lambda: "auto", "dni": dni}
@@ -205,6 +206,37 @@ def test_layers_are_named_by_patterns():
         names_of(model, ["net.hiden_*"])
 
 
+@pytest.mark.parametrize(
+    ("layers", "boundaries", "before"),
+    [
+        (["net.hidden_0", "net.hidden_1", "net.hidden_2"], ["net.middle"], ["net.hidden_0"]),
+        (["net.hidden_0", "net.middle", "net.hidden_1"], ["net.middle"], ["net.middle"]),
+        (["net.hidden_0.0", "net.hidden_1.0"], ["net.hidden_0"], ["net.hidden_0.0"]),  # it lies inside
+        (["net.hidden_0", "net.hidden_1"], ["net.hidden_1.0"], []),  # the cut is inside of the layer
+        (["net", "net.hidden_0"], ["net.hidden_0"], ["net.hidden_0"]),
+        (["net.hidden_1"], ["net.hidden_0"], []),
+        (["net.hidden_0", "net.hidden_1"], [], []),
+    ],
+)
+def test_a_cut_is_behind_the_last_layer_before_it(layers, boundaries, before):
+    model = MLPClassifier(num_hidden=3, mark_middle=True)
+    assert list(layers_before(model, layers, boundaries)) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["net.hidden_1", "net.hidden_10"], ["1", "10"]),
+        (["net.0", "net.1.weight"], ["0", "1.weight"]),
+        (["layer1", "layer2"], ["layer1", "layer2"]),
+        (["net.0"], ["net.0"]),
+        ([], []),
+    ],
+)
+def test_names_are_shortened_by_what_all_begin_with(names, short):
+    assert short_names(names) == short
+
+
 # ---- where it goes
 
 
@@ -250,11 +282,50 @@ def test_picture_holds_every_matrix_and_curve():
     assert [axes.get_title() for axes in shown] == list(layers)
     assert [axes.images[0].get_array().mean() for axes in shown] == [0, 1, 2]
     assert [axes.title.get_color() for axes in shown] == ["black", "firebrick", "black"]
+    assert [len(axes.lines) for axes in shown] == [0, 1, 0]  # behind the cut
     distance, accuracy, norm = figure.axes[-3:]
     assert [list(line.get_ydata()) for line in distance.lines[1:]] == [[0.3, 0.2, 0.0]]
     assert distance.lines[0].get_xdata() == [1.5, 1.5]
     assert len(accuracy.lines) == 3
     assert (list(norm.lines[1].get_xdata()), list(norm.lines[1].get_ydata())) == ([0, 2], [0.6, 0.4])
+
+
+def test_the_matrices_alone_lie_in_rows_with_a_line_behind_each_cut():
+    matrices = {f"net.{k}": torch.full((4, 4), float(k)) for k in range(25)}
+    figure = draw_dissimilarities(matrices, ["net.3", "net.24"])
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == [str(k) for k in range(25)]
+    assert [axes.images[0].get_array().mean() for axes in shown] == list(range(25))
+    assert [k for k, axes in enumerate(shown) if axes.lines] == [3, 24]
+    assert len({round(axes.get_position().y0, 3) for axes in shown}) == 2  # 20 in a row
+
+
+def test_a_boundary_between_two_layers_is_marked_in_table_and_picture(monkeypatch):
+    drawn = {}
+
+    def keep(matrices, cuts):
+        drawn["cuts"] = cuts
+        return draw_dissimilarities(matrices, cuts)
+
+    monkeypatch.setattr("lightning_dni.callbacks.representations.draw_dissimilarities", keep)
+    logger = CSVLogger(".")
+    module = MLPClassifier(
+        input_size=FEATURES, hidden_size=4, num_hidden=3, num_classes=CLASSES, mark_middle=True
+    )
+    monitor = RepresentationMonitor(["net.hidden_*"], num_samples=12, num_probed=0)
+    strategy = dni(boundaries=["net.middle"])
+    fit(module, strategy, val=loader(40), callbacks=[monitor], logger=logger, max_epochs=1)
+    assert drawn["cuts"] == ("net.hidden_0",)
+    assert (Path(logger.log_dir) / "dni_dissimilarities_step_10.png").stat().st_size > 1000
+    assert [row[:2] for row in monitor.history[0].rows(drawn["cuts"])] == [
+        ["net.hidden_0", True],
+        ["net.hidden_1", False],
+        ["net.hidden_2", False],
+    ]
+    row = csv_rows(logger)[9]
+    slope = weight_norm_slope({f"hidden_{k}": module.net.get_submodule(f"hidden_{k}") for k in range(3)})
+    assert row["dni_norm_slope"] == pytest.approx(slope)
+    assert row["dni_norm_slope_sign"] == (1 if slope > 0 else -1)
 
 
 # ---- several processes

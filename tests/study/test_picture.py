@@ -14,9 +14,9 @@ from lightning_dni.study.picture import draw_study
 OUT = Path("runs/toy")
 
 
-def drawn(picture, *words):
+def drawn(picture, *words, text=CALL):
     """Run, and draw once more what has been drawn."""
-    assert study(f"{CALL}picture: {picture}", *words) == 0
+    assert study(f"{text}picture: {picture}", *words) == 0
     pixels = imread(OUT / "picture.png")
     assert np.ptp(pixels[..., :3], axis=-1).max() > 0.5  # something in color beside paper and frame
     read = read_study("toy.yaml")
@@ -78,6 +78,57 @@ def test_curves_over_steps_in_panels():
     assert axes.get_yscale() == "log"
     assert figure._suptitle.get_text() == "Curves"
     assert not figure.axes[2].lines  # `final` is no curve
+
+
+LAYERS = """
+seeds: [0, 1]
+grid: {kind: [a, b]}
+call: study.parts.profile
+arguments: {kind: "${run.kind}", seed: "${run.seed}"}
+"""
+
+
+def test_metrics_by_layer_are_drawn_over_the_layers_with_the_cuts_marked():
+    words = "x: layer, y: [norm, error], line: kind, cuts: [net_9]"
+    figure = drawn(f"{{{words}}}", text=LAYERS)
+    norm, error = figure.axes
+    assert [label.get_text() for label in error.get_xticklabels()] == ["2", "9", "10"]  # as one counts
+    assert [line.get_label() for line in norm.lines[:2]] == ["a", "b"]
+    assert norm.lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert norm.lines[0].get_ydata().tolist() == [2.5, 9.5, 10.5]  # over the seeds 0 and 1
+    assert norm.lines[1].get_ydata().tolist() == [-1.5, -8.5, -9.5]
+    band = norm.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(10.5 + 0.5**0.5)
+    assert error.lines[0].get_xdata().tolist() == [1]  # the others have none
+    for axes in (norm, error):
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [[1.5, 1.5]]
+    assert error.get_xlabel() == "layer"
+
+
+def test_an_axis_that_is_called_layer_is_one():
+    text = CALL.replace("rate", "layer").replace("figures", "profile_of")
+    (axes,) = drawn("{x: layer, y: final, line: kind}", text=text).axes
+    assert containers(axes)["a"][0] == [0.5, 1.0]
+
+
+def test_a_metric_that_no_layer_has_is_named(capsys):
+    assert study(f"{LAYERS}picture: {{x: layer, y: [norm, length]}}") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "but no run has logged 'length'" in said
+    assert "'norm'" not in said
+
+
+def test_images_of_runs_are_set_one_below_the_other_per_line():
+    words = "x: layer, y: norm, line: kind, images: drawn_*.png"
+    figure = drawn(f"{{{words}}}", text=LAYERS)
+    first, second, chart = figure.axes
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["kind: a, seed 0", "kind: b, seed 0"]
+    for axes, kind in ((first, "a"), (second, "b")):
+        expected = imread(OUT / f"kind={kind},seed=0/drawn_10.png")  # after drawn_9.png
+        assert np.array_equal(axes.images[0].get_array(), expected)
+    assert chart.get_ylabel() == "norm"
+    without = drawn("{x: layer, y: norm, line: kind, images: none_*.png}", text=LAYERS)
+    assert len(without.axes) == 1
 
 
 def test_a_cell_without_a_result_is_left_out():
