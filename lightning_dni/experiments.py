@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_dni.analysis import (
     artificial_data,
+    conservation_of,
     descend,
     loss_surface,
     loss_surfaces,
@@ -200,9 +201,10 @@ def implicit_losses(
         seed: Of the data and the weights.
 
     Returns:
-        Curves with an entry for each comparison: `train_loss` and `train_accuracy`, and by hidden layer
-        (`correlation_1` is the lowest) the correlation of the implicit loss above it with the true one within
-        each class, averaged over classes. Pictures are `losses_K`, K the comparison.
+        Curves with an entry for each comparison, at the steps in `step`: `train_loss` and `train_accuracy`,
+        and by hidden layer (`correlation_1` is the lowest) the correlation of the implicit loss above it with
+        the true one within each class, averaged over classes, and whether it is a loss, and bounded below:
+        `curl_1` and `smallest_eigenvalue_1` (`Conservation`). Pictures are `losses_K`, K the comparison.
     """
     x, y = artificial_data(kind, 2, rows, seed, torch.float32)
     labels, points, losses = y.squeeze(1).long(), plane((-2.5, -2.5), (2.5, 2.5), side), CLASS_LOSSES[loss]
@@ -216,14 +218,18 @@ def implicit_losses(
         seed=seed,
     )
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    curves: dict[str, list[float]] = {"train_loss": [], "train_accuracy": []}
+    curves: dict[str, list[float]] = {"step": [], "train_loss": [], "train_accuracy": []}
     pictures = {}
     with engine:
         for number in range(1, comparisons + 1):
             output = _descend(engine, model, optimizer, (x, labels), losses, steps // comparisons)
             surfaces = loss_surfaces(model, engine.estimators, points, 2, losses)
             for name, found in surfaces.correlations().items():
-                curves.setdefault(f"correlation_{int(name) + 1}", []).append(float(found.mean()))
+                field = conservation_of(engine.estimators[name], x.new_zeros(1, width))
+                at = {"correlation": found.mean(), **field._asdict()}
+                for figure, value in at.items():
+                    curves.setdefault(f"{figure}_{int(name) + 1}", []).append(float(value))
+            curves["step"].append(number * (steps // comparisons))
             curves["train_loss"].append(float(losses(output, labels).mean()))
             curves["train_accuracy"].append(float((output.argmax(1) == labels).double().mean()))
             if number in drawn:

@@ -34,7 +34,7 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
     cells = [each for each in by_cell(study, results) if each.finished]
     panels = [dict(zip(picture.panel, names, strict=True)) for names in _combinations(study, picture)]
     images = images_of(study, picture, cells, panels, out)
-    width = max(5.5 * len(panels), 7 if picture.images is None else 14)
+    width = max((5.5 if len(panels) < 5 else 3.6) * len(panels), 7 if picture.images is None else 14)
     heights = [*image_heights(images, width / len(panels)), *[3.8] * len(picture.y)]
     figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
     grid = figure.subplots(len(heights), len(panels), squeeze=False, height_ratios=heights)

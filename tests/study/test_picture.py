@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from study.parts import CALL, study
+from study.parts import CALL, rows, study
 
 from lightning_dni.study.configuration import read_study
 from lightning_dni.study.folder import RunFolder
@@ -129,6 +129,21 @@ def test_images_of_runs_are_set_one_below_the_other_per_line():
     assert chart.get_ylabel() == "norm"
     without = drawn("{x: layer, y: norm, line: kind, images: none_*.png}", text=LAYERS)
     assert len(without.axes) == 1
+
+
+def test_curves_lie_at_the_steps_that_the_function_gives():
+    text = "seeds: [0]\ncall: study.parts.at_steps\narguments: {steps: [60, 120]}\n"
+    (axes,) = drawn("{x: step, y: loss}", text=text).axes
+    assert axes.lines[0].get_xdata().tolist() == [60, 120]
+    assert axes.lines[0].get_ydata().tolist() == [2.0, 1.0]
+    assert axes.get_xlabel() == "step"
+    assert "step" not in rows()[0]  # no metric
+
+
+def test_a_curve_that_is_longer_than_its_steps_fails(capsys):
+    assert study("seeds: [0]\ncall: study.parts.at_steps\narguments: {steps: [60]}\n") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Expected the curve `step` to have an entry for each of 'loss', but it has 1 for 2." in said
 
 
 def test_a_cell_without_a_result_is_left_out():
