@@ -159,6 +159,19 @@ def test_the_job_types_of_a_study_are_its_estimators(recipe):
     assert not [each for each in job_types if re.fullmatch(r"[-+\d.e]+", each)]
 
 
+def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_error_that_is_not_zero():
+    methods = OmegaConf.load(ROOT / "recipes/approximators.yaml").grid.method
+    assert methods["backprop"].strategy == "auto"
+    rows = {name: each.estimator for name, each in methods.items() if "estimator" in each}
+    classes = {each.class_path.rpartition(".")[2] for each in rows.values()}
+    table = {"Linear", "FeedbackAlignment", "DirectFeedbackAlignment", "Kickback", "Probe"}
+    assert {f"{name}Estimator" for name in table} <= classes
+    assert rows["SG + prop"].init_args.prop_alpha > 0
+    squares = {name for name, each in methods.items() if each.loss == "squared_error"}
+    assert squares == {name for name in methods if name.endswith("(squares)")}
+    assert "init_args" not in rows["Kickback (squares)"]  # the derivative with respect to the output
+
+
 @each_recipe
 def test_each_recipe_says_what_it_shows_and_how_it_is_run(recipe):
     header, _, _ = recipe.read_text().partition("recipe:\n")

@@ -81,7 +81,12 @@ def _draw_panel(
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
     axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
     if positions is not None and not positions.numeric:
-        axes.set_xticks(list(positions.of.values()), list(positions.of), rotation=20, ha="right")
+        axes.set_xticks(
+            list(positions.of.values()),
+            list(positions.of),
+            rotation=20 if len(positions.of) < 10 else 50,
+            ha="right",
+        )
     else:
         axes.set_xscale(picture.x_scale)
         if positions is not None:

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.image import imread
 from study.parts import CALL, rows, study
 
+from lightning_dni.callbacks.pictures import pixels_of
 from lightning_dni.study.configuration import read_study
 from lightning_dni.study.folder import RunFolder
 from lightning_dni.study.picture import draw_study
@@ -57,6 +58,19 @@ def test_named_values_lie_side_by_side():
     found = containers(axes)
     assert found["0.5"][0] != found["1.0"][0]  # beside each other, not one over the other
     assert [round(place) for place in found["0.5"][0]] == [0, 1]
+
+
+def test_many_names_do_not_lie_over_each_other():
+    text = "seeds: [0]\ngrid: {kind: [%s]}\ncall: study.parts.named\narguments: {}\n"
+    names = [f"a rather long name ({k})" for k in range(14)]
+    figure = drawn("{x: kind, y: final}", text=text % ", ".join(names))
+    pixels_of(figure)  # the layout is solved when it is drawn
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+    ticks = axes.transData.transform([(k, 0) for k in (0, 1)])[:, 0]
+    angle = np.radians(axes.get_xticklabels()[0].get_rotation())
+    height = axes.get_xticklabels()[0].get_size() * figure.dpi / 72
+    assert (ticks[1] - ticks[0]) * np.sin(angle) > height
 
 
 def test_several_axes_make_a_panel_per_combination():
