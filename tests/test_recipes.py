@@ -180,6 +180,7 @@ def test_each_recipe_says_what_it_shows_and_how_it_is_run(recipe):
     if recipe in STUDIES:
         assert "Expected: " in header
         assert ("Measured on 20" in header) != (UNMEASURED in header)
+        assert (ROOT / f"docs/{recipe.stem}.png").exists() == ("Measured on 20" in header)
     said = OmegaConf.load(recipe).recipe
     assert (UNMEASURED in header) == ("(not yet measured)" in said.claim)
     assert said.claim

@@ -60,11 +60,14 @@ def layers_before(model: nn.Module, layers: Collection[str], boundaries: Collect
     places = {name: place for place, name in enumerate(named_submodules(model))}
     found: set[str] = set()
     for boundary in boundaries:
+        around = any(boundary.startswith(f"{layer}.") for layer in layers)
         before = [
-            layer for layer in layers if layer.startswith(f"{boundary}.") or places[layer] <= places[boundary]
+            layer for layer in layers if layer.startswith(f"{boundary}.") or places[layer] < places[boundary]
         ]
-        if boundary in layers or not any(boundary.startswith(f"{layer}.") for layer in layers):
-            found.update([boundary] if boundary in layers else before[-1:])
+        if boundary in layers:
+            found.add(boundary)
+        elif not around:
+            found.update(before[-1:])
     return tuple(layer for layer in layers if layer in found)
 
 

@@ -10,12 +10,12 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
     >>> in_natural_order(["hidden_10", "hidden_9", "output"])
     ['hidden_9', 'hidden_10', 'output']
     """
-    return sorted(
-        names,
-        key=lambda name: [
-            (not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)
-        ],
-    )
+    return sorted(names, key=lambda name: [_rank(part) for part in re.split(r"(\d+)", name)])
+
+
+def _rank(part: str) -> tuple[bool, int, str]:
+    number = part.isdecimal()
+    return not number, int(part) if number else 0, part
 
 
 def layers_of(metric: str, names: Iterable[str]) -> dict[str, str]:

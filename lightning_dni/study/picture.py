@@ -46,8 +46,10 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
         for column, panel in enumerate(panels):
             shown = [each for each in cells if panel.items() <= each.cell.items()]
             axes = charts[row][column]
-            axes.sharex(charts[0][0])
-            axes.sharey(charts[row][0])
+            if row or column:
+                axes.sharex(charts[0][0])
+            if column:
+                axes.sharey(charts[row][0])
             _draw_panel(axes, study, picture, metric, shown, out)
             if row == 0:
                 axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
