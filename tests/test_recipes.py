@@ -159,6 +159,12 @@ def test_the_job_types_of_a_study_are_its_estimators(recipe):
     assert not [each for each in job_types if re.fullmatch(r"[-+\d.e]+", each)]
 
 
+def test_deep_linear_nets_see_the_data_of_shallow_ones():
+    deep, shallow = (read_study(ROOT / f"recipes/{name}linear_dynamics.yaml").axes for name in ("deep_", ""))
+    assert deep == shallow
+    assert deep["features"] == ["2", "100"]
+
+
 def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_error_that_is_not_zero():
     methods = OmegaConf.load(ROOT / "recipes/approximators.yaml").grid.method
     assert methods["backprop"].strategy == "auto"
