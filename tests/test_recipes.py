@@ -165,6 +165,13 @@ def test_deep_linear_nets_see_the_data_of_shallow_ones():
     assert deep["features"] == ["2", "100"]
 
 
+def test_every_depth_is_swept_with_every_method_and_seed():
+    study = read_study(ROOT / "recipes/depth_sweep.yaml")
+    assert study.axes["depth"] == ["3", "5", "10", "20", "50"]
+    assert study.axes["method"] == ["backprop", "one SG", "one SG after a warmup"]
+    assert len(study.runs) == 5 * 3 * 2 * 3  # no point is left out
+
+
 def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_error_that_is_not_zero():
     methods = OmegaConf.load(ROOT / "recipes/approximators.yaml").grid.method
     assert methods["backprop"].strategy == "auto"

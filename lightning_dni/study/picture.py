@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lightning_dni.callbacks.layers import short_names
 from lightning_dni.study.configuration import Picture, Study
@@ -98,6 +99,12 @@ def _draw_panel(
 
 
 def _clear(axes: Axes) -> None:
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0))
+        )  # else less than a decade has one number
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -90,6 +90,10 @@ def test_curves_over_steps_in_panels():
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(1.0 + 0.5**0.5)
     assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    ticks = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert len(ticks) > 2  # though it is less than two decades
+    assert {"0.5", "1"} <= {*ticks}
     assert figure._suptitle.get_text() == "Curves"
     assert not figure.axes[2].lines  # `final` is no curve
 
