@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_dni.analysis import (
     artificial_data,
+    conservation_of,
     descend,
     loss_surface,
     loss_surfaces,
@@ -21,7 +22,7 @@ from lightning_dni.analysis import (
     regress,
     train_deep_linear,
 )
-from lightning_dni.analysis.counter_example import Module
+from lightning_dni.analysis.counter_example import Module, residuals_at
 from lightning_dni.analysis.data import Kind
 from lightning_dni.analysis.implicit import Losses
 from lightning_dni.analysis.regression import LossName
@@ -61,15 +62,29 @@ def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -
         steps: Number of steps.
 
     Returns:
-        The curve `loss`, where it ends (`slope`, `offset`), and the picture `surface`.
+        The curve `loss`, where it ends (`slope`, `offset`), the picture `surface`, and how far from critical
+        that point is, in units of the mean loss of a row (`Stationarity`): `residual_above`, `residual_below`
+        and `residual_sg` of the joint system, and `residual_below_true`, which is backprop's.
     """
     a, b, c = start
     run = descend((a, b, c), module, steps)
     beside = {} if module == "none" else {f"{module} SG": run}
     beside["backprop"] = descend((a, b, c), "none", steps)
     slope, offset, _ = run.parameters[-1].tolist()
-    surface = draw_counter_example(loss_surface(), beside)
-    return {"loss": run.losses, "slope": slope, "offset": offset, "surface": surface}
+    found = residuals_at(run.parameters[-1], module)
+    residuals = {
+        "above": found.above,
+        "below": found.below,
+        "sg": found.estimator,
+        "below_true": found.below_true,
+    }
+    return {
+        "loss": run.losses,
+        "slope": slope,
+        "offset": offset,
+        "surface": draw_counter_example(loss_surface(), beside),
+        **{f"residual_{name}": float(value) for name, value in residuals.items()},
+    }
 
 
 def linear_dynamics(
@@ -186,9 +201,10 @@ def implicit_losses(
         seed: Of the data and the weights.
 
     Returns:
-        Curves with an entry for each comparison: `train_loss` and `train_accuracy`, and by hidden layer
-        (`correlation_1` is the lowest) the correlation of the implicit loss above it with the true one within
-        each class, averaged over classes. Pictures are `losses_K`, K the comparison.
+        Curves with an entry for each comparison, at the steps in `step`: `train_loss` and `train_accuracy`,
+        and by hidden layer (`correlation_1` is the lowest) the correlation of the implicit loss above it with
+        the true one within each class, averaged over classes, and whether it is a loss, and bounded below:
+        `curl_1` and `smallest_eigenvalue_1` (`Conservation`). Pictures are `losses_K`, K the comparison.
     """
     x, y = artificial_data(kind, 2, rows, seed, torch.float32)
     labels, points, losses = y.squeeze(1).long(), plane((-2.5, -2.5), (2.5, 2.5), side), CLASS_LOSSES[loss]
@@ -202,14 +218,18 @@ def implicit_losses(
         seed=seed,
     )
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    curves: dict[str, list[float]] = {"train_loss": [], "train_accuracy": []}
+    curves: dict[str, list[float]] = {"step": [], "train_loss": [], "train_accuracy": []}
     pictures = {}
     with engine:
         for number in range(1, comparisons + 1):
             output = _descend(engine, model, optimizer, (x, labels), losses, steps // comparisons)
             surfaces = loss_surfaces(model, engine.estimators, points, 2, losses)
             for name, found in surfaces.correlations().items():
-                curves.setdefault(f"correlation_{int(name) + 1}", []).append(float(found.mean()))
+                field = conservation_of(engine.estimators[name], x.new_zeros(1, width))
+                at = {"correlation": found.mean(), **field._asdict()}
+                for figure, value in at.items():
+                    curves.setdefault(f"{figure}_{int(name) + 1}", []).append(float(value))
+            curves["step"].append(number * (steps // comparisons))
             curves["train_loss"].append(float(losses(output, labels).mean()))
             curves["train_accuracy"].append(float((output.argmax(1) == labels).double().mean()))
             if number in drawn:

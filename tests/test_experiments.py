@@ -5,7 +5,8 @@ import torch
 from core.nets import unchecked
 from torch.nn import functional as F
 
-from lightning_dni.analysis import artificial_data, regress, train_deep_linear
+from lightning_dni.analysis import LinearMap, artificial_data, regress, train_deep_linear
+from lightning_dni.core import DNIEngine
 from lightning_dni.core.randomness import seeded
 from lightning_dni.demos import DigitsDataModule, MLPClassifier
 from lightning_dni.experiments import (
@@ -26,6 +27,13 @@ def test_the_counter_example_ends_at_six_and_shows_backprop_beside_it():
     legend = [text.get_text() for text in figures["surface"].axes[1].get_legend().get_texts()]
     assert legend[0] == "constant SG: ends at 6"
     assert legend[1].startswith("backprop: ends at 0.2")
+    residuals = {name: value for name, value in figures.items() if name.startswith("residual")}
+    assert residuals == {
+        "residual_above": 0.0,
+        "residual_below": pytest.approx(0, abs=0.05),
+        "residual_sg": pytest.approx(0, abs=0.05),
+        "residual_below_true": pytest.approx(1.5),  # backprop would go on
+    }
     alone = counter_example([1.0, 3.0, 0.0], "none", steps=2)
     assert len(alone["surface"].axes[1].get_legend().get_texts()) == 1
 
@@ -58,11 +66,32 @@ def test_the_implicit_loss_is_the_squared_error_at_the_top_and_less_below():
             "noisy", "mse", "everywhere", steps=120, comparisons=2, hidden_layers=3, drawn=[2]
         )
     assert {len(figures[f"correlation_{k}"]) for k in (1, 2, 3)} == {2}
+    assert figures["step"] == [60, 120]
     assert figures["correlation_3"][-1] > 0.95
     assert figures["correlation_1"][-1] < figures["correlation_3"][-1]
     assert figures["train_loss"][1] < figures["train_loss"][0]
     assert len(figures["losses_2"].axes) == 2 * 4  # two labels; true loss and three boundaries
     assert "losses_1" not in figures
+
+
+def test_curl_and_smallest_eigenvalue_are_those_of_the_estimators(monkeypatch):
+    """Of A's symmetric part, by hand, at the last comparison."""
+    engines = []
+
+    class Kept(DNIEngine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            engines.append(self)
+
+    monkeypatch.setattr("lightning_dni.experiments.DNIEngine", Kept)
+    with unchecked():
+        figures = implicit_losses("separable", "mse", "everywhere", steps=40, comparisons=2, rows=20, side=2)
+    for k in range(1, 7):
+        a = LinearMap.of(engines[0].estimators[str(k - 1)]).A.double()
+        assert len(figures[f"curl_{k}"]) == 2
+        assert figures[f"curl_{k}"][-1] == pytest.approx(float((a - a.T).norm() / a.norm()))
+        smallest = float(torch.linalg.eigvalsh((a + a.T) / 2)[0])
+        assert figures[f"smallest_eigenvalue_{k}"][-1] == pytest.approx(smallest)
 
 
 def test_one_synthetic_gradient_is_below_the_output_and_the_seed_is_all_that_counts():

@@ -55,6 +55,7 @@ NAMES = {
         "tracking_condition",
         "train_deep_linear",
         "weight_norm_profile",
+        "weight_norm_slope",
     ],
     "lightning_dni.core": [
         "BoundaryReport",

@@ -144,7 +144,9 @@ def test_each_study_runs_in_short(recipe, tmp_path):
     assert len(outcome.results) == len(study.runs) > 0
     assert study.picture is not None
     logged = {name for result in outcome.results.values() for name in result.metrics}
-    assert {*study.table, *study.picture.y} <= logged
+    assert {*study.table} <= logged
+    by_layer = {name.partition("/")[0] for name in logged}
+    assert {*study.picture.y} <= (by_layer if study.picture.x == "layer" else logged)
     assert (tmp_path / "out/picture.png").exists()
 
 
@@ -157,6 +159,32 @@ def test_the_job_types_of_a_study_are_its_estimators(recipe):
     assert not [each for each in job_types if re.fullmatch(r"[-+\d.e]+", each)]
 
 
+def test_deep_linear_nets_see_the_data_of_shallow_ones():
+    deep, shallow = (read_study(ROOT / f"recipes/{name}linear_dynamics.yaml").axes for name in ("deep_", ""))
+    assert deep == shallow
+    assert deep["features"] == ["2", "100"]
+
+
+def test_every_depth_is_swept_with_every_method_and_seed():
+    study = read_study(ROOT / "recipes/depth_sweep.yaml")
+    assert study.axes["depth"] == ["3", "5", "10", "20", "50"]
+    assert study.axes["method"] == ["backprop", "one SG", "one SG after a warmup"]
+    assert len(study.runs) == 5 * 3 * 2 * 3  # no point is left out
+
+
+def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_error_that_is_not_zero():
+    methods = OmegaConf.load(ROOT / "recipes/approximators.yaml").grid.method
+    assert methods["backprop"].strategy == "auto"
+    rows = {name: each.estimator for name, each in methods.items() if "estimator" in each}
+    classes = {each.class_path.rpartition(".")[2] for each in rows.values()}
+    table = {"Linear", "FeedbackAlignment", "DirectFeedbackAlignment", "Kickback", "Probe"}
+    assert {f"{name}Estimator" for name in table} <= classes
+    assert rows["SG + prop"].init_args.prop_alpha > 0
+    squares = {name for name, each in methods.items() if each.loss == "squared_error"}
+    assert squares == {name for name in methods if name.endswith("(squares)")}
+    assert "init_args" not in rows["Kickback (squares)"]  # the derivative with respect to the output
+
+
 @each_recipe
 def test_each_recipe_says_what_it_shows_and_how_it_is_run(recipe):
     header, _, _ = recipe.read_text().partition("recipe:\n")
@@ -165,6 +193,7 @@ def test_each_recipe_says_what_it_shows_and_how_it_is_run(recipe):
     if recipe in STUDIES:
         assert "Expected: " in header
         assert ("Measured on 20" in header) != (UNMEASURED in header)
+        assert (ROOT / f"docs/{recipe.stem}.png").exists() == ("Measured on 20" in header)
     said = OmegaConf.load(recipe).recipe
     assert (UNMEASURED in header) == ("(not yet measured)" in said.claim)
     assert said.claim

@@ -4,7 +4,7 @@ Critical points (section 3): `stationarity`, `representation_error`, and the cou
 `descend` on `loss_surface`. Learning dynamics (section 4): `regress`, `train_deep_linear`,
 `TrackingInstrument` and `InjectedErrorEstimator`, on `artificial_data`. The implicit loss (section 5):
 `implicit_loss`, `conservation_of` and `loss_surfaces`. Representations (section 5): `dissimilarity`,
-`class_block_distances`, `fit_probe` and `weight_norm_profile`, on `layer_outputs`.
+`class_block_distances`, `fit_probe`, `weight_norm_profile` and its slope, on `layer_outputs`.
 """
 
 from lightning_dni.analysis.counter_example import Surface, Trajectory, descend, loss_surface
@@ -30,6 +30,7 @@ from lightning_dni.analysis.representations import (
     layer_outputs,
     order_by_class,
     weight_norm_profile,
+    weight_norm_slope,
 )
 from lightning_dni.analysis.tracking import (
     TrackingCondition,
@@ -83,4 +84,5 @@ __all__ = [
     "tracking_condition",
     "train_deep_linear",
     "weight_norm_profile",
+    "weight_norm_slope",
 ]

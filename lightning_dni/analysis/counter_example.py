@@ -1,10 +1,13 @@
 """The one-dimensional example in which a weak synthetic gradient adds critical points (supplement A)."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_dni.analysis.critical import Stationarity, stationarity
+from lightning_dni.core import Feedback, Gradient, GradientEstimator, Record, sg_loss
 
 DATA = (-2.0, -1.0, 1.0, 2.0)
 """The inputs. The model is f(x) = ax + b, the loss the sum of |f(x)|, least at a = b = 0."""
@@ -103,6 +106,48 @@ def descend(
         states.append(state)
     parameters = torch.stack(states)
     return Trajectory(parameters, absolute_loss(parameters[:, 0], parameters[:, 1]))
+
+
+def residuals_at(point: Float[Tensor, "3"], module: Module) -> Stationarity:
+    """How far a, b and c are from a critical point, by autograd on torch modules.
+
+    Nothing lies above the boundary, which is the output, so that `above` is zero. At a = b = 0, where the
+    loss is least, it has a kink: a run that comes near ends beside it, at residuals that are not small.
+
+    Args:
+        point: a, b and c.
+        module: What gives the gradient; with "none" c does not count.
+    """
+    below = nn.Linear(1, 1, device="meta", dtype=point.dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        below.weight.copy_(point[0])
+        below.bias.copy_(point[1])
+    estimator = None if module == "none" else _Weak(point[2], sees_sign=module == "sign")
+    x = point.new_tensor(DATA).unsqueeze(1)
+    return stationarity(below, nn.Identity(), estimator, x, None, lambda f: f.abs().sum(1))
+
+
+@final
+class _Weak(GradientEstimator):
+    """c for every row, or c times the sign of f."""
+
+    regresses = True
+
+    def __init__(self, c: Tensor, sees_sign: bool) -> None:
+        super().__init__()
+        self.c, self._sees_sign = nn.Parameter(c.clone()), sees_sign
+
+    def synthesize(
+        self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
+    ) -> tuple[Gradient | None, Any]:
+        """The same number for all rows, but for the sign."""
+        return (self.c * (h[0].sign() if self._sees_sign else torch.ones_like(h[0])),), None
+
+    def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
+        """The SG loss."""
+        assert record.gradient is not None
+        assert feedback.target is not None
+        return sg_loss(record.gradient, feedback.target)
 
 
 def _outputs(a: Tensor, b: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Stationarity(NamedTuple):
 def stationarity(
     below: nn.Module,
     above: nn.Module,
-    estimator: GradientEstimator,
+    estimator: GradientEstimator | None,
     x: Tensor,
     context: Tensor | None,
     losses: RowLosses,
@@ -61,7 +61,7 @@ def stationarity(
     Args:
         below: What lies below the boundary; gives one tensor.
         above: What lies above it.
-        estimator: Supplies the gradient at it.
+        estimator: Supplies the gradient at it; None for backprop, whose `below` is `below_true`.
         x: The inputs.
         context: What the estimator is told, as it expects it.
         losses: The loss.
@@ -72,8 +72,7 @@ def stationarity(
     upper = list(above.parameters())
     at_h, *up = torch.autograd.grad(mean, [cut, *upper], allow_unused=True, materialize_grads=True)
     target = at_h * len(h)
-    record = _ask(estimator, cut.detach(), context)
-    given = torch.zeros_like(h) if record.gradient is None else record.gradient[0].detach()
+    given, learnt = (target, []) if estimator is None else _judge(estimator, cut.detach(), context, target)
     lower = list(below.parameters())
     down, true = (
         torch.autograd.grad(
@@ -81,8 +80,6 @@ def stationarity(
         )
         for g in (given, target)
     )
-    loss = estimator.loss(record, Feedback(target=(target,)))
-    learnt = [] if loss is None else _gradients(loss, estimator)
     return Stationarity(*(_norm(found, h) for found in (up, down, learnt, true)))
 
 
@@ -146,6 +143,16 @@ def _minimize(
         optimizer.step(evaluate)  # type: ignore[no-untyped-call]
     said = _ask(estimator, h, context).gradient
     return torch.zeros_like(h) if said is None else said[0].detach()
+
+
+def _judge(
+    estimator: GradientEstimator, h: Tensor, context: Tensor | None, target: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What the estimator gives at `h`, and the gradients of its loss in its weights."""
+    record = _ask(estimator, h, context)
+    given = torch.zeros_like(h) if record.gradient is None else record.gradient[0].detach()
+    loss = estimator.loss(record, Feedback(target=(target,)))
+    return given, [] if loss is None else _gradients(loss, estimator)
 
 
 def _ask(estimator: GradientEstimator, h: Tensor, context: Tensor | None) -> Record:

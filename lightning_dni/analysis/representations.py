@@ -1,5 +1,6 @@
 """What each layer makes of samples, and how large its weights are (Czarnecki et al. 2017, section 5)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -182,10 +183,41 @@ def weight_norm_profile(layers: Mapping[str, nn.Module]) -> dict[str, float]:
     Returns:
         A share by name; all together are 1. Without any weight but zero all are 0.
     """
-    squares: dict[str, float] = {}
-    for name, layer in layers.items():
-        weights = [p.detach().double() for p in layer.parameters() if p.ndim > 1]
-        if weights:
-            squares[name] = sum(float(weight.square().sum()) for weight in weights)
+    squares = {
+        name: sum(float(weight.square().sum()) for weight in weights)
+        for name, weights in _weights(layers).items()
+    }
     whole = sum(squares.values())
     return {name: square / whole if whole else 0.0 for name, square in squares.items()}
+
+
+def weight_norm_slope(layers: Mapping[str, nn.Module]) -> float | None:
+    """By how much the share of `weight_norm_profile` changes from one layer to the next, by least squares.
+
+    Only layers of the most frequent number of weights count, since others have another norm to begin with; so
+    the first layer of a perceptron mostly does not.
+
+    Args:
+        layers: Submodules by name, in forward order.
+
+    Returns:
+        The slope per layer; None where fewer than two layers count.
+    """
+    sizes = {name: sum(map(Tensor.numel, weights)) for name, weights in _weights(layers).items()}
+    profile = weight_norm_profile(layers)
+    usual = Counter(sizes.values()).most_common(1)
+    shares = [profile[name] for name, size in sizes.items() if size == usual[0][0]]
+    if len(shares) < 2:
+        return None
+    middle = (len(shares) - 1) / 2
+    along = sum((k - middle) * share for k, share in enumerate(shares))
+    return along / sum((k - middle) ** 2 for k in range(len(shares)))
+
+
+def _weights(layers: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """Matrices and kernels of the layers that have some."""
+    found = {
+        name: [p.detach().double() for p in layer.parameters() if p.ndim > 1]
+        for name, layer in layers.items()
+    }
+    return {name: weights for name, weights in found.items() if weights}

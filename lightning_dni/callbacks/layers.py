@@ -1,6 +1,7 @@
 """Which submodules are the layers of a model, where nobody says so or by names and patterns."""
 
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 from torch import nn
 
@@ -35,6 +36,39 @@ def resolve_layers(
         for name, module in modules.items()
         if name in boundaries or (_parent(name) in parents and _has_parameters(module))
     }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without what all begin with, up to a dot or an underscore; a single one stays whole.
+
+    >>> short_names(["net.hidden_1", "net.hidden_10"])
+    ['1', '10']
+    """
+    shared = list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+    ends = [place + 1 for place, letters in enumerate(shared) if letters[0] in "._"]
+    return [name[ends[-1] :] if ends and len(names) > 1 else name for name in names]
+
+
+def layers_before(model: nn.Module, layers: Collection[str], boundaries: Collection[str]) -> tuple[str, ...]:
+    """The layers behind which `model` is cut: a boundary itself, or else the last layer before its end.
+
+    Args:
+        model: The network.
+        layers: Names in the order in which the model registers them.
+        boundaries: Names of the boundaries; one that is inside of a layer is behind none.
+    """
+    places = {name: place for place, name in enumerate(named_submodules(model))}
+    found: set[str] = set()
+    for boundary in boundaries:
+        around = any(boundary.startswith(f"{layer}.") for layer in layers)
+        before = [
+            layer for layer in layers if layer.startswith(f"{boundary}.") or places[layer] < places[boundary]
+        ]
+        if boundary in layers:
+            found.add(boundary)
+        elif not around:
+            found.update(before[-1:])
+    return tuple(layer for layer in layers if layer in found)
 
 
 def _named(model: nn.Module, modules: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:

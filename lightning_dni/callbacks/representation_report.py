@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lightning_dni.callbacks.engine import key_of
+from lightning_dni.callbacks.layers import short_names
 
 COLUMNS = (
     "layer",
@@ -23,6 +24,7 @@ COLUMNS = (
     "squared norm of weights, share",
 )
 PER_ROW = 8
+PER_STRIP = 20
 HIGHEST = 1.5
 """The end of the colour scale; only samples that layers make opposites of are further apart."""
 
@@ -37,6 +39,7 @@ class Representations:
         train_accuracy: Of a linear probe on the samples it was fitted to; empty without probes.
         test_accuracy: On as many others.
         weight_norm: Squared norm of the weights as a share of the sum over layers; of layers with weights.
+        norm_slope: Of that share, per layer, over layers of the usual size; None where it is not known.
     """
 
     step: int
@@ -44,6 +47,7 @@ class Representations:
     train_accuracy: Mapping[str, float]
     test_accuracy: Mapping[str, float]
     weight_norm: Mapping[str, float]
+    norm_slope: float | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -53,34 +57,42 @@ class Representations:
     def state_dict(self) -> dict[str, Any]:
         """The curves in primitives."""
         curves = {name: dict(getattr(self, name)) for name in CURVES}
-        return {"step": self.step, **curves}
+        return {"step": self.step, **curves, "norm_slope": self.norm_slope}
 
     def as_metrics(self) -> dict[str, float]:
-        """The curves as metrics of one step: `dni_layer_<curve>/<layer>`."""
-        return {
+        """The curves as metrics of one step: `dni_layer_<curve>/<layer>`; the slope of norms and its sign."""
+        metrics = {
             key_of(f"dni_layer_{name}", layer): value
             for name in CURVES
             for layer, value in getattr(self, name).items()
         }
+        if self.norm_slope is None:
+            return metrics
+        sign = float((self.norm_slope > 0) - (self.norm_slope < 0))
+        return metrics | {"dni_norm_slope": self.norm_slope, "dni_norm_slope_sign": sign}
 
-    def rows(self, boundaries: Collection[str]) -> list[list[Any]]:
-        """One row per layer, with the columns `COLUMNS`; None where nothing was measured."""
+    def rows(self, cuts: Collection[str]) -> list[list[Any]]:
+        """One row per layer, with the columns `COLUMNS`; None where nothing was measured.
+
+        Args:
+            cuts: Names of layers behind which the network is cut.
+        """
         curves = [getattr(self, name) for name in CURVES]
-        return [[layer, layer in boundaries, *(c.get(layer) for c in curves)] for layer in self.layers]
+        return [[layer, layer in cuts, *(c.get(layer) for c in curves)] for layer in self.layers]
 
 
 CURVES = ("distance", "train_accuracy", "test_accuracy", "weight_norm")
 
 
 def draw_representations(
-    found: Representations, matrices: Mapping[str, Tensor], boundaries: Collection[str]
+    found: Representations, matrices: Mapping[str, Tensor], cuts: Collection[str]
 ) -> Figure:
-    """The dissimilarity matrix of every layer, and below them the curves; boundaries are in red.
+    """The dissimilarity matrix of every layer, and below them the curves; cuts are in red.
 
     Args:
         found: The curves.
         matrices: By layer, samples in the order of their classes.
-        boundaries: Names of layers behind which the network is cut.
+        cuts: Names of layers behind which the network is cut.
     """
     layers = list(matrices)
     columns = min(PER_ROW, max(3, len(layers)))
@@ -88,7 +100,7 @@ def draw_representations(
     width, upper, lower = 1.6 * columns + 1.2, 1.8 * lines + 0.4, 3.2
     figure = Figure(figsize=(width, upper + lower), dpi=110)
     border = lower / (upper + lower)
-    _draw_matrices(figure, matrices, boundaries, (lines, columns), (border, 1 - 0.4 / (upper + lower)))
+    _draw_matrices(figure, matrices, cuts, (lines, columns), (border, 1 - 0.4 / (upper + lower)))
     margin = 0.6 / width
     grid = figure.add_gridspec(
         1,
@@ -100,18 +112,18 @@ def draw_representations(
         wspace=0.25,
     )
     distance, accuracy, norm = (figure.add_subplot(grid[0, k]) for k in range(3))
-    cuts = [k for k, layer in enumerate(layers) if layer in boundaries]
-    _draw_curve(distance, layers, cuts, "distance to the last layer", [("", found.distance, "-")])
+    places = [k for k, layer in enumerate(layers) if layer in cuts]
+    _draw_curve(distance, layers, places, "distance to the last layer", [("", found.distance, "-")])
     both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
-    _draw_curve(accuracy, layers, cuts, "accuracy of a linear probe", both if found.train_accuracy else [])
-    _draw_curve(norm, layers, cuts, "squared norm of the weights, share", [("", found.weight_norm, "-")])
+    _draw_curve(accuracy, layers, places, "accuracy of a linear probe", both if found.train_accuracy else [])
+    _draw_curve(norm, layers, places, "squared norm of the weights, share", [("", found.weight_norm, "-")])
     return figure
 
 
 def _draw_matrices(
     figure: Figure,
     matrices: Mapping[str, Tensor],
-    boundaries: Collection[str],
+    cuts: Collection[str],
     shape: tuple[int, int],
     room: tuple[float, float],
 ) -> None:
@@ -128,10 +140,40 @@ def _draw_matrices(
     for k, (layer, matrix) in enumerate(matrices.items()):
         axes = figure.add_subplot(grid[divmod(k, shape[1])])
         axes.imshow(matrix.numpy(), norm=colors, cmap="viridis", interpolation="nearest")
-        axes.set_title(layer, fontsize=8, pad=3, color="firebrick" if layer in boundaries else "black")
-        axes.set_axis_off()
+        _mark(axes, layer, layer in cuts, 8.0)
     bar = figure.add_axes((right + 0.01, bottom, 0.12 / figure.get_figwidth(), 0.8 * (top - bottom)))
     figure.colorbar(ScalarMappable(colors, "viridis"), cax=bar)
+
+
+def _mark(axes: Axes, title: str, is_cut: bool, font_size: float) -> None:
+    """A matrix' title and, behind a layer at which the network is cut, a red line."""
+    axes.set_title(title, fontsize=font_size, pad=3, color="firebrick" if is_cut else "black")
+    axes.set_axis_off()
+    if is_cut:
+        axes.plot(
+            [1.03, 1.03], [0, 1], transform=axes.transAxes, clip_on=False, color="firebrick", linewidth=2
+        )
+
+
+def draw_dissimilarities(matrices: Mapping[str, Tensor], cuts: Collection[str]) -> Figure:
+    """The matrices alone, small, side by side: to be set below those of another training.
+
+    Args:
+        matrices: By layer, samples in the order of their classes.
+        cuts: Names of layers behind which the network is cut; a red line follows them.
+    """
+    columns = min(PER_STRIP, len(matrices))
+    lines = math.ceil(len(matrices) / columns)
+    figure = Figure(figsize=(0.7 * columns + 0.1, 0.88 * lines), dpi=110)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure.subplots_adjust(0.005, 0.01, 0.99, 1 - 0.16 / lines, 0.1, 0.25)
+    names = short_names(list(matrices))
+    for axes, name, (layer, matrix) in zip(grid, names, matrices.items(), strict=False):
+        axes.imshow(matrix.numpy(), norm=Normalize(0, HIGHEST), cmap="viridis")
+        _mark(axes, name, layer in cuts, 6.0)
+    for axes in grid[len(matrices) :]:
+        axes.set_axis_off()
+    return figure
 
 
 def _draw_curve(

@@ -18,17 +18,23 @@ from lightning_dni.analysis import (
     layer_outputs,
     order_by_class,
     weight_norm_profile,
+    weight_norm_slope,
 )
 from lightning_dni.callbacks._compat import MisconfigurationException, rank_zero_info, rank_zero_warn
-from lightning_dni.callbacks.layers import resolve_layers
+from lightning_dni.callbacks.layers import layers_before, resolve_layers
 from lightning_dni.callbacks.pictures import picture_path, write_figure
-from lightning_dni.callbacks.representation_report import COLUMNS, Representations, draw_representations
+from lightning_dni.callbacks.representation_report import (
+    COLUMNS,
+    Representations,
+    draw_dissimilarities,
+    draw_representations,
+)
 from lightning_dni.callbacks.samples import Samples
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.core.report import HasEngine
 from lightning_dni.pipeline.staged import StagedEngine
 
-PICTURE, TABLE = "dni_representations", "dni_layers"
+PICTURE, STRIP, TABLE = "dni_representations", "dni_dissimilarities", "dni_layers"
 
 
 class RepresentationMonitor(pl.Callback):
@@ -36,10 +42,12 @@ class RepresentationMonitor(pl.Callback):
 
     For each layer: the dissimilarity matrix of samples in the order of their classes, how far its
     within-class blocks are from the last layer's, the accuracy of a linear probe, and the squared norm of
-    the weights. W&B gets a picture, `dni_representations`, and a table, `dni_layers`; other loggers get the
-    numbers, `dni_layer_<curve>/<layer>`, and their directory a picture per measurement,
-    `dni_representations_step_<n>.png`. It works under every strategy whose processes hold the whole model,
-    with synthetic gradients or without, and changes no number of the run.
+    the weights, with the slope of these over the layers (`dni_norm_slope`) and its sign. W&B gets a picture,
+    `dni_representations`, and a table, `dni_layers`; other loggers get the numbers,
+    `dni_layer_<curve>/<layer>`, and their directory two pictures per measurement,
+    `dni_representations_step_<n>.png` and, with the matrices alone, `dni_dissimilarities_step_<n>.png`.
+    Layers behind which the network is cut are marked in red. It works under every strategy whose processes
+    hold the whole model, with synthetic gradients or without, and changes no number of the run.
 
     Args:
         layers: Names or fnmatch patterns of submodules, a wildcard for one level. None: the boundaries, with
@@ -79,7 +87,7 @@ class RepresentationMonitor(pl.Callback):
         self._num_samples, self._num_probed, self._every_n = num_samples, num_probed, every_n_epochs
         self._samples = Samples(max(num_samples, num_probed), samples)
         self._layers: dict[str, nn.Module] = {}
-        self._boundaries: tuple[str, ...] = ()
+        self._cuts: tuple[str, ...] = ()
         self._wandb: WandbReport | None = None
         self.history: list[Representations] = []
         self.matrices: dict[str, Tensor] = {}
@@ -104,8 +112,8 @@ class RepresentationMonitor(pl.Callback):
                 "RepresentationMonitor(samples=(inputs, labels)), or data to validate on."
             )
         boundaries = () if engine is None else tuple(getattr(engine, "boundaries", ()))
-        self._boundaries = boundaries
         self._layers = resolve_layers(pl_module, self._patterns, boundaries)
+        self._cuts = layers_before(pl_module, self._layers, boundaries)
         self._wandb = WandbReport(trainer)
 
     @override
@@ -171,23 +179,26 @@ class RepresentationMonitor(pl.Callback):
             train_accuracy={name: train for name, (train, _) in measured.items()},
             test_accuracy={name: test for name, (_, test) in measured.items()},
             weight_norm=weight_norm_profile(self._layers),
+            norm_slope=weight_norm_slope(self._layers),
         )
         self.history.append(found)
         self._show(trainer, found)
 
     def _show(self, trainer: pl.Trainer, found: Representations) -> None:
         assert self._wandb is not None
-        figure = draw_representations(found, self.matrices, self._boundaries)
+        figure = draw_representations(found, self.matrices, self._cuts)
         step = trainer.global_step - 1
         row = found.as_metrics()
         for logger in trainer.loggers:
             if not isinstance(logger, WandbLogger):  # which gets a table
                 logger.log_metrics(row, step)
         self._wandb.show_figure(PICTURE, figure, "dissimilarity matrices and curves over layers", step)
-        self._wandb.show_table(TABLE, COLUMNS, found.rows(self._boundaries), step)
+        self._wandb.show_table(TABLE, COLUMNS, found.rows(self._cuts), step)
         path = picture_path(trainer, f"{PICTURE}_step_{found.step}.png")
         if path is not None:
             write_figure(figure, path)
+            strip = draw_dissimilarities(self.matrices, self._cuts)
+            write_figure(strip, path.with_name(f"{STRIP}_step_{found.step}.png"))
             rank_zero_info(f"RepresentationMonitor has drawn what the layers make of samples: {path}")
 
     # ---- checkpoints

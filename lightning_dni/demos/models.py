@@ -26,8 +26,20 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+def _half_squared_distances(logits: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared distance of scores and one-hot labels, averaged over rows."""
+    one_hot = F.one_hot(targets, logits.shape[1])
+    return (logits - one_hot).square().sum(1).mean() / 2
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "squared_error": _half_squared_distances,
+}
+
+
 class Classifier(pl.LightningModule):
-    """Train `net` on cross-entropy and log how well it does; `forward` is the subclass's."""
+    """Train `net` on a loss of its scores and log how well it does; `forward` is the subclass's."""
 
     def __init__(
         self,
@@ -36,13 +48,15 @@ class Classifier(pl.LightningModule):
         optimizer: str,
         learning_rate: float,
         weight_decay: float = 0.0,
+        loss: str = "cross_entropy",
     ) -> None:
         check_choice("optimizer", optimizer, OPTIMIZERS)
+        check_choice("loss", loss, LOSSES)
         check_positive("learning_rate", learning_rate)
         check_not_negative("weight_decay", weight_decay)
         super().__init__()
         self.net = net
-        self._optimizer = optimizer
+        self._optimizer, self._loss = optimizer, LOSSES[loss]
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -52,9 +66,9 @@ class Classifier(pl.LightningModule):
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Float[Tensor, ""]:
-        """Cross-entropy, logged as `train_loss`."""
+        """The loss, logged as `train_loss`."""
         inputs, targets = batch
-        loss = F.cross_entropy(self(inputs), targets)
+        loss = self._loss(self(inputs), targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -63,7 +77,7 @@ class Classifier(pl.LightningModule):
         """Log loss, accuracy and error over the validation rows."""
         inputs, targets = batch
         logits = self(inputs)
-        loss = F.cross_entropy(logits, targets)
+        loss = self._loss(logits, targets)
         self.val_accuracy.update(logits, targets)
         self.val_error.update(_percent_wrong(logits, targets))
         self.log("val_loss", loss, batch_size=len(targets), sync_dist=True)
@@ -106,6 +120,7 @@ class MLPClassifier(Classifier):
         weight_decay: factor of the squared norm of all parameters, halved, that is added to the loss.
         mark_middle: whether `net.middle`, which hands on what it gets, follows the lower half of the
             blocks (the smaller one, where their number is odd).
+        loss: a key of `LOSSES`; the squared error is half the distance to one-hot labels.
 
     Raises:
         ValueError: an argument is out of range.
@@ -129,6 +144,7 @@ class MLPClassifier(Classifier):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         mark_middle: bool = False,
+        loss: str = "cross_entropy",
     ) -> None:
         check_count("input_size", input_size)
         check_count("hidden_size", hidden_size)
@@ -144,7 +160,7 @@ class MLPClassifier(Classifier):
             if mark_middle and i + 1 == num_hidden // 2:
                 net.add_module("middle", nn.Identity())
         net.add_module("output", nn.Linear(sizes[-1], num_classes))
-        super().__init__(net, num_classes, optimizer, learning_rate, weight_decay)
+        super().__init__(net, num_classes, optimizer, learning_rate, weight_decay, loss)
         self.save_hyperparameters()
 
     @override

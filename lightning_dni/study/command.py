@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from lightning_dni.errors import StudyError
 from lightning_dni.study.configuration import Study, read_study
 from lightning_dni.study.execution import Build
+from lightning_dni.study.names import layers_of
 from lightning_dni.study.running import PICTURE, RESULTS, Outcome, run_study
 from lightning_dni.study.table import printed_table
 
@@ -122,7 +123,10 @@ def _problems(study: Study, outcome: Outcome) -> list[str]:
     problems = [f"Failed: {'; '.join(names)}\n  {error}" for error, names in by_error.items()]
     finished = [each for each in outcome.results.values() if each.error is None]
     logged = sorted({name for each in finished for name in each.metrics})
-    asked = {**dict.fromkeys(study.table), **dict.fromkeys(study.picture.y if study.picture else ())}
+    drawn = study.picture.y if study.picture else ()
+    if study.over_layers:
+        drawn = tuple(name for name in drawn if not layers_of(name, logged))
+    asked = dict.fromkeys((*study.table, *drawn))
     if finished and not outcome.interrupted:
         problems += [
             f"Expected `table` and `picture.y` to name metrics, but no run has logged {name!r}. Logged were: "

@@ -24,7 +24,8 @@ KEYS = (
     *("recipe", "variables", "grid", "seeds", "skip", "only", "fit", "call", "arguments"),
     *("table", "picture", "wandb", "quick"),
 )
-PICTURE_KEYS = ("x", "y", "line", "panel", "x_scale", "y_scale", "title")
+PICTURE_KEYS = ("x", "y", "line", "panel", "x_scale", "y_scale", "title", "cuts", "images")
+NO_AXES = ("step", "layer")
 ESTIMATOR_AXES = ("estimator", "method", "module")
 GIVEN_BY_STUDY = {
     "seed_everything": "the study sets it to each of `seeds`",
@@ -36,7 +37,10 @@ Cell = dict[str, str]
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn; `x` is an axis or "step", `y` are metrics, a panel each."""
+    """What is drawn; `x` is an axis, "step" or "layer", `y` are metrics, a panel each.
+
+    `cuts` are layers behind which a line is drawn, `images` is a file in the folders of runs.
+    """
 
     x: str
     y: tuple[str, ...]
@@ -45,6 +49,8 @@ class Picture:
     x_scale: str = "linear"
     y_scale: str = "linear"
     title: str | None = None
+    cuts: tuple[str, ...] = ()
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class Study:
         claim = str(self.recipe.get("claim", ""))[:64]
         tags = [str(tag) for tag in self.recipe.get("tags") or ([claim] if claim else [])]
         return [self.name, *tags]
+
+    @property
+    def over_layers(self) -> bool:
+        """Whether the picture's x is the layers of metrics `METRIC/LAYER`, and no axis that is called so."""
+        return self.picture is not None and self.picture.x == "layer" and "layer" not in self.axes
 
     def job_type(self, run: Run) -> str:
         """The estimator of a run: its name on the axis that `recipe.job_type` names, or what that says."""
@@ -273,7 +284,7 @@ def _picture(node: Any, axes: Mapping[str, Any], table: Sequence[str]) -> Pictur
     check_keys("picture", list(given), PICTURE_KEYS)
     if "x" not in given or not (given.get("y") or table):
         raise StudyError(
-            f"Expected `picture` to name `x` (an axis, or step) and `y` (metrics), but got {given!r}. "
+            f"Expected `picture` to name `x` (an axis, step or layer) and `y` (metrics), but got {given!r}. "
             "Add them."
         )
     y = check_names("picture.y", given.get("y") or list(table))
@@ -281,7 +292,8 @@ def _picture(node: Any, axes: Mapping[str, Any], table: Sequence[str]) -> Pictur
     check_keys("picture.panel", panel, list(axes))
     for key in ("x", "line"):
         if given.get(key) is not None:
-            check_keys(f"picture.{key}", [given[key]], [*axes, *(["step"] if key == "x" else [])])
+            check_keys(f"picture.{key}", [given[key]], [*axes, *(NO_AXES if key == "x" else [])])
     for key in ("x_scale", "y_scale"):
         check_keys(f"picture.{key}", [given.get(key, "linear")], ["linear", "log"])
-    return Picture(**{**given, "y": y, "panel": panel})
+    cuts = check_names("picture.cuts", given.get("cuts"), "layers")
+    return Picture(**{**given, "y": y, "panel": panel, "cuts": cuts})

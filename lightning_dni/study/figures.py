@@ -18,11 +18,11 @@ def keep_figures(figures: Mapping[str, Any], folder: Path) -> dict[str, float]:
 
     Args:
         figures: Numbers, curves (sequences of numbers, or tensors and arrays of one dimension), and
-            matplotlib figures.
+            matplotlib figures. A curve `step` says at which steps the entries of the others were taken.
         folder: Of the run.
 
     Raises:
-        StudyError: Something is none of these.
+        StudyError: Something is none of these, or a curve is longer than `step`.
     """
     numbers: dict[str, float] = {}
     curves: dict[str, list[float]] = {}
@@ -39,8 +39,15 @@ def keep_figures(figures: Mapping[str, Any], folder: Path) -> dict[str, float]:
                 f"Expected the figure {name!r} to be a number, a sequence of numbers or a matplotlib figure, "
                 f"but got {value!r}. Leave it out of what the function returns."
             )
+    steps = curves.pop("step", None)
     if curves:
-        _write_history(curves, folder / HISTORY)
+        longest = max(curves, key=lambda name: len(curves[name]))
+        if steps is not None and len(steps) < len(curves[longest]):
+            raise StudyError(
+                f"Expected the curve `step` to have an entry for each of {longest!r}, but it has "
+                f"{len(steps)} for {len(curves[longest])}. Return as many, or no curve `step`."
+            )
+        _write_history(curves, [*map(round, steps or range(len(curves[longest])))], folder / HISTORY)
     last = {name: values[-1] for name, values in curves.items() if values}
     return last | numbers
 
@@ -51,13 +58,13 @@ def _is_curve(value: Any) -> bool:
     return all(isinstance(each, (int, float)) or getattr(each, "ndim", None) == 0 for each in value)
 
 
-def _write_history(curves: Mapping[str, Sequence[float]], file: Path) -> None:
+def _write_history(curves: Mapping[str, Sequence[float]], steps: Sequence[int], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, ["step", *curves])
         writer.writeheader()
-        for step in range(max(map(len, curves.values()))):
-            values = {name: values[step] for name, values in curves.items() if step < len(values)}
+        for place, step in enumerate(steps):
+            values = {name: values[place] for name, values in curves.items() if place < len(values)}
             writer.writerow({"step": step, **values})
 
 

@@ -2,16 +2,19 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
+from lightning_dni.callbacks.layers import short_names
 from lightning_dni.study.configuration import Picture, Study
 from lightning_dni.study.figures import read_history
 from lightning_dni.study.folder import Result
+from lightning_dni.study.images import draw_image, image_heights, images_of
+from lightning_dni.study.names import in_natural_order, layers_of
 from lightning_dni.study.table import CellResults, by_cell, mean_and_spread
 
 STEP = "step"
@@ -20,22 +23,34 @@ STEP = "step"
 def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure:
     """Rows are metrics, columns the values of the axes in `panel`; bars and bands are standard deviations.
 
+    Above them, where the picture asks for images, one of each line's first run.
+
     Args:
         study: Has a picture.
         results: By run.
-        out: The study's folder, for curves over steps.
+        out: The study's folder, for curves over steps and images.
     """
     picture = study.picture
     assert picture is not None
     cells = [each for each in by_cell(study, results) if each.finished]
     panels = [dict(zip(picture.panel, names, strict=True)) for names in _combinations(study, picture)]
-    rows = len(picture.y)
-    figure = Figure(figsize=(max(5.5 * len(panels), 7), 3.8 * rows), dpi=110, layout="constrained")
-    grid = figure.subplots(rows, len(panels), squeeze=False, sharex=True, sharey="row")
+    images = images_of(study, picture, cells, panels, out)
+    width = max((5.5 if len(panels) < 5 else 3.6) * len(panels), 7 if picture.images is None else 14)
+    heights = [*image_heights(images, width / len(panels)), *[3.8] * len(picture.y)]
+    figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
+    grid = figure.subplots(len(heights), len(panels), squeeze=False, height_ratios=heights)
+    for row, found in zip(grid, images, strict=False):
+        for axes, image in zip(row, found, strict=True):
+            draw_image(axes, image)
+    charts = grid[len(images) :]
     for row, metric in enumerate(picture.y):
         for column, panel in enumerate(panels):
             shown = [each for each in cells if panel.items() <= each.cell.items()]
-            axes = grid[row][column]
+            axes = charts[row][column]
+            if row or column:
+                axes.sharex(charts[0][0])
+            if column:
+                axes.sharey(charts[row][0])
             _draw_panel(axes, study, picture, metric, shown, out)
             if row == 0:
                 axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
@@ -53,6 +68,9 @@ def _draw_panel(
     axes: Axes, study: Study, picture: Picture, metric: str, cells: Sequence[CellResults], out: Path
 ) -> None:
     lines = study.axes[picture.line] if picture.line else [None]
+    if study.over_layers:
+        _draw_profiles(axes, picture, metric, cells, lines)
+        return
     positions = None if picture.x == STEP else _Positions(study.axes[picture.x])
     for index, line in enumerate(lines):
         drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
@@ -66,15 +84,53 @@ def _draw_panel(
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
     axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
     if positions is not None and not positions.numeric:
-        axes.set_xticks(list(positions.of.values()), list(positions.of), rotation=20, ha="right")
+        axes.set_xticks(
+            list(positions.of.values()),
+            list(positions.of),
+            rotation=20 if len(positions.of) < 10 else 50,
+            ha="right",
+        )
     else:
         axes.set_xscale(picture.x_scale)
         if positions is not None:
             axes.set_xticks(list(positions.of.values()), list(positions.of))
             axes.minorticks_off()
+    _clear(axes)
+
+
+def _clear(axes: Axes) -> None:
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0))
+        )  # else less than a decade has one number
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _draw_profiles(
+    axes: Axes, picture: Picture, metric: str, cells: Sequence[CellResults], lines: Sequence[str | None]
+) -> None:
+    """The metrics `METRIC/LAYER` over the layers, mean and band of one standard deviation per line."""
+    known = {name for each in cells for _, result in each.finished for name in result.metrics}
+    layers = in_natural_order({layer for y in picture.y for layer in layers_of(y, known)})
+    for index, line in enumerate(lines):
+        drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
+        found = {
+            place: values
+            for place, layer in enumerate(layers)
+            if (values := [value for each in drawn for value in each.values(f"{metric}/{layer}")])
+        }
+        _draw_band(axes, found, f"C{index}", line or metric, marker=".")
+    for cut in picture.cuts:
+        if cut in layers:
+            axes.axvline(layers.index(cut) + 0.5, color="firebrick", linestyle="--", linewidth=1)
+    axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
+    every = math.ceil(len(layers) / 24) or 1
+    axes.set_xticks(range(0, len(layers), every), short_names(layers)[::every])
+    _clear(axes)
 
 
 class _Positions:
@@ -116,14 +172,21 @@ def _draw_curve(
         for run, _ in each.finished:
             for step, value in read_history(out / run.name).get(metric, []):
                 found.setdefault(step, []).append(value)
+    _draw_band(axes, found, color, label)
+
+
+def _draw_band(
+    axes: Axes, found: Mapping[int, Sequence[float]], color: str, label: str, marker: str = ""
+) -> None:
+    """A line through the means at each place, and a band of one standard deviation."""
     if not found:
         return
-    steps = sorted(found)
-    means = [statistics.fmean(found[step]) for step in steps]
-    spreads = [0.0 if math.isnan(s) else s for s in (mean_and_spread(found[step])[1] for step in steps)]
-    axes.plot(steps, means, color=color, label=label)
+    places = sorted(found)
+    summaries = [mean_and_spread(found[place]) for place in places]
+    means, spreads = [m for m, _ in summaries], [0.0 if math.isnan(s) else s for _, s in summaries]
+    axes.plot(places, means, color=color, label=label, marker=marker)
     low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _add_legend(figure: Figure, picture: Picture) -> None:

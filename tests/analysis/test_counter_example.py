@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_dni.analysis import descend, loss_surface, stationarity
-from lightning_dni.analysis.counter_example import DATA, absolute_loss, is_spurious
+from lightning_dni.analysis.counter_example import DATA, absolute_loss, is_spurious, residuals_at
 from lightning_dni.core import GradientEstimator, sg_loss
 
 
@@ -62,6 +62,23 @@ def test_a_module_that_sees_the_sign_has_no_spurious_point():
     found = point(1.0, 0.5, Sign(1.0))
     assert float(found.estimator) < 1e-15
     assert float(found.below) == pytest.approx(float(found.below_true)) == pytest.approx(6 / 4)
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "sg"),
+    [
+        ("constant", (0.0, 4 * 0.3), 2 * abs(0.3 - 0.5)),  # signs -, +, +, + have the mean 0.5
+        ("sign", (0.3 * 4.0, 0.3 * 2.0), 2 * abs(0.3 - 1)),
+        ("none", (4.0, 2.0), 0.0),
+    ],
+)
+def test_the_residuals_at_a_point_are_those_by_hand(module, given, sg):
+    """a = 1, b = 1.5, c = 0.3: f is -0.5, 0.5, 2.5, 3.5; all in units of the mean over four rows."""
+    found = residuals_at(torch.tensor([1.0, 1.5, 0.3], dtype=torch.float64), module)
+    assert float(found.above) == 0
+    assert float(found.below) == pytest.approx((given[0] ** 2 + given[1] ** 2) ** 0.5 / 4)
+    assert float(found.estimator) == pytest.approx(sg)
+    assert float(found.below_true) == pytest.approx((4.0**2 + 2.0**2) ** 0.5 / 4)
 
 
 @pytest.mark.parametrize("start", [(1.0, 0.5, 0.0), (1.0, 3.0, 0.0), (1.0, 0.5, 0.3)])

@@ -9,8 +9,8 @@ from lightning_dni.analysis import artificial_data, deep_linear, regress, train_
 REDUCED = {"hidden_layers": 2, "steps": 200, "learning_rate": 5e-2, "sg_learning_rate": 0.2}
 
 
-def both(kind, loss):
-    x, y = artificial_data(kind, 2, rows=100)
+def both(kind, loss, features=2):
+    x, y = artificial_data(kind, features, rows=100)
     with unchecked():
         return [train_deep_linear(x, y, loss=loss, teacher=t, **REDUCED) for t in ("synthetic", "true")]
 
@@ -30,6 +30,15 @@ def test_separable_data_with_log_loss_are_left_behind():
     synthetic, true = both("separable", "log")
     assert float(synthetic.losses[-1]) > 1.5 * float(true.losses[-1])
     assert synthetic.sg_error > 0.8
+
+
+def test_noisy_labels_with_log_loss_are_left_behind_in_many_dimensions():
+    synthetic, true = both("noisy", "log", features=25)
+    assert float(synthetic.losses[-1]) > float(true.losses[-1]) + 0.02
+    synthetic, true = both("noisy", "log")
+    assert float(synthetic.losses[-1]) == pytest.approx(float(true.losses[-1]), abs=1e-4)
+    synthetic, true = both("noisy", "mse", features=25)
+    assert float(synthetic.losses[-1]) == pytest.approx(float(true.losses[-1]), abs=1e-4)
 
 
 def test_lambda_one_is_plain_backprop_in_torch():

@@ -14,6 +14,7 @@ from lightning_dni.analysis import (
     layer_outputs,
     order_by_class,
     weight_norm_profile,
+    weight_norm_slope,
 )
 from lightning_dni.errors import StageError
 
@@ -121,6 +122,23 @@ def test_norms_are_squares_over_their_sum():
         layers["a"][1].weight.fill_(100)
         layers["b"].weight.fill_(2)
     assert weight_norm_profile(layers) == pytest.approx({"a": 30 / 62, "b": 32 / 62})
+
+
+def filled(size, value):
+    layer = nn.Linear(size, 2, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_the_slope_of_norms_is_least_squares_over_layers_of_the_usual_size():
+    layers = {"first": filled(7, 9.0), "a": filled(2, 1.0), "relu": nn.ReLU(), "b": filled(2, 3.0)}
+    layers["c"] = filled(2, 2.0)
+    shares = weight_norm_profile(layers)
+    slope, _ = np.polyfit([0, 1, 2], [shares[name] for name in "abc"], 1)
+    assert weight_norm_slope(layers) == pytest.approx(slope)
+    assert weight_norm_slope(dict(reversed(layers.items()))) == pytest.approx(-slope)
+    assert weight_norm_slope({"a": filled(2, 1.0), "relu": nn.ReLU()}) is None
+    assert weight_norm_slope({}) is None
 
 
 def test_norms_of_zero_weights_are_zero():

@@ -61,6 +61,7 @@ class WandbRun:
     def __init__(self, path):
         from wandb.proto import wandb_internal_pb2 as pb
 
+        self.sweep_id = ""
         self.id, self.config, self.summary, self.axes, self.rows, self.ended = None, {}, {}, {}, [], False
         for frame in frames(path) if Path(path).exists() else []:
             record = pb.Record()
@@ -69,7 +70,7 @@ class WandbRun:
 
     def _read(self, kind, record):
         if kind == "run":
-            self.id = record.run.run_id
+            self.id, self.sweep_id = record.run.run_id, record.run.sweep_id
             self.config.update(items(record.run.config.update))
         elif kind == "config":
             self.config.update(items(record.config.update))

@@ -23,10 +23,11 @@ from lightning_dni.analysis import (
     fit_probe,
     layer_outputs,
     weight_norm_profile,
+    weight_norm_slope,
 )
-from lightning_dni.callbacks import RepresentationMonitor, Representations, draw_representations
+from lightning_dni.callbacks import RepresentationMonitor
 from lightning_dni.callbacks.layers import resolve_layers
-from lightning_dni.callbacks.representation_report import COLUMNS
+from lightning_dni.callbacks.representation_report import COLUMNS, draw_dissimilarities
 from lightning_dni.demos import MLPClassifier
 
 STRATEGIES = {"backprop": lambda: "auto", "dni": dni}
@@ -240,21 +241,32 @@ def test_wandb_gets_picture_and_table():
     assert not list(Path().rglob("dni_representations_step_*.png"))
 
 
-def test_picture_holds_every_matrix_and_curve():
-    layers = ("a", "b", "c")
-    curve = dict(zip(layers, (0.3, 0.2, 0.0), strict=True))
-    found = Representations(5, curve, curve, curve, {"a": 0.6, "c": 0.4})
-    matrices = {name: torch.full((4, 4), float(k)) for k, name in enumerate(layers)}
-    figure = draw_representations(found, matrices, ["b"])
-    shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == list(layers)
-    assert [axes.images[0].get_array().mean() for axes in shown] == [0, 1, 2]
-    assert [axes.title.get_color() for axes in shown] == ["black", "firebrick", "black"]
-    distance, accuracy, norm = figure.axes[-3:]
-    assert [list(line.get_ydata()) for line in distance.lines[1:]] == [[0.3, 0.2, 0.0]]
-    assert distance.lines[0].get_xdata() == [1.5, 1.5]
-    assert len(accuracy.lines) == 3
-    assert (list(norm.lines[1].get_xdata()), list(norm.lines[1].get_ydata())) == ([0, 2], [0.6, 0.4])
+def test_a_boundary_between_two_layers_is_marked_in_table_and_picture(monkeypatch):
+    drawn = {}
+
+    def keep(matrices, cuts):
+        drawn["cuts"] = cuts
+        return draw_dissimilarities(matrices, cuts)
+
+    monkeypatch.setattr("lightning_dni.callbacks.representations.draw_dissimilarities", keep)
+    logger = CSVLogger(".")
+    module = MLPClassifier(
+        input_size=FEATURES, hidden_size=4, num_hidden=3, num_classes=CLASSES, mark_middle=True
+    )
+    monitor = RepresentationMonitor(["net.hidden_*"], num_samples=12, num_probed=0)
+    strategy = dni(boundaries=["net.middle"])
+    fit(module, strategy, val=loader(40), callbacks=[monitor], logger=logger, max_epochs=1)
+    assert drawn["cuts"] == ("net.hidden_0",)
+    assert (Path(logger.log_dir) / "dni_dissimilarities_step_10.png").stat().st_size > 1000
+    assert [row[:2] for row in monitor.history[0].rows(drawn["cuts"])] == [
+        ["net.hidden_0", True],
+        ["net.hidden_1", False],
+        ["net.hidden_2", False],
+    ]
+    row = csv_rows(logger)[9]
+    slope = weight_norm_slope({f"hidden_{k}": module.net.get_submodule(f"hidden_{k}") for k in range(3)})
+    assert row["dni_norm_slope"] == pytest.approx(slope)
+    assert row["dni_norm_slope_sign"] == (1 if slope > 0 else -1)
 
 
 # ---- several processes

@@ -83,6 +83,33 @@ def test_weight_decay_is_a_penalty_on_the_squared_norm():
         assert_close(parameter.detach(), other, rtol=1e-5, atol=1e-6)
 
 
+def test_squared_error_is_half_the_squared_distance_to_one_hot_labels():
+    """Of which, other than of cross-entropy, the derivatives do not sum to zero over the classes."""
+    inputs, targets = images()
+    model = MLPClassifier(hidden_size=5, loss="squared_error").eval()
+    scores = model(inputs).detach().requires_grad_()
+    model.net, losses = nn.Identity(), {}
+    model.log = lambda name, value, **options: losses.update({name: value})
+    model.forward = lambda inputs: scores
+    loss = model.training_step((inputs, targets), 0)
+    model.validation_step((inputs, targets), 0)
+    expected = sum(
+        0.5 * float((row - nn.functional.one_hot(k, 10)).square().sum())
+        for row, k in zip(scores, targets, strict=True)
+    )
+    assert float(loss) == pytest.approx(expected / 24)
+    assert losses["train_loss"] == losses["val_loss"] == loss
+    (slope,) = torch.autograd.grad(loss, scores)
+    assert float(slope.sum(1).abs().min()) > 1e-4
+    (other,) = torch.autograd.grad(F.cross_entropy(scores, targets), scores)
+    assert float(other.sum(1).abs().max()) < 1e-6
+
+
+def test_another_loss_is_refused():
+    with pytest.raises(ValueError, match="Expected `loss` to be one of 'cross_entropy', 'squared_error'"):
+        MLPClassifier(loss="hinge")
+
+
 def test_mlp_without_hidden_blocks_is_linear():
     assert names_and_types(MLPClassifier(num_hidden=0).net) == [("output", nn.Linear)]
 
@@ -200,6 +227,7 @@ def test_hyperparameters_are_primitives():
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
         "mark_middle": False,
+        "loss": "cross_entropy",
     }
     assert dict(ConvClassifier(channels=(4, 8)).hparams) == {
         "in_channels": 1,

@@ -139,7 +139,7 @@ def test_a_fit_is_no_study():
         ("call: a.b\ntable: [{a: 1}]", "Expected `table` to be a list of metrics' names, but got"),
         ("call: a.b\npicture: {y: loss}", "Expected `picture` to name `x`"),
         ("call: a.b\npicture: {x: step}", "Expected `picture` to name .* and `y`"),
-        ("call: a.b\npicture: {x: n, y: loss}", "Expected `picture.x` to be among step, but got 'n'"),
+        ("call: a.b\npicture: {x: n, y: loss}", "Expected `picture.x` to be among step, layer, but got 'n'"),
         ("call: a.b\npicture: {x: step, y: a, lines: n}", "Expected `picture` .* 'lines'. Write 'line'"),
         ("call: a.b\npicture: {x: step, y: a, y_scale: lg}", "Expected `picture.y_scale` to be among linear"),
         ("fit: {seed_everything: 1}", "Expected no `fit.seed_everything`: the study sets it"),

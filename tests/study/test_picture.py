@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from study.parts import CALL, study
+from study.parts import CALL, rows, study
 
+from lightning_dni.callbacks.pictures import pixels_of
 from lightning_dni.study.configuration import read_study
 from lightning_dni.study.folder import RunFolder
 from lightning_dni.study.picture import draw_study
@@ -14,9 +15,9 @@ from lightning_dni.study.picture import draw_study
 OUT = Path("runs/toy")
 
 
-def drawn(picture, *words):
+def drawn(picture, *words, text=CALL):
     """Run, and draw once more what has been drawn."""
-    assert study(f"{CALL}picture: {picture}", *words) == 0
+    assert study(f"{text}picture: {picture}", *words) == 0
     pixels = imread(OUT / "picture.png")
     assert np.ptp(pixels[..., :3], axis=-1).max() > 0.5  # something in color beside paper and frame
     read = read_study("toy.yaml")
@@ -59,6 +60,19 @@ def test_named_values_lie_side_by_side():
     assert [round(place) for place in found["0.5"][0]] == [0, 1]
 
 
+def test_many_names_do_not_lie_over_each_other():
+    text = "seeds: [0]\ngrid: {kind: [%s]}\ncall: study.parts.named\narguments: {}\n"
+    names = [f"a rather long name ({k})" for k in range(14)]
+    figure = drawn("{x: kind, y: final}", text=text % ", ".join(names))
+    pixels_of(figure)  # the layout is solved when it is drawn
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+    ticks = axes.transData.transform([(k, 0) for k in (0, 1)])[:, 0]
+    angle = np.radians(axes.get_xticklabels()[0].get_rotation())
+    height = axes.get_xticklabels()[0].get_size() * figure.dpi / 72
+    assert (ticks[1] - ticks[0]) * np.sin(angle) > height
+
+
 def test_several_axes_make_a_panel_per_combination():
     figure = drawn("{x: step, y: loss, panel: [rate, kind]}")
     titles = [axes.get_title() for axes in figure.axes]
@@ -76,8 +90,78 @@ def test_curves_over_steps_in_panels():
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(1.0 + 0.5**0.5)
     assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    ticks = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert len(ticks) > 2  # though it is less than two decades
+    assert {"0.5", "1"} <= {*ticks}
     assert figure._suptitle.get_text() == "Curves"
     assert not figure.axes[2].lines  # `final` is no curve
+
+
+LAYERS = """
+seeds: [0, 1]
+grid: {kind: [a, b]}
+call: study.parts.profile
+arguments: {kind: "${run.kind}", seed: "${run.seed}"}
+"""
+
+
+def test_metrics_by_layer_are_drawn_over_the_layers_with_the_cuts_marked():
+    words = "x: layer, y: [norm, error], line: kind, cuts: [net_9]"
+    figure = drawn(f"{{{words}}}", text=LAYERS)
+    norm, error = figure.axes
+    assert [label.get_text() for label in error.get_xticklabels()] == ["2", "9", "10"]  # as one counts
+    assert [line.get_label() for line in norm.lines[:2]] == ["a", "b"]
+    assert norm.lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert norm.lines[0].get_ydata().tolist() == [2.5, 9.5, 10.5]  # over the seeds 0 and 1
+    assert norm.lines[1].get_ydata().tolist() == [-1.5, -8.5, -9.5]
+    band = norm.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(10.5 + 0.5**0.5)
+    assert error.lines[0].get_xdata().tolist() == [1]  # the others have none
+    for axes in (norm, error):
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [[1.5, 1.5]]
+    assert error.get_xlabel() == "layer"
+
+
+def test_an_axis_that_is_called_layer_is_one():
+    text = CALL.replace("rate", "layer").replace("figures", "profile_of")
+    (axes,) = drawn("{x: layer, y: final, line: kind}", text=text).axes
+    assert containers(axes)["a"][0] == [0.5, 1.0]
+
+
+def test_a_metric_that_no_layer_has_is_named(capsys):
+    assert study(f"{LAYERS}picture: {{x: layer, y: [norm, length]}}") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "but no run has logged 'length'" in said
+    assert "'norm'" not in said
+
+
+def test_images_of_runs_are_set_one_below_the_other_per_line():
+    words = "x: layer, y: norm, line: kind, images: drawn_*.png"
+    figure = drawn(f"{{{words}}}", text=LAYERS)
+    first, second, chart = figure.axes
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["kind: a, seed 0", "kind: b, seed 0"]
+    for axes, kind in ((first, "a"), (second, "b")):
+        expected = imread(OUT / f"kind={kind},seed=0/drawn_10.png")  # after drawn_9.png
+        assert np.array_equal(axes.images[0].get_array(), expected)
+    assert chart.get_ylabel() == "norm"
+    without = drawn("{x: layer, y: norm, line: kind, images: none_*.png}", text=LAYERS)
+    assert len(without.axes) == 1
+
+
+def test_curves_lie_at_the_steps_that_the_function_gives():
+    text = "seeds: [0]\ncall: study.parts.at_steps\narguments: {steps: [60, 120]}\n"
+    (axes,) = drawn("{x: step, y: loss}", text=text).axes
+    assert axes.lines[0].get_xdata().tolist() == [60, 120]
+    assert axes.lines[0].get_ydata().tolist() == [2.0, 1.0]
+    assert axes.get_xlabel() == "step"
+    assert "step" not in rows()[0]  # no metric
+
+
+def test_a_curve_that_is_longer_than_its_steps_fails(capsys):
+    assert study("seeds: [0]\ncall: study.parts.at_steps\narguments: {steps: [60]}\n") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Expected the curve `step` to have an entry for each of 'loss', but it has 1 for 2." in said
 
 
 def test_a_cell_without_a_result_is_left_out():
