@@ -311,12 +311,15 @@ def graphs_after_each_step(model, steps=3):
 
 
 @newer_torch
-@pytest.mark.parametrize("arrange", [wrap_each, in_place_each])
-def test_nothing_of_the_engine_is_traced(arrange):
-    """One graph for every submodule and no other, in the first step and never again."""
+@pytest.mark.parametrize(("arrange", "graphs"), [(wrap_each, 3), (in_place_each, 2)])
+def test_nothing_of_the_engine_is_traced(arrange, graphs):
+    """One graph for every submodule and no other, in the first step and never again.
+
+    Of those compiled in place torch passes over what is its own and has no hooks: the head.
+    """
     model = Net()
     arrange(model)
-    assert graphs_after_each_step(model) == [3, 3, 3]
+    assert graphs_after_each_step(model) == [graphs] * 3
     assert bool(counters["graph_break"]) == (arrange is in_place_each)
     assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
