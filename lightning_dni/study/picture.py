@@ -37,9 +37,8 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
     cells = [each for each in by_cell(study, results) if each.finished]
     panels = [dict(zip(picture.panel, names, strict=True)) for names in _combinations(study, picture)]
     images = images_of(study, picture, cells, panels, out)
-    each, high = (
-        (5.5, 3.8) if len(panels) < 5 else (2.8, 2.6)
-    )  # a wide picture is shown small, with its words
+    # a wide picture is shown small, with its words
+    each, high = (5.5, 3.8) if len(panels) < 5 else (2.8, 2.6)
     width = max(each * len(panels), 7 if picture.images is None else 14)
     heights = [*image_heights(images, width / len(panels)), *[high] * len(picture.y)]
     figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
@@ -84,9 +83,8 @@ def _draw_panel(
             _draw_curve(axes, metric, drawn, out, color, label)
         else:
             # named values: lines lie beside each other, not one over the other
-            shift = (
-                0.0 if picture.line is None or positions.numeric else 0.5 * ((index + 0.5) / len(lines) - 0.5)
-            )
+            beside = picture.line is not None and not positions.numeric
+            shift = 0.5 * ((index + 0.5) / len(lines) - 0.5) if beside else 0.0
             points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
     axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
