@@ -18,6 +18,8 @@ from lightning_dni.study.names import in_natural_order, layers_of
 from lightning_dni.study.table import CellResults, by_cell, mean_and_spread
 
 STEP = "step"
+FEW = 20
+"""A curve of at most so many values shows them as points: a bare line between two looks like a trend."""
 
 
 def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure:
@@ -35,8 +37,10 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
     cells = [each for each in by_cell(study, results) if each.finished]
     panels = [dict(zip(picture.panel, names, strict=True)) for names in _combinations(study, picture)]
     images = images_of(study, picture, cells, panels, out)
-    width = max((5.5 if len(panels) < 5 else 3.6) * len(panels), 7 if picture.images is None else 14)
-    heights = [*image_heights(images, width / len(panels)), *[3.8] * len(picture.y)]
+    # a wide picture is shown small, with its words
+    each, high = (5.5, 3.8) if len(panels) < 5 else (2.8, 2.6)
+    width = max(each * len(panels), 7 if picture.images is None else 14)
+    heights = [*image_heights(images, width / len(panels)), *[high] * len(picture.y)]
     figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
     grid = figure.subplots(len(heights), len(panels), squeeze=False, height_ratios=heights)
     for row, found in zip(grid, images, strict=False):
@@ -79,7 +83,8 @@ def _draw_panel(
             _draw_curve(axes, metric, drawn, out, color, label)
         else:
             # named values: lines lie beside each other, not one over the other
-            shift = 0.0 if picture.line is None or positions.numeric else 0.5 * (index / len(lines) - 0.5)
+            beside = picture.line is not None and not positions.numeric
+            shift = 0.5 * ((index + 0.5) / len(lines) - 0.5) if beside else 0.0
             points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
     axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
@@ -99,6 +104,8 @@ def _draw_panel(
 
 
 def _clear(axes: Axes) -> None:
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_locator(
             LogLocator(subs=(1.0, 2.0, 5.0))
@@ -172,7 +179,7 @@ def _draw_curve(
         for run, _ in each.finished:
             for step, value in read_history(out / run.name).get(metric, []):
                 found.setdefault(step, []).append(value)
-    _draw_band(axes, found, color, label)
+    _draw_band(axes, found, color, label, marker="." if len(found) <= FEW else "")
 
 
 def _draw_band(

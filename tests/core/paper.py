@@ -4,7 +4,7 @@ import copy
 from functools import partial
 
 import torch
-from core.nets import CLASSES, attached, blobs, mlp
+from core.nets import CLASSES, Told, attached, blobs, mlp
 from oracles import LinearMap, PaperDNI
 from torch.nn import functional as F
 
@@ -89,3 +89,10 @@ def trained(data, optimizer, update="immediate", before=lambda engine, step: Non
         engine.update_estimators()
     engine.detach()
     return model, start, engine, user
+
+
+def immediate(model, boundaries=("0",), estimator=Told, optimizer=None, **options):
+    """An attached engine with immediate updates."""
+    engine = attached(model, list(boundaries), estimator, update="immediate", **options)
+    engine.updater = SplitOptimizer(OPTIMIZERS["sgd"](model) if optimizer is None else optimizer)
+    return engine

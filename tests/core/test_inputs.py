@@ -4,51 +4,34 @@ import copy
 import gc
 import weakref
 from functools import partial
-from typing import final
 
 import pytest
 import torch
-from core.nets import (
-    CLASSES,
-    assert_close,
-    attached,
-    blobs,
-    grads,
-    mlp,
-    run_step,
-    same_bits,
-    unchecked,
-    weights,
+from core.nets import CLASSES, assert_close, attached, grads, run_step, same_bits, weights
+from core.predicted import (
+    FEATURES,
+    HIDDEN,
+    LINEAR,
+    NAMES,
+    SMALL,
+    WIDTHS,
+    adam,
+    batches,
+    engine_of,
+    inputs_of,
+    net,
+    sgd,
+    trained,
+    update,
 )
 from core.test_sparse import awake_in
 from torch import nn
 from torch.nn import functional as F
 from unlocked import Predictor, UnlockedDNI
 
-from lightning_dni import MLPInputEstimator
 from lightning_dni.callbacks.window import BoundaryWindow
-from lightning_dni.core import BoundarySpec, DNIEngine, InputEstimator, LeafSpec, SplitOptimizer
-from lightning_dni.core.context import find_input
-from lightning_dni.errors import BoundaryError, EstimatorError, StageError
-from lightning_dni.estimators import BackpropEstimator, CriticEstimator, LinearEstimator, LocalLossEstimator
-
-FEATURES, WIDTHS, NAMES, HIDDEN = 5, (6, 7, 6), ["0", "1", "2"], 8
-LINEAR = partial(LinearEstimator, num_classes=CLASSES)
-SMALL = partial(MLPInputEstimator, hidden_sizes=(HIDDEN,))
-sgd, adam = partial(torch.optim.SGD, lr=0.05), partial(torch.optim.Adam, lr=1e-2)
-
-
-def net(dtype=torch.float64, batch_norm=True):
-    torch.manual_seed(0)
-    model = mlp((FEATURES, *WIDTHS, CLASSES), batch_norm=batch_norm, dtype=dtype)
-    for stage in model[:-1]:  # Adam blows up the rounding in a bias that batch norm makes useless
-        stage[0].bias = None if batch_norm else stage[0].bias
-    return model
-
-
-def batches(number, dtype=torch.float64):
-    torch.manual_seed(1)
-    return [blobs(8 if i % 3 else 5, FEATURES, dtype) for i in range(number)]
+from lightning_dni.core import BoundarySpec, LeafSpec
+from lightning_dni.estimators import CriticEstimator, LinearEstimator, LocalLossEstimator
 
 
 class Made:
@@ -75,32 +58,6 @@ def predictors(model, without=()):
         None if name in without else Predictor(FEATURES, HIDDEN, width, dtype)
         for name, width in zip(NAMES, WIDTHS, strict=True)
     ]
-
-
-def engine_of(model, factories=SMALL, **options):
-    given = {"synthetic_inputs": factories, "input_optimizer": sgd, "estimator_optimizer": sgd, "seed": 7}
-    return attached(model, NAMES, **{"estimator": LINEAR, **given, **options})
-
-
-def update(engine, model, user, window):
-    user.zero_grad()
-    losses = []
-    for i, (x, y) in enumerate(window):
-        with engine.training_step((x, y), accumulate=len(window), first=i == 0, last=i == len(window) - 1):
-            loss = F.cross_entropy(model(x), y)
-        engine.backward(loss / len(window))
-        losses.append(loss.detach())
-    user.step()
-    engine.update_estimators()
-    return losses
-
-
-def trained(model, data, optimizer=sgd, **options):
-    engine, user = engine_of(model, **options), optimizer(model.parameters())
-    engine.updater = SplitOptimizer(user) if options.get("update") == "immediate" else None
-    losses = [loss for batch in data for loss in update(engine, model, user, [batch])]
-    engine.detach()
-    return engine, losses
 
 
 # ---- the oracle
@@ -162,11 +119,6 @@ def test_immediate_updates_change_no_bit():
         engine, losses = trained(model, data, update=when)
         runs.append({**weights(model), "losses": torch.stack(losses), **inputs_of(engine)})
     assert same_bits(*runs)
-
-
-def inputs_of(engine):
-    found = {n: weights(e) for n, e in engine.input_estimators.items()}
-    return {f"{name}: {key}": value for name, state in found.items() for key, value in state.items()}
 
 
 # ---- what reaches what
@@ -298,135 +250,6 @@ def test_a_resumed_run_is_the_run_bit_for_bit():
     for batch in data[5:]:
         update(again, other, user, [batch])
     assert same_bits({**weights(other), **inputs_of(again)}, {**weights(whole), **inputs_of(engine)})
-
-
-@final
-class Constant(InputEstimator):
-    def __init__(self, spec, rows=None):
-        super().__init__()
-        self.shape, self.rows = spec.shape, rows
-        self.value = nn.Parameter(torch.zeros(spec.shape))
-
-    def predict(self, x):
-        return (self.value.expand(self.rows or len(x), *self.shape),)
-
-
-@pytest.mark.parametrize(
-    ("factories", "message"),
-    [
-        (Constant, "Expected the state of a Constant for the inputs at boundary '0', but got that of a MLP"),
-        ({"0": SMALL, "*": None}, "Expected no input estimator at boundary '1', but the state has one"),
-        (
-            MLPInputEstimator,
-            "inputs at boundary '0', but got one that does not fit: .*Resume with the `synth",
-        ),
-    ],
-    ids=["another kind", "another boundary", "another width"],
-)
-def test_another_state_is_refused_and_changes_nothing(factories, message):
-    engine, _ = trained(net(), batches(2))
-    model = net()
-    other = engine_of(model, factories)
-    run_step(other, model, batches(1)[0])
-    before = inputs_of(other)
-    with pytest.raises(EstimatorError, match=message):
-        other.load_state_dict(engine.state_dict())
-    assert same_bits(inputs_of(other), before)
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"bp_lambda": 0.5},
-            r"got bp_lambda=0.5 for LinearEstimator at boundary '0'. Pass synthetic_inputs=",
-        ),
-        ({"estimator": BackpropEstimator}, "got BackpropEstimator at boundary '0'. Pass synthetic_inputs="),
-        ({"factories": LINEAR}, "make an InputEstimator for boundary '0', but got LinearEstimator. Pass MLP"),
-        (
-            {"factories": partial(Constant, rows=2)},
-            r"predict tensors of shapes \[\(5, 6\)\], but got \[\(2, 6\)\]",
-        ),
-        (
-            {"network_input": 1},
-            "Expected `network_input=1` to give a floating-point tensor .* got torch.int64",
-        ),
-        (
-            {"input_optimizer": lambda p: None},
-            "Expected `input_optimizer` to make a torch optimizer .* NoneType",
-        ),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_what_does_not_fit_is_refused(options, message):
-    model = net()
-    with unchecked(), pytest.raises(EstimatorError, match=message):
-        update(engine_of(model, **options), model, sgd(model.parameters()), batches(1))
-
-
-def test_a_boundary_that_runs_twice_is_refused():
-    model, ((x, y),) = net(), batches(1)
-    engine = engine_of(model)
-    with (
-        engine.training_step((x, y)),
-        pytest.raises(EstimatorError, match="boundary '0' to run once in a step"),
-    ):
-        model(x) + model(x)
-
-
-def test_probes_several_losses_and_boundaries_without_a_pattern_are_refused():
-    model, ((x, y),) = net(), batches(1)
-    engine = engine_of(model)
-    with pytest.raises(StageError, match=r"no probe of true gradients .*GradientMonitor\(probe=False\)"):
-        engine.request_probe()
-    with pytest.raises(StageError, match="one loss per training step with synthetic inputs"):
-        run_step(engine, model, (x, y), several_losses=True)
-    with pytest.raises(BoundaryError, match="a pattern in `synthetic_inputs` to match boundary '1'"):
-        DNIEngine(net(), NAMES, LINEAR, synthetic_inputs={"0": SMALL})
-
-
-def test_what_is_not_finite_is_named_or_left_out():
-    model, ((x, y),) = net(batch_norm=False), batches(1)
-    x[0, 0] = float("inf")
-    with pytest.raises(
-        EstimatorError, match="Expected finite activations and synthetic inputs at boundary '0'"
-    ):
-        run_step(engine_of(model), model, (x, y))
-    model = net(batch_norm=False)
-    engine, user = engine_of(model, on_nonfinite="skip"), sgd(model.parameters())
-    update(engine, model, user, batches(1))
-    before = inputs_of(engine)
-    with engine.training_step((x, y)):
-        model(x)
-    assert all(torch.equal(v, before[n]) for n, v in inputs_of(engine).items() if "running" not in n)
-
-
-@pytest.mark.parametrize(
-    ("batch", "where", "expected"),
-    [
-        ((torch.ones(2), torch.zeros(2)), "auto", 1.0),
-        ({"label": torch.zeros(2), "image": torch.ones(2)}, "auto", 1.0),
-        (torch.ones(2), "auto", 1.0),
-        ((torch.zeros(2), torch.ones(2)), 1, 1.0),
-        ({"a": torch.ones(2, dtype=torch.uint8)}, "a", 1),
-        ([{"a": torch.ones(2)}], lambda batch: batch[0]["a"], 1.0),
-    ],
-    ids=["tuple", "mapping", "tensor", "index", "key", "callable"],
-)
-def test_the_network_input_is_found(batch, where, expected):
-    assert (find_input(batch, where) == expected).all()
-
-
-def test_a_batch_without_input_is_refused():
-    with pytest.raises(
-        EstimatorError, match=r"`network_input='auto'` to give a floating-point .* got NoneType"
-    ):
-        find_input({"words": torch.ones(2)})
-    with pytest.raises(EstimatorError, match="Expected `network_input='z'` to be in the batch, but got"):
-        find_input({"words": torch.ones(2)}, "z")
 
 
 def test_several_tensors_and_maps_are_predicted_in_their_form():

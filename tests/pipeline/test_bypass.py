@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES
+from pipeline.staged import OPTIMIZERS, batches, loss_of
 from pipeline.test_exact import assert_same_bits, either
 from pipeline.test_exact import plain as plain_loop
-from pipeline.test_together import OPTIMIZERS, batches, loss_of
 from torch import nn
 from torch.utils import _pytree as pytree
 

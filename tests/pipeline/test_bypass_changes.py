@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from pipeline.staged import OPTIMIZERS, batches, loss_of
 from pipeline.test_bypass import BOUNDARIES, WIDTH, Learned, exact, one_process, split, staged
 from pipeline.test_exact import assert_same_bits
 from pipeline.test_exact import plain as plain_loop
-from pipeline.test_together import OPTIMIZERS, batches, loss_of
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from core.nets import CLASSES, blobs, mlp
-from pipeline.test_together import OPTIMIZERS, WIDTHS, batches, loss_of
+from pipeline.staged import OPTIMIZERS, WIDTHS, batches, loss_of
 from torch import nn
 from torch.nn import functional as F
 

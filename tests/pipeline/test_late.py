@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES, mlp
-from pipeline.test_together import WIDTHS, assert_same_bits, batches, one_process, together
+from pipeline.staged import WIDTHS, assert_same_bits, batches, one_process, together
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

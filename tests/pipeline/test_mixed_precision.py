@@ -4,7 +4,7 @@ import pytest
 import torch
 from core.nets import CLASSES, VECTOR_ESTIMATORS
 from pipeline.families import FAMILIES
-from pipeline.test_together import OPTIMIZERS, TOLD, assert_same_bits
+from pipeline.staged import OPTIMIZERS, TOLD, assert_same_bits
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.estimators import FeedbackAlignmentEstimator

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES, mlp
-from pipeline.test_together import assert_same_bits
+from pipeline.staged import assert_same_bits
 from torch.nn import functional as F
 from torch.testing import assert_close
 

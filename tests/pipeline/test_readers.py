@@ -8,8 +8,7 @@ import pytest
 import torch
 from core.nets import CLASSES, VECTOR_ESTIMATORS, mlp
 from core.test_consumer import Checkpointed, Functional, OwnWeights, Residual
-from pipeline.test_reporting import measured_in_one_process, step_together
-from pipeline.test_together import (
+from pipeline.staged import (
     OPTIMIZERS,
     WIDTHS,
     assert_same_bits,
@@ -18,6 +17,7 @@ from pipeline.test_together import (
     one_process,
     together,
 )
+from pipeline.test_reporting import measured_in_one_process, step_together
 from torch import nn
 from torch.testing import assert_close
 

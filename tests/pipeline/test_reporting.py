@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import VECTOR_ESTIMATORS, mlp
-from pipeline.test_together import TOLD, WIDTHS, batches, loss_of, together
+from pipeline.staged import TOLD, WIDTHS, batches, loss_of, together
 from torch import nn
 from torch.testing import assert_close
 

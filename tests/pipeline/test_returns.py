@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES, mlp
-from pipeline.test_together import (
+from pipeline.staged import (
     OPTIMIZERS,
     WIDTHS,
     Blind,

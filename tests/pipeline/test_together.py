@@ -1,96 +1,30 @@
-"""The stages, without processes: at staleness 0 they are one process, at staleness D a loop with that lag."""
+"""Stages in turn, without processes, are one process at staleness 0, and what holds with any."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, Told, blobs, mlp
-from oracles import mlp_stages
-from pipeline.lagged import NaiveLaggedCascade, NaiveLaggedDNI
+from core.nets import CLASSES, LAMBDAS, VECTOR_ESTIMATORS, Told, mlp
+from pipeline.staged import (
+    OPTIMIZERS,
+    TOLD,
+    WAITING,
+    WIDTHS,
+    Blind,
+    assert_same_bits,
+    batches,
+    loss_of,
+    one_process,
+    together,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_dni.core import DNIEngine, Signal
-from lightning_dni.core.target import sg_loss
+from lightning_dni.core import DNIEngine
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import (
-    BackpropEstimator,
-    ControlVariateEstimator,
-    CriticCascade,
-    DirectFeedbackAlignmentEstimator,
-    FeedbackAlignmentEstimator,
-    KickbackEstimator,
-    LinearEstimator,
-    LowRankEstimator,
-    MLPEstimator,
-    SobolevEstimator,
-)
+from lightning_dni.estimators import DirectFeedbackAlignmentEstimator, LinearEstimator
 from lightning_dni.pipeline.together import StagesTogether
-
-OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=1e-2),
-}
-WIDTHS = {2: (5, 6, CLASSES), 3: (5, 6, 7, CLASSES), 4: (5, 6, 7, 6, CLASSES)}
-
-
-TOLD = {
-    "sobolev": partial(SobolevEstimator, num_classes=CLASSES, hidden_sizes=(8,)),
-    "low rank": partial(LowRankEstimator, rank=2, num_classes=CLASSES),
-    "control variate": partial(ControlVariateEstimator, fraction=0.5, num_classes=CLASSES),
-    "cascade": partial(CriticCascade, num_classes=CLASSES, hidden_sizes=(8,)),
-    "cascade over a critic": {
-        "0": VECTOR_ESTIMATORS["critic"],
-        "*": lambda spec: CriticCascade(spec, num_classes=CLASSES),
-    },
-}
-"""What hears several things, or has more to be restored than its weights."""
-
-
-def loss_of(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def batches(steps=50, dtype=torch.float32):
-    """Every fifth is a partial one."""
-    torch.manual_seed(1)
-    return [blobs(rows=8 if i % 5 else 3, dtype=dtype) for i in range(steps)]
-
-
-def together(model, estimator, data, staleness=0, optimizer="sgd", **options):
-    boundaries = [str(k) for k in range(len(model) - 1)]
-    return StagesTogether(
-        model, boundaries, estimator, loss_of, OPTIMIZERS[optimizer], data[0], staleness, seed=3, **options
-    )
-
-
-def one_process(model, estimator, data, optimizer="sgd", accumulate=1, **options):
-    boundaries = [str(k) for k in range(len(model) - 1)]
-    engine = DNIEngine(model, boundaries, estimator, rng="stage", seed=3, **options)
-    user, losses = OPTIMIZERS[optimizer](model.parameters()), []
-    with engine:
-        for i in range(0, len(data), accumulate):
-            user.zero_grad()
-            for batch in data[i : i + accumulate]:
-                with engine.training_step(batch, accumulate=accumulate):
-                    loss = loss_of(model, batch) / accumulate
-                engine.backward(loss)
-                losses.append(loss.detach() * accumulate)
-            user.step()
-            engine.update_estimators()
-    return engine, losses
-
-
-def assert_same_bits(stages, engine, model):
-    """The whole model, and every estimator with its buffers."""
-    for name, value in stages.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
-    estimators = {n: e for each in stages.engines for n, e in each.estimators.items()}
-    assert estimators.keys() == engine.estimators.keys()
-    for name, estimator in estimators.items():
-        for key, value in estimator.state_dict().items():
-            assert torch.equal(value, engine.estimators[name].state_dict()[key]), (name, key)
 
 
 @pytest.mark.parametrize(
@@ -183,112 +117,6 @@ def test_without_lag_accumulated_batches_are_the_same():
     assert_same_bits(staged, engine, model)
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
-def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
-    torch.manual_seed(0)
-    model = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True)
-    data = batches(dtype=torch.float64)
-    naive = NaiveLaggedDNI(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
-    staged = together(
-        model,
-        partial(LinearEstimator, num_classes=CLASSES),
-        data,
-        staleness,
-        estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
-    )
-    user = OPTIMIZERS["sgd"](naive.stages.parameters())
-    for batch in data:
-        loss = staged.step([batch])
-        user.zero_grad()
-        expected = naive.gradients(*batch)
-        user.step()
-        naive.update()
-        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
-    for name, value in staged.state_dict().items():
-        torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 2])
-def test_with_lag_a_cascade_is_the_loop_with_that_lag(staleness):
-    torch.manual_seed(0)
-    model, data = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True), batches(dtype=torch.float64)
-    naive = NaiveLaggedCascade(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
-    staged = together(
-        model,
-        partial(CriticCascade, num_classes=CLASSES),
-        data,
-        staleness,
-        estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
-    )
-    user = OPTIMIZERS["sgd"](naive.stages.parameters())
-    for batch in data:
-        loss = staged.step([batch])
-        user.zero_grad()
-        expected = naive.gradients(*batch)
-        user.step()
-        naive.update()
-        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
-    for name, value in staged.state_dict().items():
-        torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
-    for k, head in enumerate(naive.heads):
-        (found,) = staged.engines[k].estimators[str(k)].head.stack.layers
-        assert found.weight.any()
-        torch.testing.assert_close(found.weight, head.weight, atol=1e-10, rtol=0)
-
-
-def test_the_lag_changes_what_is_learnt():
-    data = batches()
-    torch.manual_seed(0)
-    model = mlp(WIDTHS[3], dtype=torch.float32)
-    ends = []
-    for staleness in (0, 1, 2):
-        staged = together(model, VECTOR_ESTIMATORS["linear"], data, staleness)
-        for batch in data:
-            staged.step([batch])
-        ends.append(staged.state_dict()["0.0.weight"])
-    assert not torch.equal(ends[0], ends[1])
-    assert not torch.equal(ends[1], ends[2])
-
-
-def test_outputs_come_down_one_stage_per_lag():
-    """A critic two stages below the loss learns from outputs of 2 D updates ago, one stage below D."""
-    torch.manual_seed(0)
-    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(10)
-    staged = together(model, VECTOR_ESTIMATORS["critic"], data, staleness=2)
-    learnt = {name: [] for name in ("0", "1")}
-    for batch in data:
-        before = [copy.deepcopy(e.estimators) for e in staged.engines]
-        staged.step([batch])
-        for name in learnt:
-            old, now = before[int(name)].get(name), staged.engines[int(name)].estimators[name]
-            same = old is not None and all(
-                torch.equal(p, q) for p, q in zip(old.parameters(), now.parameters(), strict=True)
-            )
-            learnt[name].append(old is not None and not same)
-    assert learnt == {"0": [False] * 4 + [True] * 6, "1": [False] * 2 + [True] * 8}
-
-
-def test_a_lag_and_a_stage_that_waits_exclude_each_other():
-    torch.manual_seed(0)
-    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
-    staged = together(model, VECTOR_ESTIMATORS["linear"], data, staleness=1, bp_lambda=0.5)
-    with pytest.raises(EstimatorError, match=r"staleness=1, but got bp_lambda=0.5 .* Pass staleness=0"):
-        staged.step([data[0]])
-
-
-WAITING = {
-    "backprop": BackpropEstimator,
-    "linear": partial(LinearEstimator, num_classes=CLASSES, prop_alpha=0.3),
-    "mlp": partial(MLPEstimator, hidden_sizes=(8,), num_classes=CLASSES, prop_alpha=0.3),
-    "direct feedback alignment": DirectFeedbackAlignmentEstimator,
-    "kickback": partial(KickbackEstimator, num_classes=CLASSES),
-    "feedback alignment": FeedbackAlignmentEstimator,
-    "feedback alignment at the bottom": {"0": FeedbackAlignmentEstimator, "*": TOLD["cascade"]},
-    "feedback alignment at the top": {"0": BackpropEstimator, "*": FeedbackAlignmentEstimator},
-    "kickback, made by a function": lambda spec: KickbackEstimator(spec, num_classes=CLASSES),
-}
-
-
 @pytest.mark.parametrize("name", WAITING)
 def test_estimators_that_are_told_first_are_those_of_one_process(name):
     torch.manual_seed(0)
@@ -298,15 +126,6 @@ def test_estimators_that_are_told_first_are_those_of_one_process(name):
     engine, expected = one_process(model, WAITING[name], data)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert_same_bits(staged, engine, model)
-
-
-@pytest.mark.parametrize("name", WAITING)
-def test_a_lag_and_an_estimator_that_is_told_first_exclude_each_other(name):
-    torch.manual_seed(0)
-    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(2)
-    staged = together(model, WAITING[name], data, staleness=1)
-    with pytest.raises(EstimatorError, match=r"Estimator at boundary '0', which is told first, .*ness=0"):
-        staged.step([data[0]])
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -352,14 +171,6 @@ def test_an_output_that_the_loss_uses_in_two_calls_is_refused():
         staged.step(data)
 
 
-@pytest.mark.parametrize("staleness", [-1, True])
-def test_a_lag_that_is_no_number_of_updates_is_refused(staleness):
-    torch.manual_seed(0)
-    model, data = mlp(WIDTHS[3], dtype=torch.float32), batches(1)
-    with pytest.raises(EstimatorError, match=r"Expected `staleness` to be an integer of at least 0"):
-        together(model, VECTOR_ESTIMATORS["linear"], data, staleness)
-
-
 @pytest.mark.parametrize("name", ["linear", "critic", "mlp", "cascade"])
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_saved_pipeline_goes_on_as_if_it_had_not_stopped(name, staleness):
@@ -383,44 +194,6 @@ def test_a_saved_pipeline_goes_on_as_if_it_had_not_stopped(name, staleness):
         second.step([batch])
     for name_, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name_]), name_
-
-
-class Short(Told):
-    """Counts on the graph of what it has said, which there is only where nothing lags."""
-
-    needs = frozenset({Signal.TARGET})
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def synthesize(self, h, context, state):
-        return (self.weight * h[0],), None
-
-    def loss(self, record, feedback):
-        return sg_loss(record.gradient, feedback.target)
-
-
-def test_a_loss_without_a_graph_is_refused_by_name():
-    data = batches(4)
-    float32 = partial(mlp, WIDTHS[2], dtype=torch.float32)
-    for batch in data:
-        together(float32(), Short, data).step([batch])
-    lagged = together(float32(), Short, data, staleness=1)
-    lagged.step([data[0]])
-    with pytest.raises(EstimatorError, match=r"the loss of Short at boundary '0' .* without a graph"):
-        lagged.step([data[1]])
-
-
-class Blind(nn.Module):
-    """Once it is told to, passes on something that depends on nothing that takes a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.map, self.blind = nn.Linear(6, 7), False
-
-    def forward(self, x):
-        return self.map(x).detach() if self.blind else self.map(x)
 
 
 @pytest.mark.parametrize("probe", [False, True])

@@ -1,10 +1,12 @@
 """The picture: what lies where, with which bars and names; `runs/toy/picture.png` is what is drawn."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from PIL import Image
 from study.parts import CALL, rows, study
 
 from lightning_dni.callbacks.pictures import pixels_of
@@ -57,7 +59,8 @@ def test_named_values_lie_side_by_side():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
     found = containers(axes)
     assert found["0.5"][0] != found["1.0"][0]  # beside each other, not one over the other
-    assert [round(place) for place in found["0.5"][0]] == [0, 1]
+    middle = np.mean([found["0.5"][0], found["1.0"][0]], axis=0)
+    assert middle.tolist() == [0, 1]  # their name is below the middle of them
 
 
 def test_many_names_do_not_lie_over_each_other():
@@ -79,6 +82,23 @@ def test_several_axes_make_a_panel_per_combination():
     assert titles == [f"rate: {rate}, kind: {kind}" for rate in ("0.5", "1.0") for kind in ("a", "b")]
 
 
+def test_many_panels_are_small_enough_to_be_read_where_the_picture_is_shown_on_a_page():
+    text = "seeds: [0]\ngrid: {kind: [a, b, c, d, e, f]}\ncall: study.parts.figures\narguments: {rate: 0.5}\n"
+    figure = drawn("{x: step, y: loss, panel: kind}", text=text)
+    assert figure.get_figwidth() <= 17
+    pixels_of(figure)
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in pairwise(titles))
+
+
+def test_the_file_has_a_palette_and_the_colors_of_what_was_drawn():
+    figure = drawn("{x: rate, y: final, line: kind}")
+    with Image.open(OUT / "picture.png") as read:
+        assert (read.mode, read.size) == ("P", pixels_of(figure).shape[1::-1])
+        written = np.asarray(read.convert("RGB")).astype(float)
+    assert np.abs(written - pixels_of(figure)[..., :3]).mean() < 1
+
+
 def test_curves_over_steps_in_panels():
     figure = drawn("{x: step, y: [loss, final], line: rate, panel: kind, y_scale: log, title: Curves}")
     assert [axes.get_title() for axes in figure.axes] == ["kind: a", "kind: b", "", ""]
@@ -95,7 +115,10 @@ def test_curves_over_steps_in_panels():
     assert len(ticks) > 2  # though it is less than two decades
     assert {"0.5", "1"} <= {*ticks}
     assert figure._suptitle.get_text() == "Curves"
+    assert {line.get_marker() for line in axes.lines} == {"."}  # of so few values
     assert not figure.axes[2].lines  # `final` is no curve
+    assert [text.get_text() for text in figure.axes[2].texts] == ["not measured"]
+    assert not axes.texts
 
 
 LAYERS = """
