@@ -9,7 +9,6 @@ import numpy.typing as npt
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 
 def picture_path(trainer: pl.Trainer, name: str) -> Path | None:
@@ -21,21 +20,11 @@ def picture_path(trainer: pl.Trainer, name: str) -> Path | None:
     return Path(next(filter(None, directories), trainer.default_root_dir)) / name
 
 
-def write_figure(figure: Figure, path: str | Path, colors: int | None = None) -> Path:
-    """Draw `figure` into a PNG file, whose folder is made if needed.
-
-    Args:
-        figure: What is drawn.
-        path: The file.
-        colors: At most so many (up to 256), the nearest ones, for a third to a half of the bytes.
-    """
+def write_figure(figure: Figure, path: str | Path) -> Path:
+    """Draw `figure` into a PNG file, whose folder is made if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if colors is None:
-        figure.savefig(path, format="png")
-    else:
-        opaque = Image.fromarray(pixels_of(figure)).convert("RGB")
-        opaque.quantize(colors, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
+    figure.savefig(path, format="png")
     return path
 
 

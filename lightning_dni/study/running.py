@@ -151,7 +151,7 @@ def _write(study: Study, outcome: Outcome, out: Path) -> None:
     write_runs(study, outcome.results, out / RUNS)
     write_results(study, outcome.results, out / RESULTS)
     if study.picture is not None and len(outcome.failed) < len(outcome.results):
-        write_figure(draw_study(study, outcome.results, out), out / PICTURE, colors=256)
+        write_figure(draw_study(study, outcome.results, out), out / PICTURE)
     wandb = _wandb(study, study.name, "study")
     if wandb is None or not outcome.ran or outcome.interrupted:
         return

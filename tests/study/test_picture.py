@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from PIL import Image
 from study.parts import CALL, rows, study
 
 from lightning_dni.callbacks.pictures import pixels_of
@@ -89,14 +88,6 @@ def test_many_panels_are_small_enough_to_be_read_where_the_picture_is_shown_on_a
     pixels_of(figure)
     titles = [axes.title.get_window_extent() for axes in figure.axes]
     assert all(a.x1 < b.x0 for a, b in pairwise(titles))
-
-
-def test_the_file_has_a_palette_and_the_colors_of_what_was_drawn():
-    figure = drawn("{x: rate, y: final, line: kind}")
-    with Image.open(OUT / "picture.png") as read:
-        assert (read.mode, read.size) == ("P", pixels_of(figure).shape[1::-1])
-        written = np.asarray(read.convert("RGB")).astype(float)
-    assert np.abs(written - pixels_of(figure)[..., :3]).mean() < 1
 
 
 def test_curves_over_steps_in_panels():
