@@ -27,7 +27,7 @@ from rows import ESTIMATOR_STEPS, NETS, Net, is_learned, rows_of
 
 from lightning_dni.core import EstimatorFactory
 
-RATES, ESTIMATOR_RATES = (1e-3, 3e-3), (1e-3, 1e-2, 3e-2)
+ESTIMATOR_RATES = (1e-3, 1e-2, 3e-2)
 GRID_SEED = 0
 FIGURES = ("val_error", "test_error", "sg_error", "weight_error", "cosine", "seconds")
 FIELDS = ("net", "depth", "row", "phase", "steps", "seed", "rate", "estimator_rate", *FIGURES)
@@ -61,7 +61,7 @@ class Task(NamedTuple):
     def settings(self, row: str, depth: int) -> list[Setting]:
         """The grid; what has no estimator to train has one rate less."""
         estimator_rates = ESTIMATOR_RATES if is_learned(self.rows[row]) else (0.0,)
-        pairs = itertools.product(RATES, estimator_rates)
+        pairs = itertools.product(self.net.rates, estimator_rates)
         estimator_steps = ESTIMATOR_STEPS.get(row, 1)
         return [Setting(depth, *pair, self.steps, GRID_SEED, estimator_steps) for pair in pairs]
 

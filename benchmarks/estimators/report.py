@@ -106,7 +106,7 @@ def cost_table(nets: dict[str, str], depth: int) -> list[str]:
     cells = []
     for row, found in measured[first].items():
         times = [f"{float(costs[row]['time']):.2f}" for costs in measured.values()]
-        peak, flops = f"{int(found['peak']) / 1e6:.1f}", f"{int(found['flops']) / 1e6:.0f}"
+        peak, flops = f"{float(found['peak']) / 1e6:.1f}", f"{float(found['flops']) / 1e6:.0f}"
         counts = [peak, f"{int(found['parameters']):,}", flops]
         cells.append([row, *times, *counts, *_facts(first, row)])
     return _table([part.removesuffix(", ") for part in heading], cells)
@@ -178,6 +178,10 @@ def tables() -> list[list[str]]:
             ["backprop", steps, (steps, "backprop"), local, (local, "backprop"), (steps, local)],
         ),
         cost_table({"mnist-mlp": "128 units", "mnist-mlp-1024": "1,024 units"}, depth=6),
+        error_table(Scope("mnist-mlp-1024", 6)),
+        error_table(Scope("fashion-cnn", 3)),
+        depth_table([Scope("fashion-cnn", 3)], [(ours, local)]),
+        cost_table({"fashion-cnn": "convolutional"}, depth=3),
         error_table(Scope("text-transformer", 3, steps=500)),
         cost_table({"text-transformer": "transformer"}, depth=3),
     ]

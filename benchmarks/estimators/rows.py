@@ -28,6 +28,7 @@ from lightning_dni.estimators import (
     KickbackEstimator,
     LinearEstimator,
     LocalLossEstimator,
+    LowRankEstimator,
     SobolevEstimator,
     ZeroEstimator,
 )
@@ -73,6 +74,7 @@ class Net(NamedTuple):
         regressor: Predicts gradients of its activations.
         undefined: Rows that make no sense here.
         denominator: What its loss is divided by.
+        rates: The grid's learning rates of the net.
     """
 
     data: Callable[[Path], pl.LightningDataModule]
@@ -82,6 +84,7 @@ class Net(NamedTuple):
     regressor: Callable[..., GradientEstimator] = LinearEstimator
     undefined: frozenset[str] = frozenset()
     denominator: Any = "batch"
+    rates: tuple[float, ...] = (1e-3, 3e-3)
 
 
 def _mnist(folder: Path, **source: Any) -> MNISTDataModule:
@@ -93,7 +96,8 @@ def _perceptron(depth: int, rate: float, width: int = 128) -> MLPClassifier:
 
 
 def _convolutional(depth: int, rate: float) -> ConvClassifier:
-    return ConvClassifier(channels=[16 * 2 ** min(k, 2) for k in range(depth)], learning_rate=rate)
+    channels = [16 * 2 ** min(k, 2) for k in range(depth)]
+    return ConvClassifier(channels=channels, pooled_size=4, learning_rate=rate)
 
 
 def _transformer(depth: int, rate: float) -> NextCharacter:
@@ -102,14 +106,16 @@ def _transformer(depth: int, rate: float) -> NextCharacter:
 
 NETS: Mapping[str, Net] = {
     "mnist-mlp": Net(_mnist, _perceptron, ["net.hidden_*"]),
-    "mnist-mlp-1024": Net(_mnist, partial(_perceptron, width=1024), ["net.hidden_*"]),
+    "mnist-mlp-1024": Net(
+        _mnist, partial(_perceptron, width=1024), ["net.hidden_*"], rates=(3e-4, 1e-3, 3e-3)
+    ),
     "fashion-mlp": Net(partial(_mnist, **FASHION), _perceptron, ["net.hidden_*"]),
     "fashion-cnn": Net(
         partial(_mnist, **FASHION),
         _convolutional,
         ["net.block_*"],
         regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=5),
-        undefined=frozenset({"control variate"}),
+        undefined=frozenset({"control variate", "low-rank"}),
     ),
     "text-transformer": Net(
         lambda folder: TextDataModule(batch_size=32),
@@ -131,6 +137,7 @@ def rows_of(net: Net) -> dict[str, EstimatorFactory | None]:
         "zero": ZeroEstimator,
         "DNI": net.regressor,
         "cDNI": partial(net.regressor, **sees),
+        "low-rank": partial(LowRankEstimator, **sees),
         "critic": partial(CriticEstimator, **sees),
         "critic, label share": partial(CriticEstimator, **sees, label_share=0.5),
         "critic, label share, 4 steps": partial(CriticEstimator, **sees, label_share=0.5),
