@@ -328,15 +328,20 @@ def refuse_told_twice(cut: Cut) -> None:
         )
 
 
-def refuse_changed(cut: Cut, output: Tensor | None) -> None:
+def refuse_changed(output: Tensor | None, version: int, who: str) -> None:
     """Refuse an output of the network that an estimator has still to learn from, and is another one by now.
+
+    Args:
+        output: What was seen.
+        version: Number of changes in place that it had gone through then.
+        who: The estimators, named in the error.
 
     Raises:
         EstimatorError: It was changed in place.
     """
-    if output is not None and output._version != cut.output_version:
+    if output is not None and output._version != version:
         raise EstimatorError(
-            f"Expected the network's output for {cut.who} to stay as the output module gave it, but it was "
+            f"Expected the network's output for {who} to stay as the output module gave it, but it was "
             "changed in place. Make the change out of place, or in the output module."
         )
 

@@ -242,7 +242,7 @@ class Step:
         crossing.closed = True
         if crossing.waits and crossing.record is not None:
             if crossing.installed.estimator.locks:
-                refuse_changed(crossing, crossing.output)
+                refuse_changed(crossing.output, crossing.output_version, crossing.who)
             correct(crossing, crossing.record, crossing.feedback())
         parents = [] if self.settings.report else crossing.stage.parents
         deaf = bool(parents) and not any(parent.hears_from_above for parent in parents)
@@ -291,7 +291,7 @@ class Step:
         crossing.awaited.discard(signal)
         if crossing.record is not None and not crossing.awaited and not crossing.learned:
             crossing.learned = True
-            refuse_changed(crossing, crossing.output)
+            refuse_changed(crossing.output, crossing.output_version, crossing.who)
             self._learn(crossing, crossing.feedback())
         crossing.let_go(self.settings.report)
 
@@ -388,7 +388,7 @@ class Step:
             self.settings.exchange.merge(gradients, named)
         for crossing in counted:
             if crossing.lesson is not None:
-                refuse_changed(crossing, crossing.lesson[2].output)
+                refuse_changed(crossing.lesson[2].output, crossing.output_version, crossing.who)
         for crossing in counted:  # who asks for a second backward pass is told so, but keeps nothing alive
             crossing.param_grads, crossing.estimator_grads, crossing.input_grads = [], [], []
             crossing.stage = Stage([], [])

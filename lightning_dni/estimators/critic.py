@@ -15,7 +15,7 @@ from lightning_dni.core.estimator import (
     Signal,
     who,
 )
-from lightning_dni.estimators.head import ClassHead, check_scores, check_share, share_labels
+from lightning_dni.estimators.head import ClassHead, check_share
 
 
 @final
@@ -77,9 +77,7 @@ class CriticEstimator(GradientEstimator):
         Raises:
             EstimatorError: The network's output has another shape than the head's scores.
         """
-        output, scores = feedback.output, record.state
-        assert output is not None
-        check_scores(output, scores, who(self, self._boundary))
-        output = output.to(scores.dtype)
-        followed = share_labels(output, record.context, self.label_share, self.ignore_index)
+        assert feedback.output is not None
+        name, share = who(self, self._boundary), self.label_share
+        followed = self.head.followed(feedback.output, record.state, record.context, share, name)
         return self.head.loss(record, followed)

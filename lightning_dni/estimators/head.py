@@ -93,6 +93,24 @@ class ClassHead(nn.Module):
         """
         return summed_cross_entropy(self.scores_in(record), target, self._ignore_index) / rows_of(record.h)
 
+    def followed(
+        self, output: Tensor, scores: Tensor, labels: Tensor | None, share: float, who: str
+    ) -> Tensor:
+        """Probabilities of the network's output, with the labels' share, for the scores to follow.
+
+        Args:
+            output: What the network gave.
+            scores: Those of this head.
+            labels: Of the same rows.
+            share: As in `share_labels`.
+            who: The estimator, named in the error.
+
+        Raises:
+            EstimatorError: The output has another shape than the scores.
+        """
+        check_scores(output, scores, who)
+        return share_labels(output.to(scores.dtype), labels, share, self._ignore_index)
+
     def scores_in(self, record: Record) -> Tensor:
         """The scores that `gradient` gave, made again where their graph was not kept."""
         scores: Tensor = record.state

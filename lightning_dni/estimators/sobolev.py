@@ -18,13 +18,7 @@ from lightning_dni.core.estimator import (
 )
 from lightning_dni.core.target import sg_loss
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators.head import (
-    ClassHead,
-    check_scores,
-    check_share,
-    share_labels,
-    summed_cross_entropy,
-)
+from lightning_dni.estimators.head import ClassHead, check_share, summed_cross_entropy
 
 
 @final
@@ -93,14 +87,13 @@ class SobolevEstimator(GradientEstimator):
         Raises:
             EstimatorError: The network's output has another shape than the head's scores.
         """
-        gradient, scores, output = record.gradient, record.state, feedback.output
-        assert output is not None
+        gradient, scores = record.gradient, record.state
+        assert feedback.output is not None
         assert feedback.target is not None
-        check_scores(output, scores, who(self, self._boundary))
+        name, share = who(self, self._boundary), self.label_share
+        followed = self.head.followed(feedback.output, scores, record.context, share, name)
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        output = output.to(scores.dtype)
-        followed = share_labels(output, record.context, self.label_share, self.ignore_index)
         values = summed_cross_entropy(scores, followed) / rows_of(record.h)
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dni.core.cut import refuse_changed
 from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.message import Kind, Message, Outlet
 
@@ -54,12 +55,8 @@ class Output:
                 "did not run. Pass `output=` the name of the submodule whose output is the network's output; "
                 "where no estimator asks for it, its class or a partial of it in place of a function."
             )
-        if self._with_value and self._seen._version != self._version:
-            raise EstimatorError(
-                "Expected the network's output for the estimators of the stages below to stay as the output "
-                "module gave it, but it was changed in place. Make the change out of place, or in the output "
-                "module."
-            )
+        if self._with_value:
+            refuse_changed(self._seen, self._version, "the estimators of the stages below")
         return self._seen.contiguous()
 
     def send(self, step: int) -> None:

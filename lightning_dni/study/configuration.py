@@ -212,8 +212,8 @@ def _runs(source: DictConfig, axes: Mapping[str, Mapping[str, Any]]) -> Iterator
         cell = dict(zip(axes, names, strict=True))
         if any(_matches(cell, each) for each in skipped) or not all(_matches(cell, each) for each in only):
             continue
+        values = {axis: axes[axis][name] for axis, name in cell.items()}
         for seed in seeds:
-            values = {axis: axes[axis][name] for axis, name in cell.items()}
             here["run"] = {**values, "seed": seed, "name": run_name(cell, seed)}
             OmegaConf.clear_cache(here)  # what a resolver gave for the run before
             yield Run(cell, seed, _configuration(here, seed))

@@ -77,7 +77,7 @@ def _draw_panel(
         return
     positions = None if picture.x == STEP else _Positions(study.axes[picture.x])
     for index, line in enumerate(lines):
-        drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
+        drawn = _of_line(picture, line, cells)
         color, label = f"C{index}", line or metric
         if positions is None:
             _draw_curve(axes, metric, drawn, out, color, label)
@@ -103,6 +103,10 @@ def _draw_panel(
     _clear(axes)
 
 
+def _of_line(picture: Picture, line: str | None, cells: Iterable[CellResults]) -> list[CellResults]:
+    return [each for each in cells if line is None or each.cell[picture.line or ""] == line]
+
+
 def _clear(axes: Axes) -> None:
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
@@ -124,7 +128,7 @@ def _draw_profiles(
     known = {name for each in cells for _, result in each.finished for name in result.metrics}
     layers = in_natural_order({layer for y in picture.y for layer in layers_of(y, known)})
     for index, line in enumerate(lines):
-        drawn = [each for each in cells if line is None or each.cell[picture.line or ""] == line]
+        drawn = _of_line(picture, line, cells)
         found = {
             place: values
             for place, layer in enumerate(layers)
