@@ -79,6 +79,21 @@ def train(engine, model, optimizer, batches, before=lambda engine, step: None):
     return losses
 
 
+def update(engine, model, user, batches):
+    """One step of the user's optimizer on `batches`, whose losses are averaged."""
+    user.zero_grad()
+    losses = []
+    for i, (x, y) in enumerate(batches):
+        last = i == len(batches) - 1
+        with engine.training_step((x, y), accumulate=len(batches), first=i == 0, last=last):
+            loss = F.cross_entropy(model(x), y)
+        engine.backward(loss / len(batches))
+        losses.append(loss.detach())
+    user.step()
+    engine.update_estimators()
+    return losses
+
+
 def attached(model, boundaries, estimator=Told, **options):
     """An attached engine, for tests whose model is thrown away."""
     engine = DNIEngine(model, boundaries, estimator, **options)

@@ -4,9 +4,8 @@ from functools import partial
 from typing import final
 
 import torch
-from core.nets import CLASSES, attached, blobs, mlp, weights
+from core.nets import CLASSES, attached, blobs, mlp, update, weights
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_dni import MLPInputEstimator
 from lightning_dni.core import InputEstimator, SplitOptimizer
@@ -34,19 +33,6 @@ def batches(number, dtype=torch.float64):
 def engine_of(model, factories=SMALL, **options):
     given = {"synthetic_inputs": factories, "input_optimizer": sgd, "estimator_optimizer": sgd, "seed": 7}
     return attached(model, NAMES, **{"estimator": LINEAR, **given, **options})
-
-
-def update(engine, model, user, window):
-    user.zero_grad()
-    losses = []
-    for i, (x, y) in enumerate(window):
-        with engine.training_step((x, y), accumulate=len(window), first=i == 0, last=i == len(window) - 1):
-            loss = F.cross_entropy(model(x), y)
-        engine.backward(loss / len(window))
-        losses.append(loss.detach())
-    user.step()
-    engine.update_estimators()
-    return losses
 
 
 def trained(model, data, optimizer=sgd, **options):

@@ -7,7 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import CLASSES, Told, attached, blobs, grads, mlp, run_step, same_bits, unchecked, weights
+from core.nets import (
+    CLASSES,
+    Told,
+    attached,
+    blobs,
+    grads,
+    mlp,
+    run_step,
+    same_bits,
+    unchecked,
+    update,
+    weights,
+)
 from stashing import StashingStages
 from torch import nn
 from torch.nn import functional as F
@@ -59,21 +71,6 @@ def trained(model, estimators, data, optimizer="momentum", before=lambda engine,
             before(engine, step)
             losses += update(engine, model, user, batches)
     return engine, losses
-
-
-def update(engine, model, user, batches):
-    """One step of the user's optimizer on `batches`, whose losses are averaged."""
-    user.zero_grad()
-    losses = []
-    for i, (x, y) in enumerate(batches):
-        last = i == len(batches) - 1
-        with engine.training_step((x, y), accumulate=len(batches), first=i == 0, last=last):
-            loss = F.cross_entropy(model(x), y)
-        engine.backward(loss / len(batches))
-        losses.append(loss.detach())
-    user.step()
-    engine.update_estimators()
-    return losses
 
 
 def by_hand(model, delays, data, optimizer="momentum"):

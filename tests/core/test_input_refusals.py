@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import run_step, same_bits, unchecked
+from core.nets import run_step, same_bits, unchecked, update
 from core.predicted import (
     LINEAR,
     NAMES,
@@ -16,7 +16,6 @@ from core.predicted import (
     net,
     sgd,
     trained,
-    update,
 )
 
 from lightning_dni import MLPInputEstimator

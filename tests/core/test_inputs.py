@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import CLASSES, assert_close, attached, grads, run_step, same_bits, weights
+from core.nets import CLASSES, assert_close, attached, grads, run_step, same_bits, update, weights
 from core.predicted import (
     FEATURES,
     HIDDEN,
@@ -22,7 +22,6 @@ from core.predicted import (
     net,
     sgd,
     trained,
-    update,
 )
 from core.test_sparse import awake_in
 from torch import nn

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from padded import BY_ROW, HEADS, MAKES, PADDING, REGRESSORS
 from tables import CLASSES, SHAPES, record_of
 from torch import nn
 from torch.nn import functional as F
@@ -13,33 +14,9 @@ from lightning_dni.core import BoundarySpec, DNIEngine, Feedback, LeafSpec
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import (
     ControlVariateEstimator,
-    CriticCascade,
-    CriticEstimator,
-    LinearEstimator,
-    LocalLossEstimator,
-    LowRankEstimator,
     MLPEstimator,
-    ProbeEstimator,
-    SobolevEstimator,
 )
 
-PADDING = -100
-REGRESSORS = {
-    "linear": LinearEstimator,
-    "mlp": partial(MLPEstimator, hidden_sizes=(7,), batch_norm=False),
-    "low_rank": partial(LowRankEstimator, rank=3),
-}
-HEADS = {
-    "local_loss": partial(LocalLossEstimator, hidden_sizes=(7,)),
-    "probe": ProbeEstimator,
-    "critic": partial(CriticEstimator, hidden_sizes=(7,)),
-    "critic-share": partial(CriticEstimator, label_share=0.4),
-    "sobolev": SobolevEstimator,
-    "sobolev-share": partial(SobolevEstimator, hidden_sizes=(7,), derivative_weight=3.0, label_share=0.4),
-    "cascade": partial(CriticCascade, hidden_sizes=(7,)),
-}
-MAKES = REGRESSORS | HEADS
-BY_ROW = MAKES | {"similarity": partial(LocalLossEstimator, similarity=0.7)}
 PER_ROW = [
     *((name, kind) for name in BY_ROW for kind in ("vector", "sequence")),
     *((name, "map") for name in BY_ROW if name not in REGRESSORS),

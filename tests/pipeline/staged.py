@@ -75,7 +75,13 @@ def together(model, estimator, data, staleness=0, optimizer="sgd", **options):
 def one_process(model, estimator, data, optimizer="sgd", accumulate=1, **options):
     boundaries = [str(k) for k in range(len(model) - 1)]
     engine = DNIEngine(model, boundaries, estimator, rng="stage", seed=3, **options)
-    user, losses = OPTIMIZERS[optimizer](model.parameters()), []
+    user = OPTIMIZERS[optimizer](model.parameters())
+    return engine, train_whole(engine, model, user, data, accumulate=accumulate)
+
+
+def train_whole(engine, model, user, data, loss_of=loss_of, accumulate=1):
+    """The model's training in one process; returns the losses."""
+    losses = []
     with engine:
         for i in range(0, len(data), accumulate):
             user.zero_grad()
@@ -86,7 +92,7 @@ def one_process(model, estimator, data, optimizer="sgd", accumulate=1, **options
                 losses.append(loss.detach() * accumulate)
             user.step()
             engine.update_estimators()
-    return engine, losses
+    return losses
 
 
 def assert_same_bits(stages, engine, model):

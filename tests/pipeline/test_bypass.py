@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES
-from pipeline.staged import OPTIMIZERS, batches, loss_of
+from pipeline.staged import OPTIMIZERS, batches, loss_of, train_whole
 from pipeline.test_exact import assert_same_bits, either
 from pipeline.test_exact import plain as plain_loop
 from torch import nn
@@ -94,17 +94,7 @@ def exact(model, data, schedule="1f1b", boundaries=BOUNDARIES, loss_of=loss_of):
 
 def one_process(model, data, boundaries=BOUNDARIES):
     engine = DNIEngine(model, boundaries, LINEAR, rng="stage", seed=3)
-    user, losses = OPTIMIZERS["sgd"](model.parameters()), []
-    with engine:
-        for batch in data:
-            user.zero_grad()
-            with engine.training_step(batch):
-                loss = loss_of(model, batch)
-            engine.backward(loss)
-            user.step()
-            engine.update_estimators()
-            losses.append(loss.detach())
-    return losses
+    return train_whole(engine, model, OPTIMIZERS["sgd"](model.parameters()), data)
 
 
 def split(model, boundaries=BOUNDARIES, loss_of=loss_of, **options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from core.nets import CLASSES, VECTOR_ESTIMATORS
 from pipeline.families import FAMILIES
-from pipeline.staged import OPTIMIZERS, TOLD, assert_same_bits
+from pipeline.staged import OPTIMIZERS, TOLD, assert_same_bits, train_whole
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.estimators import FeedbackAlignmentEstimator
@@ -27,15 +27,6 @@ def test_without_lag_stages_are_one_process(name):
     staged = StagesTogether(model, family.boundaries, estimator, family.step, sgd, data[0], **shared)
     losses = [staged.step([batch]) for batch in data]
     engine = DNIEngine(model, family.boundaries, estimator, rng="stage", **shared)
-    user, expected = sgd(model.parameters()), []
-    with engine:
-        for batch in data:
-            user.zero_grad()
-            with engine.training_step(batch):
-                loss = family.step(model, batch)
-            engine.backward(loss)
-            user.step()
-            engine.update_estimators()
-            expected.append(loss.detach())
+    expected = train_whole(engine, model, sgd(model.parameters()), data, family.step)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert_same_bits(staged, engine, model)

@@ -5,36 +5,16 @@ from functools import partial
 import pytest
 import torch
 from core.nets import CLASSES, mlp
-from pipeline.staged import assert_same_bits
+from padded import BY_ROW, MAKES, PADDING
+from pipeline.staged import assert_same_bits, train_whole
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import (
-    CriticCascade,
-    CriticEstimator,
-    LinearEstimator,
-    LocalLossEstimator,
-    LowRankEstimator,
-    MLPEstimator,
-    ProbeEstimator,
-    SobolevEstimator,
-)
 from lightning_dni.pipeline.together import StagesTogether
 
-PADDING, WIDTHS = -100, (5, 6, 7, CLASSES)
-MAKES = {
-    "linear": LinearEstimator,
-    "mlp": partial(MLPEstimator, hidden_sizes=(8,), batch_norm=False),
-    "low_rank": partial(LowRankEstimator, rank=3),
-    "local_loss": partial(LocalLossEstimator, hidden_sizes=(7,)),
-    "probe": ProbeEstimator,
-    "critic": partial(CriticEstimator, label_share=0.4),
-    "sobolev": partial(SobolevEstimator, label_share=0.4),
-    "cascade": CriticCascade,
-}
-BY_ROW = MAKES | {"similarity": partial(LocalLossEstimator, similarity=0.7)}
+WIDTHS = (5, 6, 7, CLASSES)
 
 
 def summed(model, batch):
@@ -83,15 +63,7 @@ def one_process(make, data):
     torch.manual_seed(0)
     model, teacher = mlp(WIDTHS), partial(torch.optim.SGD, lr=0.1)
     engine = DNIEngine(model, ["0", "1"], make, rng="stage", seed=3, labels=1, estimator_optimizer=teacher)
-    user = torch.optim.SGD(model.parameters(), lr=0.05)
-    with engine:
-        for batch in data:
-            user.zero_grad()
-            with engine.training_step(batch):
-                loss = per_row(model, batch)
-            engine.backward(loss)
-            user.step()
-            engine.update_estimators()
+    train_whole(engine, model, torch.optim.SGD(model.parameters(), lr=0.05), data, per_row)
     return engine, model
 
 

@@ -16,6 +16,7 @@ from pipeline.staged import (
     loss_of,
     one_process,
     together,
+    train_whole,
 )
 from pipeline.test_reporting import measured_in_one_process, step_together
 from torch import nn
@@ -190,17 +191,9 @@ def test_what_one_process_has_saved_is_gone_on_with_and_the_other_way():
 
     def one(model, data, state=None, seed=3):
         engine = DNIEngine(model, boundaries, estimator, rng="stage", seed=seed)
-        user = sgd(model.parameters())
         if state:
             engine.load_state_dict(copy.deepcopy(state))
-        with engine:
-            for batch in data:
-                user.zero_grad()
-                with engine.training_step(batch):
-                    loss = loss_of(model, batch)
-                engine.backward(loss)
-                user.step()
-                engine.update_estimators()
+        train_whole(engine, model, sgd(model.parameters()), data)
         return engine
 
     whole, half = (copy.deepcopy(model) for _ in range(2))

@@ -17,6 +17,7 @@ from pipeline.staged import (
     loss_of,
     one_process,
     together,
+    train_whole,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -71,17 +72,8 @@ def test_what_is_drawn_before_the_stages_is_the_same_on_all_of_them():
     sgd = OPTIMIZERS["sgd"]
     staged = StagesTogether(model, ["0", "1"], estimator, noisy_loss, sgd, data[0], **options)
     losses = [staged.step([batch]) for batch in data]
-    engine, user, expected = DNIEngine(model, ["0", "1"], estimator, rng="stage", **options), None, []
-    user = sgd(model.parameters())
-    with engine:
-        for batch in data:
-            user.zero_grad()
-            with engine.training_step(batch):
-                loss = noisy_loss(model, batch)
-            engine.backward(loss)
-            user.step()
-            engine.update_estimators()
-            expected.append(loss.detach())
+    engine = DNIEngine(model, ["0", "1"], estimator, rng="stage", **options)
+    expected = train_whole(engine, model, sgd(model.parameters()), data, noisy_loss)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert_same_bits(staged, engine, model)
 

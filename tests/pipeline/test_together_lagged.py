@@ -17,15 +17,14 @@ from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import CriticCascade, LinearEstimator
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
-def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
+def beside_a_loop(make_naive, estimator, staleness):
+    """Train stages and a hand-written loop with the same lag, which do the same in every step."""
     torch.manual_seed(0)
-    model = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True)
-    data = batches(dtype=torch.float64)
-    naive = NaiveLaggedDNI(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
+    model, data = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True), batches(dtype=torch.float64)
+    naive = make_naive(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
     staged = together(
         model,
-        partial(LinearEstimator, num_classes=CLASSES),
+        partial(estimator, num_classes=CLASSES),
         data,
         staleness,
         estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
@@ -40,30 +39,17 @@ def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
         torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     for name, value in staged.state_dict().items():
         torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
+    return staged, naive
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+def test_with_lag_stages_are_the_loop_with_that_lag(staleness):
+    beside_a_loop(NaiveLaggedDNI, LinearEstimator, staleness)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_with_lag_a_cascade_is_the_loop_with_that_lag(staleness):
-    torch.manual_seed(0)
-    model, data = mlp_stages((5, 6, 7, 6), CLASSES, batch_norm=True), batches(dtype=torch.float64)
-    naive = NaiveLaggedCascade(copy.deepcopy(model), (6, 7, 6), CLASSES, staleness)
-    staged = together(
-        model,
-        partial(CriticCascade, num_classes=CLASSES),
-        data,
-        staleness,
-        estimator_optimizer=partial(torch.optim.SGD, lr=0.05),
-    )
-    user = OPTIMIZERS["sgd"](naive.stages.parameters())
-    for batch in data:
-        loss = staged.step([batch])
-        user.zero_grad()
-        expected = naive.gradients(*batch)
-        user.step()
-        naive.update()
-        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
-    for name, value in staged.state_dict().items():
-        torch.testing.assert_close(value, naive.stages.state_dict()[name], atol=1e-10, rtol=0)
+    staged, naive = beside_a_loop(NaiveLaggedCascade, CriticCascade, staleness)
     for k, head in enumerate(naive.heads):
         (found,) = staged.engines[k].estimators[str(k)].head.stack.layers
         assert found.weight.any()

@@ -5,28 +5,13 @@ from functools import partial
 import pytest
 import torch
 from fits import CLASSES, FEATURES, Net, dni, fit
+from padded import HEADS, PADDING, REGRESSORS
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dni.estimators import (
-    CriticCascade,
-    CriticEstimator,
-    LinearEstimator,
-    LocalLossEstimator,
-    ProbeEstimator,
-    SobolevEstimator,
-)
-
-PADDING, ROWS = -100, 8
-MAKES = {
-    "linear": LinearEstimator,
-    "local_loss": partial(LocalLossEstimator, hidden_sizes=(7,)),
-    "probe": ProbeEstimator,
-    "critic": partial(CriticEstimator, label_share=0.4),
-    "sobolev": partial(SobolevEstimator, label_share=0.4),
-    "cascade": CriticCascade,
-}
+ROWS = 8
+MAKES = {"linear": REGRESSORS["linear"], **HEADS}
 each_kind = pytest.mark.parametrize("name", MAKES)
 
 
