@@ -7,6 +7,7 @@ import torch
 from fits import LINEAR, Net, dataset, different, fit, loader, net, weights
 from lightning_utilities.core import rank_zero
 from processes import ReplicaError
+from strategies.restarts import ALIGNED
 from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
@@ -45,7 +46,6 @@ def fit_one(rank, stages, options, fit):
 
 
 DNI = {"estimator": LINEAR}
-ALIGNED = {"estimator": FeedbackAlignmentEstimator, "staleness": 0}
 EXACT = {"schedule": "1f1b", "microbatches": 2}
 
 
