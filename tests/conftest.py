@@ -1,5 +1,6 @@
 """One seed, one thread, and a count of what a test leaves behind."""
 
+import gc
 import os
 import threading
 
@@ -25,6 +26,11 @@ def _seeded():
 def _in_tmp_path(tmp_path, monkeypatch):
     """Whatever a test writes lands in its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_finish():
+    """Keep what is imported out of garbage collections: they would touch every page of it in every fork."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What is timed: each function is one process of a run and returns its seconds per step."""
 
+import gc
 import statistics
 import time
 from functools import partial
@@ -110,6 +111,7 @@ def without_messages(stages: int, seconds: float, steps: int, staleness: int) ->
     engine.join(stage, links, staleness)
     engine.place(plan)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    gc.collect()  # as the strategy does
     ends: list[float] = []
     for batch in data:
         optimizer.zero_grad()
@@ -141,6 +143,7 @@ def torch_pipeline(stages: int, seconds: float, steps: int, schedule: str, micro
     make = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[schedule]
     runs = make(stage, microbatches, loss_fn=loss_of)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    gc.collect()  # as our strategy does
     ends: list[float] = []
     for x, y in batches(WARM_UP + steps):
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """A strategy whose processes are stages: a module in parts, decisions in common, one whole at the end."""
 
+import gc
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -268,6 +269,9 @@ class StagedTraining(StagesInCommon):
             describe = partial(gather, self.engine.describe(), self.root_device)
             found = self._together(describe, "getting to know all stages")
             self.engine.introduce([] if found is None else list(reversed(self._placed().downwards(found))))
+            # after start-up Python is due to search all objects, which takes as long as many steps: now, on
+            # every stage at once, or soon, on one after another while all others wait
+            gc.collect()
         return output
 
     @override

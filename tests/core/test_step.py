@@ -275,6 +275,8 @@ def test_no_activation_outlives_its_step(kind, bp_lambda, estimator_steps):
     finally:
         gc.enable()
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # as it was
     # of a boundary tensor that is gone, a later one may have the place in memory, and the reference
     assert max(counted.pop(TensorWeakRef, 0) for counted in alive.values()) <= len(BOUNDARIES)
     assert not alive[7] - alive[1]
