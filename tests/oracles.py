@@ -1,5 +1,6 @@
 """Naive autograd twins: what the engine claims to compute, written out by hand with nothing shared."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -276,24 +277,35 @@ class PaperDNI:
         self.optimizers = [optimizer(stage) for stage in stages]
         self.estimator_optimizers = [estimator_optimizer(estimator) for estimator in estimators]
 
-    def step(self, x, y, awake=None, loss_of=F.cross_entropy):
-        """One step, in which stages that are not `awake` run forward only; returns the loss."""
-        rows, below = len(x), None
+    def step(self, x, y, awake=None, loss_of=F.cross_entropy, order=None):
+        """One step, in which stages that are not `awake` run forward only; returns the loss.
+
+        With an `order`, no stage is updated before all have run forward; then they are, in that order.
+        """
+        passed, below, updates = x, None, {}
         for k, stage in enumerate(self.stages):
-            x = x.detach().requires_grad_()
+            x = passed.detach().requires_grad_()
             h = stage(x)
             synthetic = self.estimators[k](h.detach(), y) if k < len(self.estimators) else None
+            loss = loss_of(h, y) if synthetic is None else None
+            updates[k] = partial(self._update, k, x, h, synthetic, loss, below)
+            if order is None and (awake is None or awake[k]):
+                updates[k]()
+            passed, below = h, synthetic
+        for k in order or ():
             if awake is None or awake[k]:
-                self.optimizers[k].zero_grad()
-                if synthetic is None:
-                    loss_of(h, y).backward()
-                else:
-                    h.backward(synthetic.detach() / rows)
-                self.optimizers[k].step()
-                if below is not None:
-                    self._teach(k - 1, below, x.grad * rows)
-            x, below = h, synthetic
-        return loss_of(h.detach(), y)
+                updates[k]()
+        return loss.detach()
+
+    def _update(self, k, x, h, synthetic, loss, below):
+        self.optimizers[k].zero_grad()
+        if synthetic is None:
+            loss.backward()
+        else:
+            h.backward(synthetic.detach() / len(x))
+        self.optimizers[k].step()
+        if below is not None:
+            self._teach(k - 1, below, x.grad * len(x))
 
     def _teach(self, k, synthetic, target):
         self.estimator_optimizers[k].zero_grad()

@@ -4,7 +4,8 @@ A stage that sits a step out hands nothing down, so the estimator below it is to
 for what the stage above leaves sits out with it. At `bp_lambda=1` the k-th stage from the top therefore
 learns with probability p^k, which is what sparse backprop comes to (Jaderberg et al. 2017).
 
-All gradients of a step are taken at the same weights, so the order in which stages run changes no number.
+All gradients of a step are taken at the same weights and need nothing of what other stages do meanwhile, so
+the order in which stages run (random in the paper) changes no number.
 """
 
 from collections.abc import Iterable, Mapping

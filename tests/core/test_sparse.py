@@ -104,6 +104,19 @@ def test_it_is_the_algorithm_of_the_paper(optimizer, dtype, update):
     assert_close(weights(model), weights(twin.stages), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("update", ["step", "immediate"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_order_in_which_stages_update_changes_no_number(dtype, update):
+    """In the paper's experiment it is random: what a stage does needs nothing of what others do meanwhile."""
+    data = batches(16, dtype)
+    model, start, *_ = trained(data, OPTIMIZERS["sgd"], update, update_probability=0.7)
+    twin, orders = twin_of(start, OPTIMIZERS["sgd"]), torch.Generator().manual_seed(1)
+    for step, (x, y) in enumerate(data):
+        order = torch.randperm(len(ALL), generator=orders).tolist()
+        twin.step(x, y, awake_in(step, 0.7), order=order)
+    assert_close(weights(model), weights(twin.stages), TOLERANCE[dtype])
+
+
 def test_at_one_everything_is_as_without():
     data = batches(4, torch.float32)
     runs = [
