@@ -89,6 +89,7 @@ def left_out(
     if inputs != ("inputs" in state):
         what = "start afresh: there were none" if inputs else "are dropped: there are none any more"
         clauses.append(f"the input estimators {what}")
+    clauses += _sequences_left(state.get("replicas", []))
     late = sorted({delayed["boundary"] for delayed in state.get("delayed", [])})
     if late and staleness is not None:
         clauses.append(f"delayed gradients under way at {late} are dropped: they are of one process")
@@ -108,3 +109,27 @@ def left_out(
             f"{list(state['boundaries'])} with staleness={moved['staleness']}, here it is {now}"
         )
     return clauses
+
+
+def pick_sequences(state: dict[str, Any], processes: int, own: int) -> None:
+    """Bring what the truncated sequences of this process go on from to its place in `state`, in place.
+
+    It is each process's own, and is left aside where another number of them has saved it.
+
+    Args:
+        state: As it was saved, in one process or by several.
+        processes: Number of processes that train on sequences of their own.
+        own: Which of them this is.
+    """
+    kept = state.pop("replicas", None) or [state.pop("truncations", {})]
+    if len(kept) == processes:
+        state["truncations"] = kept[own]
+    else:
+        state["replicas"] = kept
+
+
+def _sequences_left(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of sequences that are of another number of processes than there are now."""
+    names = sorted({name for own in replicas for name, endings in own.items() if endings})
+    processes = "one process" if len(replicas) == 1 else f"{len(replicas)} processes"
+    return [f"what sequences go on from at {names} is dropped: it is of {processes}"] if names else []

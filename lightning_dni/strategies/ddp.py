@@ -27,7 +27,6 @@ from lightning_dni.strategies._compat import MisconfigurationException, Precisio
 from lightning_dni.strategies.bucket import broadcast
 from lightning_dni.strategies.decoupled import DecoupledTraining
 from lightning_dni.strategies.reducer import GradientReducer
-from lightning_dni.strategies.sharding import CHECKPOINT_KEY
 from lightning_dni.strategies.updates import refuse_replicas
 
 
@@ -203,11 +202,5 @@ class DNIDDPStrategy(DecoupledTraining, DDPStrategy):
         return state
 
     @override
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint; sequences go on where as many processes have saved it."""
-        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        state = checkpoint.get(CHECKPOINT_KEY)
-        if state is not None:
-            kept = state.pop("replicas", None) or [state.pop("truncations", {})]
-            state["truncations"] = kept[self.global_rank] if len(kept) == self.world_size else {}
-        return checkpoint
+    def _replica(self) -> tuple[int, int]:
+        return self.world_size, self.global_rank

@@ -22,7 +22,7 @@ from lightning_dni.core.base import Engine
 from lightning_dni.core.engine import DNIEngine
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.profile import no_profile
-from lightning_dni.pipeline.restoring import left_out
+from lightning_dni.pipeline.restoring import left_out, pick_sequences
 from lightning_dni.strategies._compat import MisconfigurationException, TrainerFn, rank_zero_warn
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
 from lightning_dni.strategies.sharding import CHECKPOINT_KEY, consolidate, is_sharded
@@ -306,7 +306,13 @@ class DecoupledTraining(Strategy):
         """Read a checkpoint, also one that a pipeline has written in shards."""
         if is_sharded(checkpoint_path):
             return consolidate(checkpoint_path, *args, **kwargs)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        pick_sequences(checkpoint.get(CHECKPOINT_KEY, {}), *self._replica())
+        return checkpoint
+
+    def _replica(self) -> tuple[int, int]:
+        """Number of processes that train on sequences of their own, and which of them this is."""
+        return 1, 0
 
     def _engine_state(self) -> dict[str, Any] | None:
         """What the checkpoint keeps of the engine; None for nothing."""

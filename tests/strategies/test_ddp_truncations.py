@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_dni import DNIDDPStrategy, DNIStrategy, GradientMonitor
 from lightning_dni.core import DNIEngine
 from lightning_dni.estimators import LinearEstimator, RecurrentEstimator
+from lightning_dni.pipeline.restoring import left_out, pick_sequences
 from lightning_dni.strategies.reducer import GradientReducer
 
 DESCENT = partial(torch.optim.SGD, lr=0.1)
@@ -185,6 +186,34 @@ def stop_and_resume(rank, folder):
 
 def test_a_fit_that_is_resumed_goes_on_from_each_processs_own_sequences(tmp_path):
     assert trainers(stop_and_resume, str(tmp_path)) == [[], []]
+
+
+def save_in_mid_sequence(rank, path):
+    module, _ = fit(rank, draw_chunks(3), max_steps=2)
+    module.trainer.save_checkpoint(path)
+
+
+def test_one_process_says_that_it_drops_what_the_sequences_of_two_go_on_from(tmp_path):
+    trainers(save_in_mid_sequence, str(tmp_path / "two.ckpt"))
+    dropped = r"what sequences go on from at \['net.core'\] is dropped: it is of 2 processes"
+    with pytest.warns(UserWarning, match=dropped):
+        own = rows_of(0, draw_chunks(6)[3:])
+        module, _ = fit(None, own, ckpt_path=str(tmp_path / "two.ckpt"), max_epochs=2)
+    assert len(module.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("saved", "processes", "lost"), [(1, 1, 0), (2, 2, 0), (1, 2, 1), (2, 1, 2), (2, 3, 2)]
+)
+def test_sequences_go_on_where_as_many_processes_have_saved_them(saved, processes, lost):
+    each = [{"core": [f"ending of {rank}"]} for rank in range(saved)]
+    state = {"truncations": each[0]} if saved == 1 else {"replicas": each}
+    pick_sequences(state, processes, processes - 1)
+    assert state == ({"replicas": each} if lost else {"truncations": each[processes - 1]})
+    clauses = left_out({"estimators": {}, "boundaries": ["core"], **state}, ["core"], None)
+    assert len(clauses) == (lost > 0)
+    if lost:
+        assert clauses[0].endswith("of one process" if lost == 1 else f"of {lost} processes")
 
 
 def log_rows(rank, folder):
