@@ -174,10 +174,13 @@ class Engine(ABC):
         """Change lambda from the next training step on: one value, or {boundary or pattern: value}.
 
         Raises:
-            EstimatorError: A value is outside [0, 1].
+            EstimatorError: A value is outside [0, 1], or above 0 with truncations.
             BoundaryError: No pattern matches a boundary.
         """
-        self._bp_lambda = choose_lambdas(self._modules, value)
+        chosen = choose_lambdas(self._modules, value)
+        if self._truncations and any(chosen.values()):
+            refuse_beside_truncations(value, 1.0, "step", None)
+        self._bp_lambda = chosen
 
     @property
     def predicts_inputs(self) -> bool:

@@ -13,6 +13,7 @@ from core.recurrent import (
     engine_of,
     train,
 )
+from core.truncated_stage import Reader
 from torch import nn
 
 from lightning_dni import MLPInputEstimator
@@ -149,6 +150,15 @@ def test_an_option_that_does_not_go_with_truncations_is_refused(options, error, 
     given = {"boundaries": [], "truncations": ["core"], **options}
     with pytest.raises(error, match=match):
         DNIEngine(Net(), estimator=LinearEstimator, **given)
+
+
+def test_a_lambda_that_is_set_later_is_refused_beside_truncations():
+    """As by a schedule; at a boundary below, whose stage would wait for the future."""
+    engine = DNIEngine(Reader(), ["eyes"], LinearEstimator, truncations=["core"])
+    engine.set_bp_lambda({"eyes": 0.0})
+    with pytest.raises(EstimatorError, match=r"Expected no `bp_lambda` with `truncations`, but got \{'eyes'"):
+        engine.set_bp_lambda({"eyes": 0.5})
+    assert engine.bp_lambda == {"eyes": 0.0}
 
 
 def test_a_bidirectional_module_is_refused():

@@ -196,8 +196,8 @@ def save_in_mid_sequence(rank, path):
 def test_one_process_says_that_it_drops_what_the_sequences_of_two_go_on_from(tmp_path):
     trainers(save_in_mid_sequence, str(tmp_path / "two.ckpt"))
     dropped = r"what sequences go on from at \['net.core'\] is dropped: it is of 2 processes"
+    own = rows_of(0, draw_chunks(6)[3:])
     with pytest.warns(UserWarning, match=dropped):
-        own = rows_of(0, draw_chunks(6)[3:])
         module, _ = fit(None, own, ckpt_path=str(tmp_path / "two.ckpt"), max_epochs=2)
     assert len(module.seen) == 3
 
