@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lightning_dni import estimators
@@ -82,10 +83,24 @@ def main(words: Sequence[str]) -> int:
     if words:
         sys.stdout.write("usage: lightning-dni estimators\n\nPrints what each estimator learns from what.\n")
         return 0 if words[0] in ("-h", "--help") else 2
-    table = Table(title="Error approximators; the classes' names end in Estimator")
+    title = "Error approximators; the classes' names end in Estimator"
+    rows = [(row[0].replace("Estimator", ""), *row[1:]) for row in catalog()]
+    table = Table(title=title)
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold", no_wrap=heading == HEADINGS[0])
-    for row in catalog():
-        table.add_row(row[0].replace("Estimator", ""), *row[1:])
-    Console().print(table)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    readable = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.print(table if console.width >= readable else _one_below_the_other(title, rows))
     return 0
+
+
+def _one_below_the_other(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table that is read in a narrow terminal: a line for each cell."""
+    table = Table("", "", "", title=title, show_header=False)
+    for name, *cells in rows:
+        for heading, cell in zip(HEADINGS[1:], cells, strict=True):
+            table.add_row(name if heading == HEADINGS[1] else "", heading, cell)
+        table.add_section()
+    return table

@@ -62,16 +62,18 @@ def test_an_estimator_without_facts_is_noticed(monkeypatch):
         catalog.catalog()
 
 
-def test_the_command_prints_it(monkeypatch, capsys):
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_command_prints_it_and_cuts_no_word(columns, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-dni", "estimators"])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    for row in catalog.catalog():
-        assert row[0].replace("Estimator", "").split(",")[0] in printed
-    assert "forward, update, backward" in printed
+    assert max(map(len, printed.splitlines())) <= columns
+    cells = [cell.replace("Estimator", "") for row in catalog.catalog() for cell in row]
+    words = {word for cell in (*cells, *catalog.HEADINGS[1:]) for word in cell.split()}
+    assert not {word for word in words if word not in printed}
 
 
 def test_the_command_takes_no_words(capsys):
