@@ -106,6 +106,7 @@ def _transformer(depth: int, rate: float) -> NextCharacter:
 
 NETS: Mapping[str, Net] = {
     "mnist-mlp": Net(_mnist, _perceptron, ["net.hidden_*"]),
+    "mnist-mlp-512": Net(_mnist, partial(_perceptron, width=512), ["net.hidden_*"]),
     "mnist-mlp-1024": Net(
         _mnist, partial(_perceptron, width=1024), ["net.hidden_*"], rates=(3e-4, 1e-3, 3e-3)
     ),

@@ -106,10 +106,17 @@ def rows_of_state(net, state):
     return torch.cat([(s.movedim(1, 0) if net.stacked else s).flatten(1) for s in leaves], dim=1)
 
 
-def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0, sequence_end="zero"):
+def width_of(net):
+    """Number of features of all its state."""
+    return rows_of_state(net, net(torch.zeros(1, BATCH, FEATURES).double())[1]).shape[1]
+
+
+def train_by_hand(
+    net, chunks, matrix, bias, rate=0.1, damping=1.0, sequence_end="zero", context_of=lambda y: y[0, :, :0]
+):
     """Train `net` and SG = h matrix^T + bias by gradient descent, chunk by chunk.
 
-    Where a sequence begins anew, nothing comes back to the one before it.
+    Where a sequence begins anew, nothing comes back to the one before it. `context_of(y)` stands beside h.
 
     Returns:
         The gradients of the net and of the estimator in each chunk; None where it has nothing to learn.
@@ -124,7 +131,8 @@ def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0, sequence_end
             entered = pytree.tree_map(lambda s: s.detach().clone().requires_grad_(), state)
         out, left = net(x, entered)
         h = rows_of_state(net, left)
-        said = (h.detach() @ matrix.t() + bias).detach()
+        seen = torch.cat([h.detach(), context_of(y)], dim=1)
+        said = (seen @ matrix.t() + bias).detach()
         total = loss_of(out, y) + damping * (said * h).sum() / BATCH
         inputs = [] if entered is None else pytree.tree_leaves(entered)
         found = torch.autograd.grad(total, [*parameters, *inputs])
@@ -144,7 +152,7 @@ def train_by_hand(net, chunks, matrix, bias, rate=0.1, damping=1.0, sequence_end
                 parameter -= rate * gradient
             for parameter, gradient in zip([matrix, bias], learnt or (), strict=False):
                 parameter -= rate * gradient
-        before, state = h.detach(), pytree.tree_map(lambda s: s.detach().clone(), left)
+        before, state = seen, pytree.tree_map(lambda s: s.detach().clone(), left)
     return history
 
 
