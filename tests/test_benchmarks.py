@@ -23,6 +23,24 @@ def test_the_tables_of_the_readme_are_what_the_report_prints():
     assert sum(line.startswith("|---|") for line in said) >= 3
 
 
+MISSING = """
+import everything
+from report import Scope
+from rows import NETS, rows_of
+for task in everything.TASKS:
+    scope = Scope(task.net, task.depth, task.rates_of, task.steps)
+    for row in ("backprop", *task.rows) if task.rows else rows_of(NETS[task.net]):
+        if len(scope.trainings(row)) < task.seeds:
+            print(task, row, len(scope.trainings(row)))
+"""
+
+
+def test_what_was_measured_is_what_one_command_measures():
+    command = [sys.executable, "-c", MISSING]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=FOLDER)
+    assert found.stdout == ""
+
+
 def test_differences_in_the_guide_are_those_of_the_tables():
     tables = " ".join(lines_of_tables((FOLDER / "README.md").read_text()))
     guide = " ".join((FOLDER.parents[1] / "docs/choosing.md").read_text().split())

@@ -15,6 +15,7 @@ import csv
 import itertools
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ def measure_costs(task: Task, turns: int) -> None:
             writer.writerow({"net": task.name, "depth": task.depth, "row": row, **figures})
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--net", choices=NETS, default="mnist-mlp")
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=None)
     parser.add_argument("--against", default="backprop", help="row from which differences are taken")
     parser.add_argument("--turns", type=int, default=0, help="train nothing, measure the costs of a step")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -187,11 +187,11 @@ def tables() -> list[list[str]]:
     ]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print the tables, or put them in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put them in the place of those in README.md")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     texts = ["\n".join(table) + "\n" for table in tables()]
     if not args.write:
         print("\n".join(texts), end="")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from fashion import FashionDataModule
 from torch import Tensor
 
 from lightning_dni.core import EstimatorFactory, GradientEstimator
@@ -33,15 +34,6 @@ from lightning_dni.estimators import (
     ZeroEstimator,
 )
 
-FASHION = {
-    "mirrors": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-    "checksums": {
-        "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-    },
-}
 CHARACTERS = 97
 ESTIMATOR_STEPS = {"critic, label share, 4 steps": 4}
 """Rows whose estimators take several steps per step of the net."""
@@ -87,8 +79,8 @@ class Net(NamedTuple):
     rates: tuple[float, ...] = (1e-3, 3e-3)
 
 
-def _mnist(folder: Path, **source: Any) -> MNISTDataModule:
-    return MNISTDataModule(data_dir=folder, batch_size=128, val_size=10_000, **source)
+_SPLIT: dict[str, Any] = {"batch_size": 128, "val_size": 10_000}
+_mnist, _fashion = partial(MNISTDataModule, **_SPLIT), partial(FashionDataModule, **_SPLIT)
 
 
 def _perceptron(depth: int, rate: float, width: int = 128) -> MLPClassifier:
@@ -110,9 +102,9 @@ NETS: Mapping[str, Net] = {
     "mnist-mlp-1024": Net(
         _mnist, partial(_perceptron, width=1024), ["net.hidden_*"], rates=(3e-4, 1e-3, 3e-3)
     ),
-    "fashion-mlp": Net(partial(_mnist, **FASHION), _perceptron, ["net.hidden_*"]),
+    "fashion-mlp": Net(_fashion, _perceptron, ["net.hidden_*"]),
     "fashion-cnn": Net(
-        partial(_mnist, **FASHION),
+        _fashion,
         _convolutional,
         ["net.block_*"],
         regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=5),
