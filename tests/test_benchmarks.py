@@ -1,5 +1,6 @@
 """The tables of the comparison of estimators are made from what was measured."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -21,6 +22,20 @@ def test_the_tables_of_the_readme_are_what_the_report_prints():
     said = lines_of_tables((FOLDER / "README.md").read_text())
     assert said == lines_of_tables(report())
     assert sum(line.startswith("|---|") for line in said) >= 3
+
+
+def test_the_pipelines_table_is_what_was_measured():
+    folder = FOLDER.parent / "pipeline"
+    said = lines_of_tables((folder / "README.md").read_text())
+    cells = {}
+    with (folder / "results.csv").open() as file:
+        for row in csv.DictReader(file):
+            share, bound = 0.15 / float(row["seconds per step"]), float(row["bound"])
+            cells.setdefault(row["contender"], []).append(f"{100 * share:.1f} ({100 * bound:.0f})")
+    assert len(cells) >= 12
+    assert [
+        line for name, row in cells.items() if (line := f"| {' | '.join([name, *row])} |") not in said
+    ] == []
 
 
 MISSING = """

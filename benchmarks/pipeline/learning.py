@@ -247,8 +247,10 @@ def main() -> None:
         "--rates", type=float, nargs="+", default=[], help="pairs, net and estimators, in place of the grid"
     )
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains any of these")
-    parser.add_argument("--csv", type=Path, default=HERE / "learning.csv")
+    parser.add_argument("--csv", type=Path, default=None, help="learning.csv for the whole run, else none")
     args = parser.parse_args()
+    changed = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
+    path = args.csv if changed - {"data_dir"} else HERE / "learning.csv"
     task = Task(args.steps, args.data_dir, args.losses, args.width)
     chosen: dict[str, Rates] = {}
     given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))
@@ -266,7 +268,8 @@ def main() -> None:
             found[name].append(task.fit(row, chosen[name], seed))
             Console().print(f"{name}, seed {seed}: {found[name][-1].seconds * 1e3:.1f} ms per step")
     show(found, chosen, args.losses)
-    write(found, chosen, args.losses, args.csv)
+    if path is not None:
+        write(found, chosen, args.losses, path)
 
 
 if __name__ == "__main__":

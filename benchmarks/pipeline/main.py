@@ -93,8 +93,8 @@ def measure(row: Row, stages: int, seconds: float, steps: int) -> float:
     return max(run(process, processes, row.grouped))
 
 
-def show(found: list[tuple[str, int, float, float]], seconds: float, path: Path) -> None:
-    """Print the table and write the numbers."""
+def show(found: list[tuple[str, int, float, float]], seconds: float, path: Path | None) -> None:
+    """Print the table and write the numbers, if there is a place for them."""
     sizes = sorted({stages for _, stages, _, _ in found})
     table = Table(
         title=f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, gloo, "
@@ -107,6 +107,8 @@ def show(found: list[tuple[str, int, float, float]], seconds: float, path: Path)
         cells = {s: f"{100 * seconds / t:.1f} ({100 * b:.0f})" for n, s, t, b in found if n == name}
         table.add_row(name, *(cells.get(stages, "-") for stages in sizes))
     Console(width=110).print(table)
+    if path is None:
+        return
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["contender", "stages", "seconds per step", "bound"])
@@ -121,8 +123,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--only", nargs="+", default=[""], help="run those whose name contains any of these")
-    parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
+    parser.add_argument("--csv", type=Path, default=None, help="results.csv for the whole run, else none")
     args = parser.parse_args()
+    changed = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
+    path = args.csv if changed - {"steps"} else HERE / "results.csv"
     seconds = args.milliseconds / 1e3
     found = []
     for stages in args.stages:
@@ -131,7 +135,7 @@ def main() -> None:
                 time = measure(row, stages, seconds, args.steps)
                 Console().print(f"{stages} stages, {row.name}: {time * 1e3:.1f} ms per step")
                 found.append((row.name, stages, time, row.bound(stages)))
-    show(found, seconds, args.csv)
+    show(found, seconds, path)
 
 
 if __name__ == "__main__":
