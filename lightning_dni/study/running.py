@@ -1,5 +1,6 @@
 """The loop over the runs of a study: what has finished is kept, what fails is noted, the others go on."""
 
+import gc
 import platform
 import traceback
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,7 @@ def run_study(study: Study, out: Path, build: Build) -> Outcome:
                     outcome.interrupted = True
                     break
                 outcome.ran += 1
+                gc.collect()  # trainer and data refer to each other, and are few objects, if large ones
             result = folder.result
             assert result is not None
             outcome.results[run.name] = result

@@ -4,12 +4,15 @@ import csv
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 
 from lightning_dni.cli import build
+from lightning_dni.demos import DigitsDataModule
 from lightning_dni.study.command import main
 
 FIT = """
@@ -34,6 +37,18 @@ call: study.parts.figures
 arguments: {rate: "${run.rate}", seed: "${run.seed}"}
 table: [final]
 """
+
+
+class Counted(DigitsDataModule):
+    """Counts how many of its kind there are."""
+
+    alive: ClassVar = WeakSet()
+    most: ClassVar = 0
+
+    def __init__(self):
+        super().__init__()
+        Counted.alive.add(self)
+        Counted.most = max(Counted.most, len(Counted.alive))
 
 
 def study(text, *words, name="toy"):

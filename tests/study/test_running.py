@@ -1,5 +1,6 @@
 """The loop over runs: what has finished is kept, changes are noticed, failures are told, Ctrl-C stops."""
 
+import gc
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from study.parts import CALL, FIT, calls, rows, study
+from study.parts import CALL, FIT, Counted, calls, rows, study
 
 from lightning_dni.cli import build, run
 
@@ -52,6 +53,16 @@ def test_a_bar_counts_the_runs_and_is_full_at_once_where_all_have_finished(capsy
     seconds = re.search(r"8/8 \[00:(\d\d)<", last)
     assert seconds is not None
     assert int(seconds[1]) < 5
+
+
+def test_the_data_of_a_run_is_gone_before_the_next_but_one():
+    many = FIT.replace("seeds: [0]", "seeds: [0, 1, 2, 3]")
+    gc.disable()
+    try:
+        assert study(many.replace("lightning_dni.demos.DigitsDataModule", "study.parts.Counted")) == 0
+    finally:
+        gc.enable()
+    assert 1 <= Counted.most <= 2
 
 
 def test_a_killed_study_goes_on_with_the_run_that_it_was_in():
