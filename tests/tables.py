@@ -238,6 +238,8 @@ ESTIMATORS = [
     *head_rows("sobolev", sobolev, True, hidden=False),
     Row("sobolev-hidden", partial(sobolev, hidden_sizes=(8,)), context="labels"),
     Row("critic-share", partial(critic, label_share=0.4), context="labels"),
+    Row("critic-share-map", partial(critic, label_share=0.4), "map", "labels"),
+    Row("sobolev-share-map", partial(sobolev, label_share=0.4), "map", "labels"),
     Row("sobolev-share-tokens", partial(sobolev, label_share=0.4), "sequence", "token labels"),
     *head_rows("cascade", cascade, True, hidden=False),
     Row("cascade-hidden", partial(cascade, hidden_sizes=(8,)), context="labels"),
