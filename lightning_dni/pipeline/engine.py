@@ -140,7 +140,7 @@ class StageEngine(StagedEngine):
             self._reporting.begin(self._updates)
         if self._step.exchange is not None:
             self._step.exchange.begin(fresh=first)
-        passage.receive(Kind.TRAIN, self._number, batch)
+        passage.receive(Kind.TRAIN, self._number, batch, self.moved)
         self._readers.begin(passage.received, self._step.probe)
         boundaries = [] if self._boundary is None else [self._boundary]
         with self._drawing(self._number), in_place_errors(boundaries):

@@ -215,7 +215,7 @@ class ExactEngine(StagedEngine):
     def _forward(self, i: int, step: Step) -> None:
         passage, number = self._placed(), self._steps + i
         self.clock.step = number
-        passage.receive(Kind.TRAIN, number, self._parts[i])
+        passage.receive(Kind.TRAIN, number, self._parts[i], self.moved)
         flight = self._flights[i] = Flight([], passage.received)
 
         def keep(outputs: list[Tensor], value: Any) -> None:

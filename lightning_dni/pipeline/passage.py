@@ -46,19 +46,19 @@ class Passage:
         self._crossed: list[Tensor] = []
         self._arrived: list[Tensor] = []
 
-    def receive(self, kind: Kind, step: int, batch: Any, fingerprinted: bool = True) -> None:
+    def receive(self, kind: Kind, step: int, batch: Any, before: int = 0) -> None:
         """Wait for what the stage below gives for this batch.
 
         Args:
             kind: What the batch is for.
             step: Number of the batch among those of its kind.
             batch: The user's batch, which every stage has.
-            fingerprinted: Whether to compare it with the one that the stage below had.
+            before: Fingerprint of what the batch was before it was moved to a device.
 
         Raises:
             StageError: The stage below is at another batch, or has stopped.
         """
-        self._fingerprint = fingerprint(batch) if fingerprinted else 0
+        self._fingerprint = fingerprint(batch, before)
         self._value, self.received, self._sent = None, [], False
         self._crossed, self._arrived = [], []
         if self._links.activation_in is None:
@@ -160,13 +160,15 @@ def _to_send(tensor: Tensor) -> Tensor:
     return sent.clone() if origin.is_leaf and sent.data_ptr() == tensor.data_ptr() else sent
 
 
-def fingerprint(batch: Any) -> int:
+def fingerprint(batch: Any, before: int = 0) -> int:
     """A number of what is on the CPU in a batch, of large tensors a part spread over all rows; 0 for nothing.
+
+    `before` is that of another batch, which it goes on from.
 
     >>> fingerprint(torch.arange(3)) == fingerprint(torch.arange(3)) != fingerprint(torch.arange(4))
     True
     """
-    seen = 0
+    seen = before
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.numel():
             seen = zlib.crc32(_sample(leaf), zlib.crc32(repr(tuple(leaf.shape)).encode(), seen))

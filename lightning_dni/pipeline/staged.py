@@ -43,6 +43,7 @@ class StagedEngine(Engine):
         plan: What of the model belongs to which stage in a training step; None before one was seen.
         clock: What this stage spends its time on.
         schedule: When a stage works on what.
+        moved: Fingerprint of what the batch was before it was moved to a device; 0 where it is not needed.
     """
 
     schedule = "dni"
@@ -75,7 +76,7 @@ class StagedEngine(Engine):
         self._own: set[int] = set()
         self._passages: dict[str, Passage] = {}
         self._current: Passage | None = None
-        self._evaluated = self._meetings = 0
+        self._evaluated = self._meetings = self.moved = 0
 
     # ---- which stage this is
 
@@ -210,7 +211,7 @@ class StagedEngine(Engine):
         """Run the user's evaluation step `name` as this stage; None where it is not the last one."""
         passage = self._use(name)
         with self.clock.stopped():
-            passage.receive(Kind.EVALUATE, self._evaluated, batch)
+            passage.receive(Kind.EVALUATE, self._evaluated, batch, self.moved)
             result = passage.run(step, Kind.EVALUATE, self._evaluated)
         self._evaluated += 1
         return result

@@ -175,13 +175,15 @@ class Trial:
         return plan
 
 
-def compare_plans(plan: StagePlan, batch: Any, place: Place) -> None:
+def compare_plans(plan: StagePlan, batch: Any, moved: int, place: Place) -> None:
     """See that every process has found the same stages, and those of one copy from the same batch.
+
+    `moved` is the fingerprint of what the batch was before it was moved to a device.
 
     Raises:
         MisconfigurationException: On every process, where one differs.
     """
-    here = (plan.boundaries, (sorted(plan.tensors.items()), plan.bypasses), fingerprint(batch))
+    here = (plan.boundaries, (sorted(plan.tensors.items()), plan.bypasses), fingerprint(batch, moved))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, here)
     strange = [rank for k in range(place.copies) for rank in _strange(found, [r[k] for r in place.ranks])]

@@ -21,6 +21,7 @@ from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.exact import ExactEngine
 from lightning_dni.pipeline.message import Links
 from lightning_dni.pipeline.norms import LaggedNorm
+from lightning_dni.pipeline.passage import fingerprint
 from lightning_dni.pipeline.restoring import norm_of
 from lightning_dni.pipeline.riding import carry
 from lightning_dni.pipeline.signals import Signals
@@ -224,7 +225,7 @@ class StagedTraining(StagesInCommon):
         trial = Trial(self.lightning_module, step, args, self.precision_plugin)
         options = self._options_for(self.lightning_module)
         plan = trial.plan(options.boundaries, options.output, skips=self._exact is not None)
-        compare = partial(compare_plans, plan, args[0] if args else None, self._placed())
+        compare = partial(compare_plans, plan, args[0] if args else None, self.engine.moved, self._placed())
         self._together(compare, f"the first {step}")
         self._bring(plan, self._placed().stage)
         self.engine.place(plan, step)
@@ -232,6 +233,18 @@ class StagedTraining(StagesInCommon):
             self._drop_foreign_state()
 
     # ---- one step
+
+    @property
+    def _moves_batches(self) -> bool:
+        """Whether batches go to a device from which nobody reads them back to compare them."""
+        return self.root_device.type != "cpu"
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move the batch, and remember what it was, for stages to compare."""
+        if self._engine is not None:
+            self.engine.moved = fingerprint(batch) if self._moves_batches else 0
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

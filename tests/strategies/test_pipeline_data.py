@@ -7,14 +7,16 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from fits import CLASSES, FEATURES, AtBatchEnd, Net, dataset, fit, loader, net, weights
+from fits import CLASSES, FEATURES, LINEAR, AtBatchEnd, Net, dataset, fit, loader, net, weights
 from processes import ReplicaError
 from strategies.staged_fits import Batches, fit_staged, on_stages, staged
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_dni import DNIStrategy
+from lightning_dni import DNIPipelineStrategy, DNIStrategy
+from lightning_dni.pipeline import passage
 from lightning_dni.pipeline.passage import fingerprint
+from lightning_dni.strategies import placement
 
 
 class Augmented(Dataset):
@@ -188,6 +190,29 @@ def test_the_first_batch_that_differs_is_named_on_all_ranks(row):
     said = "same first batch" if row < 4 else f"train batch {row // 4} differs"
     assert str(caught.value).count(said) >= 2
     assert "hangs" not in str(caught.value)
+
+
+class Moving(DNIPipelineStrategy):
+    """Takes the CPU for another device."""
+
+    _moves_batches = True
+
+
+@pytest.mark.parametrize("row", [0, 12])
+@pytest.mark.parametrize(
+    "options", [{"estimator": LINEAR}, {"schedule": "1f1b", "microbatches": 2}], ids=["dni", "1f1b"]
+)
+def test_batches_are_compared_as_they_were_before_they_were_moved(options, row, monkeypatch):
+    """Where they are, nobody reads them back."""
+    for module in (passage, placement):
+        monkeypatch.setattr(module, "fingerprint", lambda batch, before: before)
+
+    def body(rank):
+        fit_staged(train=DataLoader(Differs(rank, row), 4), strategy=Moving(["net.0"], **options))
+
+    with pytest.raises(ReplicaError) as caught:
+        on_stages(body, seconds=40)
+    assert str(caught.value).count("same first batch" if row < 4 else "differs between them") >= 2
 
 
 @pytest.mark.parametrize(("longer", "batches"), [(0, 6), (1, 6), (0, 20), (1, 20)])
