@@ -102,6 +102,12 @@ class Judge:
                     return found
         return None
 
+    def unheard(self, seconds: float) -> list[Process]:
+        """Whose heartbeats have not come for so long; who keeps the store, where nobody's can come."""
+        if self._rank != 0 and self._stale >= seconds:
+            return [self.processes[0]]
+        return [self.processes[rank] for rank, silent in self._silent.items() if silent >= seconds]
+
     def _count(self, seconds: float) -> None:
         passes, calling = self._board.passes, self._lookout.calling
         self._stale = self._stale + seconds if passes == self._passes else 0.0

@@ -1,13 +1,13 @@
-"""Leave random numbers and buffers as they were."""
+"""Leave random numbers, buffers and attributes as they were."""
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dni.core.boundary import device_of
 
@@ -55,15 +55,56 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class Attributes:
+    """What the modules of a model hold beside parameters, buffers and submodules, and what is in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(module, _attributes(module)) for module in model.modules()]
+        values = [value for _, held in self._held for value in held.values()]
+        self._lists = [(value, list(value)) for value in values if type(value) is list]
+        self._dicts = [(value, dict(value)) for value in values if type(value) is dict]
+        self._tensors = _contents(value for value in values if isinstance(value, Tensor))
+
+    def restore(self) -> None:
+        """Put them back."""
+        for module, held in self._held:
+            for name in _attributes(module).keys() - held.keys():
+                del vars(module)[name]
+            vars(module).update(held)
+        for values, content in self._lists:
+            values[:] = content
+        for entries, kept in self._dicts:
+            entries.clear()
+            entries.update(kept)
+        _put_back(self._tensors)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give random numbers and the buffers of `model` back as they were."""
-    contents = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    """Give random numbers, and the buffers and attributes of `model`, back as they were."""
+    attributes = Attributes(model)
+    contents = _contents(model.buffers())
     try:
         with same_randomness(device_of(model)), same_buffers(model):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, content in contents:
-                if not torch.equal(buffer, content):  # else a graph may have saved it
-                    buffer.copy_(content)
+        attributes.restore()
+        _put_back(contents)
+
+
+def _contents(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+
+
+def _put_back(contents: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, content in contents:
+            if not torch.equal(tensor, content):  # else a graph may have saved it
+                tensor.copy_(content)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_dni.core.boundary import device_of, named_submodules
 from lightning_dni.errors import StageError
 from lightning_dni.pipeline.calls import Calls, is_compiled, plain_call, usual_call
-from lightning_dni.pipeline.keeping import RandomState, undisturbed
+from lightning_dni.pipeline.keeping import Attributes, RandomState, undisturbed
 from lightning_dni.pipeline.plan import StagePlan, named_tensors
 from lightning_dni.pipeline.splitting import StageRunner
 
@@ -26,9 +26,9 @@ REMEDY = (
 def check_split(model: nn.Module, plan: StagePlan, run: Callable[[], Any]) -> None:
     """Run the whole model and then its stages one by one, forward and backward, and compare all numbers.
 
-    Every stage sees no values of other stages' parameters, and takes up the random numbers where the whole
-    run was at its lower boundary. On the CPU, without torch.compile, all must agree bit for bit. Gradients,
-    buffers and random numbers are afterwards as before.
+    Every stage sees no values of other stages' parameters nor attributes that they have set, and takes up the
+    random numbers where the whole run was at its lower boundary. On the CPU, without torch.compile, all must
+    agree bit for bit. Gradients, buffers, attributes and random numbers are afterwards as before.
 
     Args:
         model: The model that was traced, or a copy.
@@ -126,6 +126,7 @@ class _Chain:
         self, model: nn.Module, plan: StagePlan, run: Callable[[], Any], whole: _Whole, exact: bool
     ) -> None:
         self._model, self._plan, self._run, self._whole, self._exact = model, plan, run, whole, exact
+        self._before, self._after = Attributes(model), list[Attributes]()
         self._received: list[tuple[Tensor, ...]] = []
         self._given: list[tuple[Tensor, ...]] = []
 
@@ -152,6 +153,7 @@ class _Chain:
     def _forward(self, stage: int) -> Any:
         boundaries, last = self._plan.boundaries, self._plan.stages - 1
         model, plan = self._model, self._plan
+        self._before.restore()
         with (
             StageRunner(model, plan, stage) as runner,
             _without_others(model, plan, stage),
@@ -167,6 +169,7 @@ class _Chain:
             for name, tensor in named_tensors(model).items():
                 if _is_buffer(tensor) and plan.tensors[name] == stage:
                     self._compare(f"buffer {name!r}", self._whole.buffers[name], tensor)
+        self._after.append(Attributes(model))
         return value
 
     def _pass_on(self, boundary: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -205,6 +208,7 @@ class _Chain:
                 outputs, gradients = tuple(x for x, _ in pairs), tuple(g for _, g in pairs)
 
     def _differentiate(self, stage: int, outputs: Any, gradients: Any) -> None:
+        self._after[stage].restore()
         try:
             torch.autograd.backward(outputs, gradients)
         except Exception as error:

@@ -175,8 +175,9 @@ class Watch:
         if not known:
             said = f"{type(exception).__name__}: {str(exception).strip()}".rstrip(".: ")
             me = self._judge.processes[self._rank]
+            heard = self._unheard() if lost else ""
             self._publish(
-                f"{me} failed in {self.where}: {said}. {REMEDY}\nThat stage says:\n{_trace(exception)}"
+                f"{me} failed in {self.where}: {said}.{heard} {REMEDY}\nThat stage says:\n{_trace(exception)}"
             )
         error = self._error()
         return error if lost and known else None
@@ -186,8 +187,13 @@ class Watch:
         self._await_fault(self._limits.patience)
         if self._fault is None:
             me = self._judge.processes[self._rank]
-            self._publish(f"{me} noticed in {self.where}: {str(symptom).strip()} {REMEDY}")
+            self._publish(f"{me} noticed in {self.where}: {str(symptom).strip()}{self._unheard()} {REMEDY}")
         return self._error()
+
+    def _unheard(self) -> str:
+        """Who may be behind a lost connection of which torch.distributed says no more than a port."""
+        silent = ", ".join(map(str, self._judge.unheard(self._limits.patience / 2)))
+        return f" No heartbeat comes from {silent} any more." if silent else ""
 
     def call(self, function: Callable[[], T]) -> T:
         """What `function` returns, which waits for other processes; on a thread of its own.

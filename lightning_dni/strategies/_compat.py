@@ -70,11 +70,11 @@ __all__ = [
 ]
 
 
-def quiet_copy(module: pl.LightningModule) -> pl.LightningModule:
-    """A copy that knows its Trainer, but logs nothing."""
+def quiet_copy(module: pl.LightningModule, hear: Callable[..., None]) -> pl.LightningModule:
+    """A copy that knows its Trainer, but tells `hear` what it logs."""
     twin = copy.deepcopy(module)  # leaves the trainer out
     twin.__dict__["_trainer"] = module._trainer
-    twin.__dict__["log"] = twin.__dict__["log_dict"] = _ignore
+    twin.__dict__["log"] = twin.__dict__["log_dict"] = hear
     return twin
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lightning_dni.pipeline.balance import Measured
 from lightning_dni.pipeline.passage import fingerprint
@@ -115,8 +116,9 @@ class Trial:
     ) -> None:
         device = device or torch.device("cpu")
         self._step, self._precision, self._device = step, precision, device
+        self._logged: list[torch.Tensor] = []
         with torch.inference_mode(False):  # else the copies could not be changed outside of it
-            self._copy = quiet_copy(module).to(device)
+            self._copy = quiet_copy(module, self._hear).to(device)
             self.args: tuple[Any, ...] = move_data_to_device(tuple(args), device)
 
     def take(self, batch: Any, first_part: Callable[[Sequence[Any]], tuple[Any, ...]]) -> None:
@@ -139,8 +141,15 @@ class Trial:
             "test_step": self._precision.test_step_context,
             "predict_step": self._precision.predict_step_context,
         }
+        self._logged = []
         with contexts[self._step](), self._autocast():
-            return getattr(self._copy, self._step)(*self.args)
+            result = getattr(self._copy, self._step)(*self.args)
+        return result if self._trains else (result, self._logged)
+
+    def _hear(self, *args: Any, **kwargs: Any) -> None:
+        """Take note of the numbers that the step logs, which may be all that an evaluation gives."""
+        values = pytree.tree_leaves((args, kwargs))
+        self._logged += [torch.as_tensor(x) for x in values if isinstance(x, (float, torch.Tensor))]
 
     def _autocast(self) -> Any:
         """Mixed precision where the step runs here, which may not be where the plugin's does."""
@@ -170,7 +179,7 @@ class Trial:
             StageError: A parameter is used in two stages, or the stages do something else.
         """
         plan = trace_stages(self._copy, boundaries, self._run, grad=self._trains, output=output, skips=skips)
-        if self._trains:
+        with torch.set_grad_enabled(self._trains):
             check_split(self._copy, plan, self._run)
         return plan
 

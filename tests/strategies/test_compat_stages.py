@@ -86,9 +86,11 @@ def test_drop_logged_values_drops_them():
 def test_quiet_copy_logs_nothing_and_knows_its_trainer():
     module = net()
     trainer = fit(module, max_steps=1)
-    twin = _compat.quiet_copy(module)
+    logged = []
+    twin = _compat.quiet_copy(module, lambda name, *value, **options: logged.append(name))
     twin.training_step((torch.zeros(2, 6), torch.zeros(2, dtype=torch.long)), 0)
     assert twin.trainer is trainer
+    assert logged == ["loss"]
     assert "log" not in vars(module)
 
 

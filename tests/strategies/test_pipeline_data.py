@@ -10,6 +10,7 @@ import torch
 from fits import CLASSES, FEATURES, LINEAR, AtBatchEnd, Net, dataset, fit, loader, net, weights
 from processes import ReplicaError
 from strategies.staged_fits import Batches, fit_staged, on_stages, staged
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -260,3 +261,51 @@ def test_a_fingerprint_sees_a_change_in_every_row_of_a_large_batch():
         changed = images.clone()
         changed[row] += torch.rand(28, 28)
         assert fingerprint(changed) != before
+
+
+# ---- what passes beside the boundaries
+
+
+class Remembering(nn.Module):
+    """Keeps a number of its output, in an attribute of its own."""
+
+    def __init__(self, as_what):
+        super().__init__()
+        self.linear, self.seen, self.as_what = nn.Linear(FEATURES, 8), torch.zeros(()), as_what
+
+    def forward(self, x):
+        h = self.linear(x).relu()
+        self.seen = self.as_what(h.mean(), self.seen)
+        return h
+
+
+def put_in(mean, seen):
+    return seen.copy_(mean.detach())
+
+
+class Reading(Net):
+    """Reads it in a stage above, in training or in evaluation."""
+
+    def __init__(self, as_what, in_training):
+        super().__init__()
+        self.net[0], self.in_training = Remembering(as_what), in_training
+
+    def forward(self, x):
+        out = self.net(x)
+        return out * (1.0 + self.net[0].seen) if self.training is self.in_training else out
+
+
+@pytest.mark.parametrize("in_training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "as_what",
+    [lambda mean, seen: float(mean), lambda mean, seen: mean.detach(), put_in],
+    ids=["number", "tensor", "in place"],
+)
+def test_an_attribute_that_a_stage_above_reads_is_found(as_what, in_training):
+    """It is never set there; in the copy on which the stages are compared with the whole, it was."""
+
+    def body(rank):
+        fit_staged(module=Reading(as_what, in_training), val=loader(16), max_epochs=1)
+
+    with pytest.raises(ReplicaError, match="the chained stages to compute what the whole model does"):
+        on_stages(body, seconds=40)

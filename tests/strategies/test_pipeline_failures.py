@@ -160,18 +160,29 @@ def test_a_copy_of_a_stage_that_is_killed_is_named():
         assert re.search(r"Stage 0 \(rank 2, host \S+\) is gone", outcome.said[rank]), outcome.said[rank]
 
 
-@pytest.mark.parametrize(("victim", "where"), [(0, STEP), (1, STEP), (1, "setup")])
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [(0, STEP), (1, STEP), (1, "validation_step 1"), (0, "on_save_checkpoint"), (1, "setup")],
+)
 def test_a_frozen_process_is_named_and_ended(victim, where):
     outcome = run(faulty_fit(failing_fits.freeze, victim, where, {"silence": QUICK}))
     assert_all_stopped(outcome, victim, "is frozen: .* is stopped and sends no heartbeat", code=-9)
+    assert_kept(*{"setup": (), "on_save_checkpoint": (2,)}.get(where, (2, 4)))
 
 
-def test_a_stage_that_loses_its_links_is_named():
-    outcome = run(faulty_fit(failing_fits.unplug, 1, STEP, {"silence": QUICK}))
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [(1, STEP), (0, STEP), (0, "validation_step 1"), (1, "on_save_checkpoint"), (1, "setup")],
+)
+def test_a_stage_that_loses_its_links_is_named(victim, where):
+    outcome = run(faulty_fit(failing_fits.unplug, victim, where, {"silence": QUICK}))
     assert outcome.codes == [1, 1, 1]
     assert max(outcome.seconds) < SECONDS
-    for rank in (0, 2):
-        assert re.search(r"StageError: .*(stage 1 \(rank 1\)|Stage 1 \(rank 1,)", outcome.said[rank])
+    rank = f"(rank {victim}[,)]|rank {victim} )"
+    for other in {0, 1, 2} - {victim}:
+        assert re.search(rf"StageError: .*{rank}", outcome.said[other]), outcome.said[other]
+    if where == STEP:
+        assert_kept(2, 4)
 
 
 def hold_lock():
