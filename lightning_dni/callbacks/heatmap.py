@@ -40,26 +40,26 @@ class Probe:
         return {"step": self.step, "cosine": dict(self.cosine), "error": dict(self.error)}
 
 
-def write_heatmap(probes: Sequence[Probe], path: str | Path) -> Path:
-    """Draw `probes` into a PNG file, whose folder is made if needed.
+def write_heatmap(probes: Sequence[Probe], path: str | Path, note: str = "") -> Path:
+    """Draw `probes` into a PNG file, whose folder is made if needed; a `note` stands below the title.
 
     Raises:
         ValueError: There is no probe.
     """
-    return write_figure(draw_heatmap(probes), path)
+    return write_figure(draw_heatmap(probes, note), path)
 
 
-def heatmap_pixels(probes: Sequence[Probe]) -> npt.NDArray[np.uint8]:
+def heatmap_pixels(probes: Sequence[Probe], note: str = "") -> npt.NDArray[np.uint8]:
     """The same picture as `[height, width, 4]` RGBA values.
 
     Raises:
         ValueError: There is no probe.
     """
-    return pixels_of(draw_heatmap(probes))
+    return pixels_of(draw_heatmap(probes, note))
 
 
-def draw_heatmap(probes: Sequence[Probe]) -> Figure:
-    """One row per boundary, the one next to the loss on top, and one column per probe.
+def draw_heatmap(probes: Sequence[Probe], note: str = "") -> Figure:
+    """A row per boundary, the one next to the loss on top, a column per probe, and a `note` below the title.
 
     Raises:
         ValueError: There is no probe.
@@ -76,6 +76,7 @@ def draw_heatmap(probes: Sequence[Probe]) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.suptitle(
         "Synthetic against true gradient, the boundary next to the loss on top (grey: not a number)"
+        f"\n{note}".rstrip()
     )
     cosines = _table([probe.cosine for probe in probes], boundaries)
     bar = _draw(upper, edges, cosines, "RdBu", Normalize(-1, 1))

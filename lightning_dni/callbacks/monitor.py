@@ -29,6 +29,7 @@ SUMMARIZED = 10
 """Summaries are the mean of this many last probes."""
 
 COSINE, ERROR = "dni_true_gradient_cosine", "dni_sg_error"
+TOGETHER = "(on probe steps, for which all stages of the pipeline wait: without its lag)"
 
 
 class GradientMonitor(pl.Callback):
@@ -164,10 +165,12 @@ class GradientMonitor(pl.Callback):
 
     def _show(self, trainer: pl.Trainer) -> None:
         assert self._wandb is not None
-        self._wandb.show(self.history, self.history[-1].step)
+        assert self._engine is not None
+        note = TOGETHER if self._engine.probes_synchronously else ""
+        self._wandb.show(self.history, self.history[-1].step, note)
         path = picture_path(trainer, FILE_NAME)
         if path is not None:
-            write_heatmap(self.history, path)
+            write_heatmap(self.history, path, note)
             rank_zero_info(f"GradientMonitor has drawn cosine and error of the gradients: {path}")
 
     # ---- one step

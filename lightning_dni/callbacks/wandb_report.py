@@ -54,12 +54,11 @@ class WandbReport:
                 table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
                 run.log({name: table, AXIS: step})
 
-    def show(self, probes: Sequence[Probe], step: int) -> None:
-        """Log the picture of `probes` at `step`."""
+    def show(self, probes: Sequence[Probe], step: int, note: str) -> None:
+        """Log the picture of `probes` at `step`, with a `note` in it and below."""
         if self._runs and probes:
-            self._log(
-                PICTURE, heatmap_pixels(probes), "cosine and relative error of synthetic gradients", step
-            )
+            caption = f"cosine and relative error of synthetic gradients {note}".rstrip()
+            self._log(PICTURE, heatmap_pixels(probes, note), caption, step)
 
     def show_timeline(self, stages: Mapping[int, Sequence[Span]], step: int) -> None:
         """Log the picture of what the `stages` did, at `step`."""

@@ -38,6 +38,12 @@ def test_picture_holds_every_value_at_its_step_and_boundary():
     assert list(figure.axes[1].get_xticks()) == [49, 99, 199]
 
 
+def test_a_note_stands_below_the_title():
+    titles = [draw_heatmap(PROBES, *note).get_suptitle().splitlines() for note in ((), ("(in a pipeline)",))]
+    assert titles[1] == [*titles[0], "(in a pipeline)"]
+    assert len(titles[0]) == 1
+
+
 def test_scales_are_fixed_or_say_where_they_end():
     figure = draw_heatmap(PROBES)
     cosine, error = (mesh.norm for mesh in meshes(figure))

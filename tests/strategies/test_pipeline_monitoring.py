@@ -65,7 +65,7 @@ CASES = {
     "accumulated": {"every_n": 1, "accumulate_grad_batches": 2},
     "probed": {"every_n": 1, "probe": True},
     "rows": {"every_n": 4, "staleness": 2, "batches": 13, "wandb": True},
-    "probed rows": {"every_n": 4, "staleness": 2, "batches": 13, "probe": True},
+    "probed rows": {"every_n": 4, "staleness": 2, "batches": 13, "probe": True, "wandb": True},
     "not watched": {"every_n": None, "staleness": 2, "batches": 13},
     "exact": {"every_n": 4, "batches": 13, "strategy": exact, "wandb": True},
     "heard late": {"every_n": 5, "staleness": 1, "batches": 20, "estimator": critic_below},
@@ -231,9 +231,11 @@ def test_probes_are_drawn_by_rank_0_alone(fits):
     first, *others = fits["probed rows"]
     for key in keys(AGAINST_TARGET + AGAINST_TRUE):
         assert rows_with(first["rows"], key) == [3, 7, 11], key
-    assert first["pictures"] == ["dni_gradients.png"]
+    assert first["pictures"] == ["dni_gradients.png", "dni_timeline.png"]
     assert [probe["step"] for probe in first["history"]] == [3, 7, 11]
     assert all(other["history"] == [] for other in others)
+    image = next(row for row in read_run(first["file"]).rows if "dni_gradients.caption" in row)
+    assert "on probe steps, for which all stages of the pipeline wait" in image["dni_gradients.caption"]
 
 
 @pytest.mark.parametrize("case", ["rows", "probed rows"])
