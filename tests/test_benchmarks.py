@@ -1,6 +1,7 @@
 """The tables of the comparison of estimators are made from what was measured."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,27 @@ def test_the_pipelines_table_is_what_was_measured():
     assert [
         line for name, row in cells.items() if (line := f"| {' | '.join([name, *row])} |") not in said
     ] == []
+
+
+SIMULATED = """
+from simulate import SCHEDULES
+for name, share in SCHEDULES.items():
+    found = [share(s, j, l) for j, l in ((0, 0), (0.2, 0), (0, 0.05)) for s in (8, 64)]
+    print("|", " | ".join([name, *(f"{100 * each:.1f}" for each in found)]), "|")
+"""
+
+
+def test_the_pipelines_table_for_more_stages_is_what_the_simulation_prints():
+    folder = FOLDER.parent / "pipeline"
+    command = [sys.executable, "-c", SIMULATED]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
+    made = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True, cwd=folder, env=environment
+    ).stdout.splitlines()
+    said = (folder / "README.md").read_text().split("## On paper")[1]
+    lines = [line for line in lines_of_tables(said) if line.startswith(("| DNI", "| 1F1B", "| GPipe"))]
+    assert len(lines) >= 5
+    assert set(lines) <= set(made)
 
 
 MISSING = """

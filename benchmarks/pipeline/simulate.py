@@ -2,10 +2,11 @@
 
 python benchmarks/pipeline/simulate.py [--stages 2 4 8 16 32 64] [--jitter 0 0.2] [--latency 0 0.01]
 
-The rules are those by which the stages wait in `lightning_dni/pipeline/engine.py`: for the activation of the
+Exact schedules run in the order of `lightning_dni/pipeline/schedule.py` and wait for their last microbatch.
+The rest are the rules by which stages wait in `lightning_dni/pipeline/engine.py`: for the activation of the
 stage below, and for the target gradient of `staleness` updates ago from the stage above. Times are in units
 of a stage's time for one batch (forward a third of it), drawn anew for every pass where there is jitter
-(log-normal, of mean one); `latency` is that of a message. Exact schedules wait for their last microbatch.
+(log-normal, of mean one); `latency` is that of a message.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from functools import partial
 
 from rich.console import Console
 from rich.table import Table
+
+from lightning_dni.pipeline.schedule import Pass, order
 
 FORWARD, BACKWARD = 1 / 3, 2 / 3
 BATCHES, WARM_UP = 200, 100
@@ -61,29 +64,18 @@ def dni(stages: int, jitter: float, latency: float, staleness: int) -> float:
     return (BATCHES - 1 - WARM_UP) / (starts[-1] - starts[WARM_UP])
 
 
-def exact(stages: int, jitter: float, latency: float, microbatches: int, in_flight: bool) -> float:
-    """Share of the ideal under exact gradients: GPipe, or 1F1B with fewer microbatches `in_flight`."""
+def exact(stages: int, jitter: float, latency: float, schedule: str, microbatches: int) -> float:
+    """Share of the ideal under exact gradients."""
     times, begin = Times(jitter), 0.0
-    orders = [order_of(k, stages, microbatches, in_flight) for k in range(stages)]
+    orders = [order(schedule, k, stages, microbatches) for k in range(stages)]
     batches = 20
     for _ in range(batches):
         begin = _exact_batch(orders, times, latency, microbatches, begin)
     return batches / begin
 
 
-def order_of(stage: int, stages: int, microbatches: int, in_flight: bool) -> list[tuple[str, int]]:
-    """Passes of one stage, in order."""
-    ahead = min(microbatches, stages - stage) if in_flight else microbatches
-    order = [("forward", i) for i in range(ahead)]
-    for i in range(microbatches):
-        order.append(("backward", i))
-        if ahead + i < microbatches:
-            order.append(("forward", ahead + i))
-    return order
-
-
 def _exact_batch(
-    orders: Sequence[Sequence[tuple[str, int]]],
+    orders: Sequence[Sequence[Pass]],
     times: Times,
     latency: float,
     microbatches: int,
@@ -91,19 +83,19 @@ def _exact_batch(
 ) -> float:
     """When the last stage to end a batch ends it, which all begin at once."""
     stages = len(orders)
-    done: dict[tuple[str, int, int], float] = {}
+    done: dict[tuple[int, Pass], float] = {}
     free, place = [begin] * stages, [0] * stages
     while any(place[k] < len(orders[k]) for k in range(stages)):
         for k in range(stages):
             while place[k] < len(orders[k]):
-                what, i = orders[k][place[k]]
-                neighbour = k - 1 if what == "forward" else k + 1
-                needed = done.get((what, neighbour, i)) if 0 <= neighbour < stages else begin - latency
+                each = orders[k][place[k]]
+                neighbour = k + 1 if each.backward else k - 1
+                needed = done.get((neighbour, each)) if 0 <= neighbour < stages else begin - latency
                 if needed is None:
                     break
-                mean = (FORWARD if what == "forward" else BACKWARD) / microbatches
+                mean = (BACKWARD if each.backward else FORWARD) / microbatches
                 free[k] = max(free[k], needed + latency) + times.draw(mean)
-                done[what, k, i] = free[k]
+                done[k, each] = free[k]
                 place[k] += 1
     return max(free)
 
@@ -113,9 +105,9 @@ SCHEDULES = {
     "DNI, staleness 1": partial(dni, staleness=1),
     "DNI, staleness 2": partial(dni, staleness=2),
     "DNI, staleness 4": partial(dni, staleness=4),
-    "1F1B, 8 microbatches": partial(exact, microbatches=8, in_flight=True),
-    "1F1B, 64 microbatches": partial(exact, microbatches=64, in_flight=True),
-    "GPipe, 64 microbatches": partial(exact, microbatches=64, in_flight=False),
+    "1F1B, 8 microbatches": partial(exact, schedule="1f1b", microbatches=8),
+    "1F1B, 64 microbatches": partial(exact, schedule="1f1b", microbatches=64),
+    "GPipe, 64 microbatches": partial(exact, schedule="gpipe", microbatches=64),
 }
 
 
