@@ -1,6 +1,7 @@
 """What was measured: single trainings in results.csv, costs of a step in costs.csv."""
 
 import csv
+from functools import cache
 from pathlib import Path
 
 RESULTS, COSTS = (Path(__file__).with_name(name) for name in ("results.csv", "costs.csv"))
@@ -9,8 +10,11 @@ Found = dict[str, str]
 
 def read(path: Path = RESULTS) -> list[Found]:
     """What was measured so far."""
-    if not path.exists():
-        return []
+    return _read(path, path.stat().st_size) if path.exists() else []
+
+
+@cache
+def _read(path: Path, size: int) -> list[Found]:
     with path.open() as file:
         return list(csv.DictReader(file))
 
