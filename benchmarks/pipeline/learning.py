@@ -10,6 +10,7 @@ after it. Rows run after one another on the same machine, one seed after another
 
 import argparse
 import csv
+import gc
 import itertools
 import os
 import platform
@@ -22,9 +23,13 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from launch import run
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.nn import functional as F
 
 from lightning_dni import DNIPipelineStrategy
 from lightning_dni.demos import MLPClassifier, MNISTDataModule
@@ -37,6 +42,9 @@ from lightning_dni.estimators import (
 
 HERE = Path(__file__).parent
 WARM_UP = 10
+CUT = 3
+"""Layers below the boundary of torch's pipelines, whose two stages are then about as long."""
+TORCH = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 RATES, ESTIMATOR_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 1e-2, 3e-2)
 
 
@@ -49,7 +57,10 @@ class Progress(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         """One more step."""
-        loss = float(trainer.callback_metrics["train_loss"]) if trainer.is_global_zero else 0.0
+        self.note(float(trainer.callback_metrics["train_loss"]) if trainer.is_global_zero else 0.0)
+
+    def note(self, loss: float) -> None:
+        """One more step, of that loss."""
         mean = 0.95 * self.losses[-1] + 0.05 * loss if self.losses else loss
         self.losses.append(mean)
         self.ends.append(time.perf_counter())
@@ -66,13 +77,13 @@ class Row(NamedTuple):
     """One line of the table.
 
     Attributes:
-        strategy: Makes it, given the rates.
+        strategy: Makes it, given the rates; a name in `TORCH` and microbatches for torch's own pipeline.
         devices: How many processes.
         rates_of: Row whose rates it has; None to try the grid.
         learns: Whether it has estimators with a rate of their own.
     """
 
-    strategy: Callable[[Rates], object]
+    strategy: Callable[[Rates], object] | tuple[str, int]
     devices: int = 2
     rates_of: str | None = None
     learns: bool = True
@@ -109,15 +120,56 @@ class Task(NamedTuple):
 
     def fit(self, row: Row, rates: Rates, seed: int) -> Found:
         """A fit of `row`, in processes of its own."""
+        if isinstance(row.strategy, tuple):
+            return run(partial(self._torch, *row.strategy, rates, seed), 2, grouped=True)[-1]
         process = partial(self._process, row, rates, seed)
         return run(process, row.devices, grouped=False)[0]
 
-    def _process(self, row: Row, rates: Rates, seed: int) -> Found:
+    def _made(self, rates: Rates, seed: int) -> tuple[MLPClassifier, MNISTDataModule]:
         torch.manual_seed(seed)
         module = MLPClassifier(
             784, hidden_size=self.width, num_hidden=5, batch_norm=False, learning_rate=rates.net
         )
+        torch.manual_seed(seed)
+        return module, MNISTDataModule(data_dir=str(self.data), batch_size=256)
+
+    def _found(self, progress: Progress) -> Found:
+        reached = [next((k for k, v in enumerate(progress.losses) if v < loss), None) for loss in self.losses]
+        steady = progress.ends[WARM_UP:]
+        return Found((steady[-1] - steady[0]) / (len(steady) - 1), reached, progress.losses[-1])
+
+    def _torch(self, schedule: str, microbatches: int, rates: Rates, seed: int) -> Found:
+        """A process of torch's own pipeline of two stages, in a plain loop."""
+        module, data = self._made(rates, seed)
+        data.prepare_data()
+        data.setup()
+        layers, rank = list(module.net.children()), dist.get_rank()
+        part = nn.Sequential(nn.Flatten(), *(layers[:CUT] if rank == 0 else layers[CUT:]))
+        rows = 256 // microbatches
+        given, made = torch.zeros(rows, 1, 28, 28), torch.zeros(rows, self.width, requires_grad=True)
+        inputs, outputs = (given, made) if rank == 0 else (made, torch.zeros(rows, 10, requires_grad=True))
+        stage = PipelineStage(
+            part, rank, 2, torch.device("cpu"), input_args=(inputs,), output_args=(outputs,)
+        )
+        runs = TORCH[schedule](stage, microbatches, loss_fn=F.cross_entropy)
+        optimizer = torch.optim.Adam(part.parameters(), lr=rates.net)
+        progress, batches = Progress(), itertools.cycle(data.train_dataloader())
+        gc.collect()  # as our strategy does
+        for x, y in itertools.islice(batches, self.steps):
+            optimizer.zero_grad()
+            losses: list[torch.Tensor] = []
+            if rank == 0:
+                runs.step(x)
+            else:
+                runs.step(target=y, losses=losses, return_outputs=False)
+            optimizer.step()
+            progress.note(float(torch.stack(losses).mean()) if losses else 0.0)
+        return self._found(progress)
+
+    def _process(self, row: Row, rates: Rates, seed: int) -> Found:
+        module, data = self._made(rates, seed)
         progress = Progress()
+        assert not isinstance(row.strategy, tuple)
         trainer = pl.Trainer(
             max_epochs=-1,
             max_steps=self.steps,
@@ -131,11 +183,8 @@ class Task(NamedTuple):
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        torch.manual_seed(seed)
-        trainer.fit(module, MNISTDataModule(data_dir=str(self.data), batch_size=256))
-        reached = [next((k for k, v in enumerate(progress.losses) if v < loss), None) for loss in self.losses]
-        steady = progress.ends[WARM_UP:]
-        return Found((steady[-1] - steady[0]) / (len(steady) - 1), reached, progress.losses[-1])
+        trainer.fit(module, data)
+        return self._found(progress)
 
 
 def dni(estimator: Callable[..., object], boundary: str, staleness: int, rates: Rates) -> object:
@@ -171,6 +220,11 @@ critic = partial(CriticEstimator, label_share=0.5)
 ROWS: dict[str, Row] = {
     BACKPROP: Row(alone, devices=1, learns=False),
     **{f"1f1b, {m} microbatches": Row(partial(exact, m), rates_of=BACKPROP, learns=False) for m in (2, 4, 8)},
+    **{
+        f"torch {schedule}, {m} microbatches": Row((schedule, m), rates_of=BACKPROP, learns=False)
+        for schedule in TORCH
+        for m in (2, 4, 8)
+    },
     "DNI, linear, staleness 2": Row(partial(dni, LinearEstimator, "net.hidden_1", 2)),
     "DNI, low-rank, staleness 2": Row(partial(dni, LowRankEstimator, "net.hidden_2", 2)),
     CRITIC: Row(partial(dni, critic, "net.hidden_2", 2)),
