@@ -66,10 +66,10 @@ class Attributes:
         values = [value for _, held in self._held for value in held.values()]
         self._lists = [(value, list(value)) for value in values if type(value) is list]
         self._dicts = [(value, dict(value)) for value in values if type(value) is dict]
-        self._tensors = _contents(value for value in values if isinstance(value, Tensor))
+        self._tensors = _contents(value for value in values if type(value) is Tensor)  # no placeholder
 
-    def restore(self) -> None:
-        """Put them back."""
+    def restore(self, afresh: bool = False) -> None:
+        """Put them back; `afresh` gives copies in place of tensors, which a graph may have saved."""
         for module, held in self._held:
             for name in _attributes(module).keys() - held.keys():
                 del vars(module)[name]
@@ -79,7 +79,12 @@ class Attributes:
         for entries, kept in self._dicts:
             entries.clear()
             entries.update(kept)
-        _put_back(self._tensors)
+        if not afresh:
+            _put_back(self._tensors)
+            return
+        copies = {id(tensor): content.clone() for tensor, content in self._tensors}
+        for module, held in self._held:
+            vars(module).update({n: copies[id(value)] for n, value in held.items() if id(value) in copies})
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class _Chain:
     def _forward(self, stage: int) -> Any:
         boundaries, last = self._plan.boundaries, self._plan.stages - 1
         model, plan = self._model, self._plan
-        self._before.restore()
+        self._before.restore(afresh=True)
         with (
             StageRunner(model, plan, stage) as runner,
             _without_others(model, plan, stage),
@@ -208,7 +208,7 @@ class _Chain:
                 outputs, gradients = tuple(x for x, _ in pairs), tuple(g for _, g in pairs)
 
     def _differentiate(self, stage: int, outputs: Any, gradients: Any) -> None:
-        self._after[stage].restore()
+        self._after[stage].restore(afresh=True)
         try:
             torch.autograd.backward(outputs, gradients)
         except Exception as error:

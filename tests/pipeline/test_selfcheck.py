@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -35,15 +36,14 @@ def noise_after_dropout(model, batch):
 
 
 class Counting(nn.Module):
-    """Another output with every run."""
+    """Another output with every run, by what no check can put back."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.runs = nn.Linear(6, 6), 0
+        self.linear, self.runs = nn.Linear(6, 6), itertools.count(1)
 
     def forward(self, h):
-        self.runs += 1
-        return self.linear(h) * self.runs
+        return self.linear(h) * next(self.runs)
 
 
 class Returning(Net):
@@ -53,14 +53,13 @@ class Returning(Net):
 
 
 def list_of_calls(model, batch):
-    model.calls.append(1)
     loss = classify(model, batch)
-    return {"loss": loss, "extra": [loss.detach()] * len(model.calls)}
+    return {"loss": loss, "extra": [loss.detach()] * next(model.calls)}
 
 
 def with_lists(**parts):
     net = Net(**parts)
-    net.memory, net.calls = [], []
+    net.memory, net.calls = [], itertools.count(1)
     return net
 
 
@@ -75,7 +74,7 @@ WRONG = {
     "number of results": (
         with_lists,
         list_of_calls,
-        r"what the whole model's step does, 3 tensors, but got 5",
+        r"what the whole model's step does, 3 tensors, but got 4",
     ),
 }
 
@@ -200,3 +199,28 @@ def test_without_a_gradient_the_outputs_are_compared():
     plan, step = traced(twin, ["b"], step_of, grad=False)
     with torch.no_grad():
         check_split(twin, plan, step)
+
+
+class Counted(nn.Module):
+    """Counts its runs in every way that an attribute has."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.runs = nn.Linear(6, 6), 0
+        self.seen, self.by_name, self.total = [], {}, torch.zeros(())
+
+    def forward(self, h):
+        self.runs += 1
+        self.seen.append(self.runs)
+        self.by_name[self.runs] = self.late = True
+        self.total += 1.0
+        return self.linear(h) * self.runs * self.total * len(self.seen) * len(self.by_name)
+
+
+def test_what_a_stage_counts_in_attributes_is_as_in_one_run_and_as_before():
+    model = Net(a=nn.Sequential(block(5, 6), Counted()), c=Counted())
+    plan, step = traced(model, ["a", "b"])
+    check_split(model, plan, step)
+    for counted in (model.a[1], model.c):
+        assert (counted.runs, counted.seen, counted.by_name, float(counted.total)) == (0, [], {}, 0.0)
+        assert not hasattr(counted, "late")
