@@ -34,9 +34,9 @@ def head(text: str) -> Head:
     lines = [line.removeprefix("#").removeprefix(" ") for line in comment.splitlines()]
     command = next((line.strip() for line in lines if line.startswith("  lightning-dni ")), "-")
     said = " ".join(filter(None, map(_sentence, lines)))
-    expected = re.search(r"Expected: (.*?)(?= Measured on | Not yet measured: |$)", said)
-    measured = re.search(r"Measured on (.*)|(Not yet measured: .*)", said)
-    return Head(command, *(found[found.lastindex or 0] if found else "-" for found in (expected, measured)))
+    expected = re.search(r"Expected: (.*?)(?= Measured on |$)", said)
+    measured = re.search(r"Measured on (.*)", said)
+    return Head(command, *(found[1] if found else "-" for found in (expected, measured)))
 
 
 def _sentence(line: str) -> str:
