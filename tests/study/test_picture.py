@@ -137,6 +137,21 @@ def test_metrics_by_layer_are_drawn_over_the_layers_with_the_cuts_marked():
     assert error.get_xlabel() == "layer"
 
 
+def test_layers_whose_names_begin_at_0_are_counted_from_1():
+    text = f"{LAYERS}".replace('${run.seed}"}', '${run.seed}", lowest: 0}')
+    (axes,) = drawn("{x: layer, y: norm, line: kind}", text=text).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10", "11"]
+    assert axes.get_xlabel() == "layer, counted from 1"
+    assert axes.lines[0].get_ydata().tolist() == [0.5, 9.5, 10.5]
+
+
+def test_metrics_may_have_words_of_their_own():
+    figure = drawn("{x: step, y: {loss: squared error, final: last}}")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["squared error", "last"]
+    layers = drawn("{x: layer, y: {norm: the norm}}", text=LAYERS.replace("kind: [a, b]", "kind: [a]"))
+    assert [axes.get_ylabel() for axes in layers.axes] == ["the norm"]
+
+
 def test_an_axis_that_is_called_layer_is_one():
     text = CALL.replace("rate", "layer").replace("figures", "profile_of")
     (axes,) = drawn("{x: layer, y: final, line: kind}", text=text).axes
