@@ -48,11 +48,15 @@ class Picture:
     line: str | None = None
     panel: tuple[str, ...] = ()
     x_scale: str = "linear"
-    y_scale: str = "linear"
+    y_scale: str | Mapping[str, str] = "linear"
     title: str | None = None
     cuts: tuple[str, ...] = ()
     images: str | None = None
     words: Mapping[str, str] = field(default_factory=dict)
+
+    def y_scale_of(self, metric: str) -> str:
+        """That of all metrics, or of this one; linear where nothing is said of it."""
+        return self.y_scale if isinstance(self.y_scale, str) else self.y_scale.get(metric, "linear")
 
 
 @dataclass(frozen=True)
@@ -298,6 +302,10 @@ def _picture(node: Any, axes: Mapping[str, Any], table: Sequence[str]) -> Pictur
         if given.get(key) is not None:
             check_keys(f"picture.{key}", [given[key]], [*axes, *(NO_AXES if key == "x" else [])])
     for key in ("x_scale", "y_scale"):
-        check_keys(f"picture.{key}", [given.get(key, "linear")], ["linear", "log"])
+        scales = [given.get(key, "linear")]
+        if key == "y_scale" and isinstance(scales[0], dict):
+            check_keys("picture.y_scale", list(scales[0]), y)
+            scales = list(scales[0].values())
+        check_keys(f"picture.{key}", scales, ["linear", "log"])
     cuts = check_names("picture.cuts", given.get("cuts"), "layers")
     return Picture(**{**given, "y": y, "panel": panel, "cuts": cuts, "words": words})

@@ -87,7 +87,7 @@ def _draw_panel(
             shift = 0.5 * ((index + 0.5) / len(lines) - 0.5) if beside else 0.0
             points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
-    axes.set(xlabel=picture.x, ylabel=picture.words.get(metric, metric), yscale=picture.y_scale)
+    axes.set(xlabel=picture.x, ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
     if positions is not None and not positions.numeric:
         axes.set_xticks(
             list(positions.of.values()),
@@ -141,7 +141,7 @@ def _draw_profiles(
     numbers, every = short_names(layers), math.ceil(len(layers) / 24) or 1
     counted = any(not layer.endswith(number) for layer, number in zip(layers, numbers, strict=True))
     axes.set(xlabel=f"{picture.x}, counted from 1" if counted else picture.x)
-    axes.set(ylabel=picture.words.get(metric, metric), yscale=picture.y_scale)
+    axes.set(ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
     axes.set_xticks(range(0, len(layers), every), numbers[::every])
     _clear(axes)
 

@@ -152,6 +152,13 @@ def test_metrics_may_have_words_of_their_own():
     assert [axes.get_ylabel() for axes in layers.axes] == ["the norm"]
 
 
+def test_one_metric_may_have_a_scale_of_its_own():
+    figure = drawn("{x: step, y: [loss, final], y_scale: {loss: log}}")
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
+    (layers,) = drawn("{x: layer, y: norm, line: kind, y_scale: {norm: log}}", text=LAYERS).axes
+    assert layers.get_yscale() == "log"
+
+
 def test_an_axis_that_is_called_layer_is_one():
     text = CALL.replace("rate", "layer").replace("figures", "profile_of")
     (axes,) = drawn("{x: layer, y: final, line: kind}", text=text).axes
