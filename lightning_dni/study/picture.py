@@ -59,6 +59,8 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
             if row == 0:
                 axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
             axes.label_outer()
+        values = [each.values(metric) for each in cells]
+        _cut_bars(charts[row][0], values if picture.x in study.axes else [])
     _add_legend(figure, picture)
     figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
     return figure
@@ -174,6 +176,13 @@ def _draw_points(
     )
     for place, values in found:
         axes.plot([place] * len(values), values, linestyle="none", marker=".", color=color, alpha=0.45)
+
+
+def _cut_bars(axes: Axes, values: Iterable[Sequence[float]]) -> None:
+    """A bar that ends near 0 would stretch a log axis over decades without a point."""
+    places = [place for each in values if each for place in (*each, mean_and_spread(each)[0]) if place > 0]
+    if places and axes.get_yscale() == "log":
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(places) / 1.5))
 
 
 def _draw_curve(

@@ -152,6 +152,14 @@ def test_metrics_may_have_words_of_their_own():
     assert [axes.get_ylabel() for axes in layers.axes] == ["the norm"]
 
 
+def test_a_bar_that_ends_near_zero_does_not_stretch_a_log_axis():
+    text = CALL.replace("[0.5, 1.0]", "[0.71, 1.0]")
+    figure = drawn("{x: rate, y: final, panel: kind, y_scale: log}", text=text)
+    for axes in figure.axes:
+        low, _ = axes.get_ylim()
+        assert low == pytest.approx(0.71**4 / 1.5)  # the least value is 0.254, and the bar ends at 0.047
+
+
 def test_one_metric_may_have_a_scale_of_its_own():
     figure = drawn("{x: step, y: [loss, final], y_scale: {loss: log}}")
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
