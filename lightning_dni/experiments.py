@@ -53,8 +53,11 @@ CLASS_LOSSES: Mapping[LossName, Losses] = {
 }
 
 
+WAYS: Mapping[Module, str] = {"constant": "constant SG", "sign": "SG c sign(f)", "none": "backprop"}
+
+
 def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -> Figures:
-    """Descend the counter-example of supplement A, beside backprop from the same start.
+    """Descend the counter-example of supplement A.
 
     Args:
         start: a, b and c.
@@ -62,14 +65,14 @@ def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -
         steps: Number of steps.
 
     Returns:
-        The curve `loss`, where it ends (`slope`, `offset`), the picture `surface`, and how far from critical
+        The curve `loss`, where it ends (`slope`, `offset`), the picture `surface` with the ways of all
+        three modules from this start, and how far from critical
         that point is, in units of the mean loss of a row (`Stationarity`): `residual_above`, `residual_below`
         and `residual_sg` of the joint system, and `residual_below_true`, which is backprop's.
     """
     a, b, c = start
-    run = descend((a, b, c), module, steps)
-    beside = {} if module == "none" else {f"{module} SG": run}
-    beside["backprop"] = descend((a, b, c), "none", steps)
+    runs = {name: descend((a, b, c), name, steps) for name in WAYS}
+    run = runs[module]
     slope, offset, _ = run.parameters[-1].tolist()
     found = residuals_at(run.parameters[-1], module)
     residuals = {
@@ -82,7 +85,7 @@ def counter_example(start: Sequence[float], module: Module, steps: int = 4000) -
         "loss": run.losses,
         "slope": slope,
         "offset": offset,
-        "surface": draw_counter_example(loss_surface(), beside),
+        "surface": draw_counter_example(loss_surface(), {WAYS[name]: each for name, each in runs.items()}),
         **{f"residual_{name}": float(value) for name, value in residuals.items()},
     }
 

@@ -18,15 +18,16 @@ from lightning_dni.experiments import (
 )
 
 
-def test_the_counter_example_ends_at_six_and_shows_backprop_beside_it():
+def test_the_counter_example_ends_at_six_and_shows_the_ways_of_all_modules():
     figures = counter_example([1.0, 3.0, 0.0], "constant", steps=100)
     assert len(figures["loss"]) == 101
     assert float(figures["loss"][-1]) == pytest.approx(6.0)
     assert figures["slope"] == pytest.approx(1.0)
     assert abs(figures["offset"]) < 1
-    legend = [text.get_text() for text in figures["surface"].axes[1].get_legend().get_texts()]
+    legend = [text.get_text() for text in figures["surface"].legends[0].get_texts()]
     assert legend[0] == "constant SG: ends at 6"
-    assert legend[1].startswith("backprop: ends at 0.2")
+    assert legend[1].startswith("SG c sign(f): ends at 0.2")
+    assert legend[2].startswith("backprop: ends at 0.2")
     residuals = {name: value for name, value in figures.items() if name.startswith("residual")}
     assert residuals == {
         "residual_above": 0.0,
@@ -34,8 +35,8 @@ def test_the_counter_example_ends_at_six_and_shows_backprop_beside_it():
         "residual_sg": pytest.approx(0, abs=0.05),
         "residual_below_true": pytest.approx(1.5),  # backprop would go on
     }
-    alone = counter_example([1.0, 3.0, 0.0], "none", steps=2)
-    assert len(alone["surface"].axes[1].get_legend().get_texts()) == 1
+    backprop = counter_example([1.0, 3.0, 0.0], "none", steps=100)
+    assert float(backprop["loss"][-1]) == pytest.approx(float(legend[2].split()[-1]), rel=0.05)
 
 
 def test_linear_dynamics_are_those_of_both_regressions():

@@ -171,6 +171,13 @@ def test_every_depth_is_swept_with_every_method_and_seed():
     assert len(study.runs) == 5 * 3 * 2 * 3  # no point is left out
 
 
+def test_probes_have_a_net_beside_them_whose_weights_have_not_moved():
+    study = read_study(ROOT / "recipes/representations.yaml", [("only.mode", "untrained")])
+    rates = {run.configuration["model"]["init_args"]["learning_rate"] for run in study.runs}
+    steps = {run.configuration["trainer"]["max_steps"] for run in study.runs}
+    assert max(rates) * max(steps) < 1e-8  # Adam moves a weight by the rate at most
+
+
 def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_error_that_is_not_zero():
     methods = OmegaConf.load(ROOT / "recipes/approximators.yaml").grid.method
     assert methods["backprop"].strategy == "auto"
@@ -178,7 +185,7 @@ def test_the_approximators_are_those_of_the_papers_table_and_kickback_has_an_err
     classes = {each.class_path.rpartition(".")[2] for each in rows.values()}
     table = {"Linear", "FeedbackAlignment", "DirectFeedbackAlignment", "Kickback", "Probe"}
     assert {f"{name}Estimator" for name in table} <= classes
-    assert rows["SG + prop"].init_args.prop_alpha > 0
+    assert [rows[f"SG + prop ({alpha})"].init_args.prop_alpha for alpha in (0.1, 1)] == [0.1, 1]
     squares = {name for name, each in methods.items() if each.loss == "squared_error"}
     assert squares == {name for name in methods if name.endswith("(squares)")}
     assert "init_args" not in rows["Kickback (squares)"]  # the derivative with respect to the output

@@ -66,7 +66,7 @@ def draw_counter_example(surface: Surface, runs: Mapping[str, Trajectory]) -> Fi
         surface: The loss surface.
         runs: Trajectories by name, in the order of the legend.
     """
-    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 4.8), dpi=110, layout="constrained")
     plan, curve = figure.subplots(1, 2)
     a, b, loss, spurious = (each.numpy() for each in surface)
     filled = plan.contourf(a, b, loss.T, levels=20, cmap="Greys", alpha=0.7)
@@ -77,16 +77,20 @@ def draw_counter_example(surface: Surface, runs: Mapping[str, Trajectory]) -> Fi
     with_hatches.set_edgecolor("tab:red")
     with_hatches.set_linewidth(0.0)
     for place, (name, run) in enumerate(runs.items()):
-        color = f"C{place}"
+        color, below = f"C{place}", 3 - 0.1 * place  # ways share parts: a later one is below, and wider
         slopes, offsets = run.parameters[:, 0].numpy(), run.parameters[:, 1].numpy()
-        plan.plot(slopes, offsets, color=color, lw=1.5, label=name)
-        plan.plot(slopes[0], offsets[0], "o", color=color, ms=5)
-        plan.plot(slopes[-1], offsets[-1], "X", color=color, ms=8, mec="white")
-        curve.plot(run.losses.numpy(), color=color, label=f"{name}: ends at {float(run.losses[-1]):.3g}")
-    plan.set(xlabel="slope a", ylabel="offset b", title="hatched: a constant module at rest stops the net")
-    curve.set(xlabel="step", ylabel="loss", title="o start, X end")
+        plan.plot(slopes, offsets, color=color, lw=1.2 + 1.4 * place, zorder=below)
+        plan.plot(slopes[0], offsets[0], "o", color="black", ms=9, mfc="none", zorder=4)
+        plan.plot(
+            slopes[-1], offsets[-1], "X", color=color, ms=7 + 3 * place, mec="white", zorder=below + 0.5
+        )
+        said = f"{name}: ends at {float(run.losses[-1]):.2g}"
+        curve.plot(run.losses.numpy(), color=color, lw=1.2 + 0.8 * place, zorder=below, label=said)
+    plan.set(xlabel="slope a", ylabel="offset b")
+    plan.set_title("o start, x end\nhatched: a constant SG at rest stops the net", fontsize=10)
+    curve.set(xlabel="step", ylabel="loss")
     curve.set_xscale("symlog")  # most of it happens in the first hundredth of the steps
     curve.set_ylim(bottom=0)
-    curve.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(runs), fontsize=9)
     figure.suptitle("f(x) = ax + b on {-2, -1, 1, 2}, loss the sum of |f(x)|")
     return figure

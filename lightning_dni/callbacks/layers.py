@@ -41,12 +41,19 @@ def resolve_layers(
 def short_names(names: Sequence[str]) -> list[str]:
     """Names without what all begin with, up to a dot or an underscore; a single one stays whole.
 
+    Numbers that begin at 0 are counted from 1, as texts count layers.
+
     >>> short_names(["net.hidden_1", "net.hidden_10"])
+    ['1', '10']
+    >>> short_names(["net.hidden_0", "net.hidden_9"])
     ['1', '10']
     """
     shared = list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
     ends = [place + 1 for place, letters in enumerate(shared) if letters[0] in "._"]
-    return [name[ends[-1] :] if ends and len(names) > 1 else name for name in names]
+    short = [name[ends[-1] :] if ends and len(names) > 1 else name for name in names]
+    if "0" in short and all(name.isdecimal() for name in short):
+        return [str(int(name) + 1) for name in short]
+    return short
 
 
 def layers_before(model: nn.Module, layers: Collection[str], boundaries: Collection[str]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ COLUMNS = (
 PER_ROW = 8
 PER_STRIP = 20
 HIGHEST = 1.5
-"""The end of the colour scale; only samples that layers make opposites of are further apart."""
+"""The end of the color scale; only samples that layers make opposites of are further apart."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def draw_representations(
         wspace=0.25,
     )
     distance, accuracy, norm = (figure.add_subplot(grid[0, k]) for k in range(3))
-    places = [k for k, layer in enumerate(layers) if layer in cuts]
+    places = [k for k, layer in enumerate(layers, start=1) if layer in cuts]
     _draw_curve(distance, layers, places, "distance to the last layer", [("", found.distance, "-")])
     both = [("training", found.train_accuracy, "--"), ("test", found.test_accuracy, "-")]
     _draw_curve(accuracy, layers, places, "accuracy of a linear probe", both if found.train_accuracy else [])
@@ -156,7 +156,7 @@ def _mark(axes: Axes, title: str, is_cut: bool, font_size: float) -> None:
 
 
 def draw_dissimilarities(matrices: Mapping[str, Tensor], cuts: Collection[str]) -> Figure:
-    """The matrices alone, small, side by side: to be set below those of another training.
+    """The matrices alone, small, with their color scale: to be set below those of another training.
 
     Args:
         matrices: By layer, samples in the order of their classes.
@@ -164,13 +164,18 @@ def draw_dissimilarities(matrices: Mapping[str, Tensor], cuts: Collection[str]) 
     """
     columns = min(PER_STRIP, len(matrices))
     lines = math.ceil(len(matrices) / columns)
-    figure = Figure(figsize=(0.7 * columns + 0.1, 0.88 * lines), dpi=110)
+    width, right, top = 0.7 * columns + 0.7, 0.7 * columns + 0.05, 1 - 0.16 / lines
+    figure = Figure(figsize=(width, 0.88 * lines), dpi=110)
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    figure.subplots_adjust(0.005, 0.01, 0.99, 1 - 0.16 / lines, 0.1, 0.25)
-    names = short_names(list(matrices))
+    figure.subplots_adjust(0.005, 0.01, right / width, top, 0.1, 0.25)
+    names, colors = short_names(list(matrices)), Normalize(0, HIGHEST)
     for axes, name, (layer, matrix) in zip(grid, names, matrices.items(), strict=False):
-        axes.imshow(matrix.numpy(), norm=Normalize(0, HIGHEST), cmap="viridis")
-        _mark(axes, name, layer in cuts, 6.0)
+        axes.imshow(matrix.numpy(), norm=colors, cmap="viridis")
+        _mark(axes, name, layer in cuts, 7.0)
+    bar = figure.add_axes(((right + 0.12) / width, 0.06, 0.1 / width, top - 0.1))
+    figure.colorbar(ScalarMappable(colors, "viridis"), cax=bar, ticks=(0, 1))
+    bar.tick_params(labelsize=7)
+    bar.set_ylabel("dissimilarity", fontsize=7)
     for axes in grid[len(matrices) :]:
         axes.set_axis_off()
     return figure
@@ -186,11 +191,11 @@ def _draw_curve(
     for cut in cuts:
         axes.axvline(cut + 0.5, color="firebrick", linewidth=0.8, alpha=0.6)
     for label, curve, style in curves:
-        places = [k for k, layer in enumerate(layers) if layer in curve]
-        axes.plot(places, [curve[layers[k]] for k in places], style, marker=".", color="C0", label=label)
+        places = [k for k, layer in enumerate(layers, start=1) if layer in curve]
+        axes.plot(places, [curve[layers[k - 1]] for k in places], style, marker=".", color="C0", label=label)
     if len(curves) > 1:
         axes.legend(fontsize=8)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("layer, counted from the input")
+    axes.set_xlabel("layer, counted from 1 at the input")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -58,6 +58,7 @@ class RepresentationMonitor(pl.Callback):
         num_samples: How many of them go into the matrices.
         num_probed: How many of them are for the linear probes, which are fitted to every second one and
             tested on the others; 0 for no probes.
+        penalty: Of the probes (`fit_probe`); with a small one they fit all that can be told apart.
         every_n_epochs: Epochs from one measurement to the next. None: only at the end of fit, where there is
             always one.
 
@@ -77,14 +78,18 @@ class RepresentationMonitor(pl.Callback):
         samples: tuple[Tensor, Tensor] | None = None,
         num_samples: int = 400,
         num_probed: int = 2000,
+        penalty: float = 1e-3,
         every_n_epochs: int | None = None,
     ) -> None:
         _check_integer("num_samples", num_samples, 2)
         _check_integer("num_probed", num_probed, 0)
+        if not 0 < penalty < math.inf:
+            raise ValueError(f"Expected `penalty` to be above 0 and finite, but got {penalty!r}.")
         if every_n_epochs is not None:
             _check_integer("every_n_epochs", every_n_epochs, 1)
         self._patterns = layers
         self._num_samples, self._num_probed, self._every_n = num_samples, num_probed, every_n_epochs
+        self._penalty = penalty
         self._samples = Samples(max(num_samples, num_probed), samples)
         self._layers: dict[str, nn.Module] = {}
         self._cuts: tuple[str, ...] = ()
@@ -171,7 +176,9 @@ class RepresentationMonitor(pl.Callback):
         self.matrices = {name: dissimilarity(found[drawn]) for name, found in rows.items()}
         distances = class_block_distances(list(self.matrices.values()), labels[drawn]).tolist()
         probed = labels[: self._num_probed]
-        accuracies = {name: _probe(found[: len(probed)], probed) for name, found in rows.items()}
+        accuracies = {
+            name: _probe(found[: len(probed)], probed, self._penalty) for name, found in rows.items()
+        }
         measured = {name: pair for name, pair in accuracies.items() if pair is not None}
         found = Representations(
             step=trainer.global_step,
@@ -225,13 +232,13 @@ def _as(trainer: pl.Trainer) -> Any:
     return forward
 
 
-def _probe(rows: Tensor, labels: Tensor) -> tuple[float, float] | None:
+def _probe(rows: Tensor, labels: Tensor, penalty: float) -> tuple[float, float] | None:
     """Training and test accuracy of a probe; NaN for a layer that has diverged."""
     if len(labels) < 2:
         return None
     if not rows.isfinite().all():
         return math.nan, math.nan
-    probe = fit_probe(rows[0::2], labels[0::2], num_classes=int(labels.max()) + 1)
+    probe = fit_probe(rows[0::2], labels[0::2], num_classes=int(labels.max()) + 1, penalty=penalty)
     return probe.accuracy(rows[0::2], labels[0::2]), probe.accuracy(rows[1::2], labels[1::2])
 
 

@@ -39,7 +39,8 @@ Cell = dict[str, str]
 class Picture:
     """What is drawn; `x` is an axis, "step" or "layer", `y` are metrics, a panel each.
 
-    `cuts` are layers behind which a line is drawn, `images` is a file in the folders of runs.
+    `words` are written beside metrics, `cuts` are layers behind which a line is drawn, `images` is a file in
+    the folders of runs.
     """
 
     x: str
@@ -47,10 +48,15 @@ class Picture:
     line: str | None = None
     panel: tuple[str, ...] = ()
     x_scale: str = "linear"
-    y_scale: str = "linear"
+    y_scale: str | Mapping[str, str] = "linear"
     title: str | None = None
     cuts: tuple[str, ...] = ()
     images: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def y_scale_of(self, metric: str) -> str:
+        """That of all metrics, or of this one; linear where nothing is said of it."""
+        return self.y_scale if isinstance(self.y_scale, str) else self.y_scale.get(metric, "linear")
 
 
 @dataclass(frozen=True)
@@ -287,13 +293,19 @@ def _picture(node: Any, axes: Mapping[str, Any], table: Sequence[str]) -> Pictur
             f"Expected `picture` to name `x` (an axis, step or layer) and `y` (metrics), but got {given!r}. "
             "Add them."
         )
-    y = check_names("picture.y", given.get("y") or list(table))
+    said = given.get("y") or list(table)
+    y = check_names("picture.y", list(said) if isinstance(said, dict) else said)
+    words = {name: str(text) for name, text in said.items()} if isinstance(said, dict) else {}
     panel = check_names("picture.panel", given.get("panel"), "axes")
     check_keys("picture.panel", panel, list(axes))
     for key in ("x", "line"):
         if given.get(key) is not None:
             check_keys(f"picture.{key}", [given[key]], [*axes, *(NO_AXES if key == "x" else [])])
     for key in ("x_scale", "y_scale"):
-        check_keys(f"picture.{key}", [given.get(key, "linear")], ["linear", "log"])
+        scales = [given.get(key, "linear")]
+        if key == "y_scale" and isinstance(scales[0], dict):
+            check_keys("picture.y_scale", list(scales[0]), y)
+            scales = list(scales[0].values())
+        check_keys(f"picture.{key}", scales, ["linear", "log"])
     cuts = check_names("picture.cuts", given.get("cuts"), "layers")
-    return Picture(**{**given, "y": y, "panel": panel, "cuts": cuts})
+    return Picture(**{**given, "y": y, "panel": panel, "cuts": cuts, "words": words})

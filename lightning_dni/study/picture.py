@@ -59,6 +59,8 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
             if row == 0:
                 axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
             axes.label_outer()
+        values = [each.values(metric) for each in cells]
+        _cut_bars(charts[row][0], values if picture.x in study.axes else [])
     _add_legend(figure, picture)
     figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
     return figure
@@ -87,7 +89,7 @@ def _draw_panel(
             shift = 0.5 * ((index + 0.5) / len(lines) - 0.5) if beside else 0.0
             points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
-    axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
+    axes.set(xlabel=picture.x, ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
     if positions is not None and not positions.numeric:
         axes.set_xticks(
             list(positions.of.values()),
@@ -137,10 +139,12 @@ def _draw_profiles(
         _draw_band(axes, found, f"C{index}", line or metric, marker=".")
     for cut in picture.cuts:
         if cut in layers:
-            axes.axvline(layers.index(cut) + 0.5, color="firebrick", linestyle="--", linewidth=1)
-    axes.set(xlabel=picture.x, ylabel=metric, yscale=picture.y_scale)
-    every = math.ceil(len(layers) / 24) or 1
-    axes.set_xticks(range(0, len(layers), every), short_names(layers)[::every])
+            axes.axvline(layers.index(cut) + 0.5, color="black", linestyle="--", linewidth=1)
+    numbers, every = short_names(layers), math.ceil(len(layers) / 24) or 1
+    counted = any(not layer.endswith(number) for layer, number in zip(layers, numbers, strict=True))
+    axes.set(xlabel=f"{picture.x}, counted from 1" if counted else picture.x)
+    axes.set(ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
+    axes.set_xticks(range(0, len(layers), every), numbers[::every])
     _clear(axes)
 
 
@@ -172,6 +176,13 @@ def _draw_points(
     )
     for place, values in found:
         axes.plot([place] * len(values), values, linestyle="none", marker=".", color=color, alpha=0.45)
+
+
+def _cut_bars(axes: Axes, values: Iterable[Sequence[float]]) -> None:
+    """A bar that ends near 0 would stretch a log axis over decades without a point."""
+    places = [place for each in values if each for place in (*each, mean_and_spread(each)[0]) if place > 0]
+    if places and axes.get_yscale() == "log":
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(places) / 1.5))
 
 
 def _draw_curve(

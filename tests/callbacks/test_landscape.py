@@ -58,7 +58,10 @@ def test_the_counter_example_shows_the_surface_the_region_and_both_ways():
         assert np.array_equal(way.get_ydata(), run.parameters[:, 1].numpy())
         assert (start.get_xdata()[0], end.get_xdata()[0]) == (way.get_xdata()[0], way.get_xdata()[-1])
         assert np.array_equal(curve.lines[k].get_ydata(), run.losses.numpy())
-    assert "constant: ends at 6" in [text.get_text() for text in curve.get_legend().get_texts()]
+    (legend,) = figure.legends  # outside, where it covers no curve
+    assert "constant: ends at 6" in [text.get_text() for text in legend.get_texts()]
+    pixels_of(figure)  # the layout is solved when it is drawn
+    assert legend.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in (plan, curve))
 
 
 def test_drawing_leaves_matplotlib_as_it_was():

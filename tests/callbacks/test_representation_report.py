@@ -22,19 +22,22 @@ def test_picture_holds_every_matrix_and_curve():
     assert [len(axes.lines) for axes in shown] == [0, 1, 0]  # behind the cut
     distance, accuracy, norm = figure.axes[-3:]
     assert [list(line.get_ydata()) for line in distance.lines[1:]] == [[0.3, 0.2, 0.0]]
-    assert distance.lines[0].get_xdata() == [1.5, 1.5]
+    assert distance.lines[0].get_xdata() == [2.5, 2.5]  # layers are counted from 1
     assert len(accuracy.lines) == 3
-    assert (list(norm.lines[1].get_xdata()), list(norm.lines[1].get_ydata())) == ([0, 2], [0.6, 0.4])
+    assert (list(norm.lines[1].get_xdata()), list(norm.lines[1].get_ydata())) == ([1, 3], [0.6, 0.4])
 
 
 def test_the_matrices_alone_lie_in_rows_with_a_line_behind_each_cut():
     matrices = {f"net.{k}": torch.full((4, 4), float(k)) for k in range(25)}
     figure = draw_dissimilarities(matrices, ["net.3", "net.24"])
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [str(k) for k in range(25)]
+    assert [axes.get_title() for axes in shown] == [str(k) for k in range(1, 26)]
     assert [axes.images[0].get_array().mean() for axes in shown] == list(range(25))
     assert [k for k, axes in enumerate(shown) if axes.lines] == [3, 24]
     assert len({round(axes.get_position().y0, 3) for axes in shown}) == 2  # 20 in a row
+    (scale,) = [axes for axes in figure.axes if axes.get_ylabel() == "dissimilarity"]
+    assert scale.get_ylim() == (0, 1.5)
+    assert scale.get_position().x0 > max(axes.get_position().x1 for axes in shown)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_a_cut_is_behind_the_last_layer_before_it(layers, boundaries, before):
     ("names", "short"),
     [
         (["net.hidden_1", "net.hidden_10"], ["1", "10"]),
+        (["net.hidden_0", "net.hidden_9"], ["1", "10"]),  # as texts count
         (["net.0", "net.1.weight"], ["0", "1.weight"]),
         (["layer1", "layer2"], ["layer1", "layer2"]),
         (["net.0"], ["net.0"]),

@@ -49,15 +49,17 @@ def rows_of_validation(size):
 # ---- values
 
 
+@pytest.mark.parametrize("penalty", [1e-3, 10.0])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_curves_are_those_of_the_trained_model_on_the_first_rows(strategy):
-    monitor, module, trainer = monitored(strategy=STRATEGIES[strategy]())
+def test_curves_are_those_of_the_trained_model_on_the_first_rows(strategy, penalty):
+    monitor = RepresentationMonitor(num_samples=12, num_probed=30, penalty=penalty)
+    monitor, module, trainer = monitored(monitor, STRATEGIES[strategy]())
     inputs, labels = rows_of_validation(30)
     layers = {f"net.{k}": module.net[k] for k in range(3)}
     rows = layer_outputs(module, layers, inputs)
     order = torch.sort(labels[:12], stable=True).indices
     matrices = {name: dissimilarity(found[order]) for name, found in rows.items()}
-    probes = {name: fit_probe(found[0::2], labels[0::2]) for name, found in rows.items()}
+    probes = {name: fit_probe(found[0::2], labels[0::2], penalty=penalty) for name, found in rows.items()}
     (found,) = monitor.history
     assert found.step == trainer.global_step == 10
     assert found.layers == tuple(layers)
@@ -307,6 +309,8 @@ def test_a_pipeline_refuses_it():
         ({"num_samples": 1}, "Expected `num_samples` to be an integer of at least 2, but got 1"),
         ({"num_probed": -1}, "Expected `num_probed` to be an integer of at least 0, but got -1"),
         ({"every_n_epochs": 0}, "Expected `every_n_epochs` to be an integer of at least 1, but got 0"),
+        ({"penalty": 0}, "Expected `penalty` to be above 0 and finite, but got 0"),
+        ({"penalty": float("nan")}, "Expected `penalty` to be above 0 and finite, but got nan"),
         ({"every_n_epochs": True}, "Expected `every_n_epochs` to be an integer of at least 1, but got True"),
     ],
 )

@@ -77,11 +77,15 @@ def figures(rate, seed=0, fails_at=None, draws=False, **named):
     return {"final": torch.tensor(curve[-1]), "loss": curve, **drawn, **named}
 
 
-def profile(kind, seed):
+def profile(kind, seed, lowest=2):
     """Metrics of layers, and two pictures."""
     sign = {"a": 1, "b": -1}[kind]
     pictures = {f"drawn_{k}": Figure(figsize=(2, 1), facecolor=(k / 10, 0, seed)) for k in (9, 10)}
-    return {**{f"norm/net_{k}": sign * k + seed + 0.0 for k in (10, 9, 2)}, "error/net_9": 1.0, **pictures}
+    return {
+        **{f"norm/net_{k}": sign * k + seed + 0.0 for k in (10, 9, lowest)},
+        "error/net_9": 1.0,
+        **pictures,
+    }
 
 
 def named():

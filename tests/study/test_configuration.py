@@ -141,6 +141,14 @@ def test_a_fit_is_no_study():
         ("call: a.b\npicture: {x: step}", "Expected `picture` to name .* and `y`"),
         ("call: a.b\npicture: {x: n, y: loss}", "Expected `picture.x` to be among step, layer, but got 'n'"),
         ("call: a.b\npicture: {x: step, y: a, lines: n}", "Expected `picture` .* 'lines'. Write 'line'"),
+        (
+            "call: a.b\npicture: {x: step, y: a, y_scale: {b: log}}",
+            "Expected `picture.y_scale` to be among a",
+        ),
+        (
+            "call: a.b\npicture: {x: step, y: a, y_scale: {a: lg}}",
+            "Expected `picture.y_scale` .* but got 'lg'",
+        ),
         ("call: a.b\npicture: {x: step, y: a, y_scale: lg}", "Expected `picture.y_scale` to be among linear"),
         ("fit: {seed_everything: 1}", "Expected no `fit.seed_everything`: the study sets it"),
         ("fit: {trainer: {logger: false}}", "Expected no `fit.trainer.logger`: the study adds"),

@@ -137,6 +137,36 @@ def test_metrics_by_layer_are_drawn_over_the_layers_with_the_cuts_marked():
     assert error.get_xlabel() == "layer"
 
 
+def test_layers_whose_names_begin_at_0_are_counted_from_1():
+    text = f"{LAYERS}".replace('${run.seed}"}', '${run.seed}", lowest: 0}')
+    (axes,) = drawn("{x: layer, y: norm, line: kind}", text=text).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10", "11"]
+    assert axes.get_xlabel() == "layer, counted from 1"
+    assert axes.lines[0].get_ydata().tolist() == [0.5, 9.5, 10.5]
+
+
+def test_metrics_may_have_words_of_their_own():
+    figure = drawn("{x: step, y: {loss: squared error, final: last}}")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["squared error", "last"]
+    layers = drawn("{x: layer, y: {norm: the norm}}", text=LAYERS.replace("kind: [a, b]", "kind: [a]"))
+    assert [axes.get_ylabel() for axes in layers.axes] == ["the norm"]
+
+
+def test_a_bar_that_ends_near_zero_does_not_stretch_a_log_axis():
+    text = CALL.replace("[0.5, 1.0]", "[0.71, 1.0]")
+    figure = drawn("{x: rate, y: final, panel: kind, y_scale: log}", text=text)
+    for axes in figure.axes:
+        low, _ = axes.get_ylim()
+        assert low == pytest.approx(0.71**4 / 1.5)  # the least value is 0.254, and the bar ends at 0.047
+
+
+def test_one_metric_may_have_a_scale_of_its_own():
+    figure = drawn("{x: step, y: [loss, final], y_scale: {loss: log}}")
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
+    (layers,) = drawn("{x: layer, y: norm, line: kind, y_scale: {norm: log}}", text=LAYERS).axes
+    assert layers.get_yscale() == "log"
+
+
 def test_an_axis_that_is_called_layer_is_one():
     text = CALL.replace("rate", "layer").replace("figures", "profile_of")
     (axes,) = drawn("{x: layer, y: final, line: kind}", text=text).axes
