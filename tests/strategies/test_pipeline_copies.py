@@ -5,14 +5,17 @@ from functools import partial
 
 import pytest
 import torch
+import torchmetrics
 from callbacks.runs import csv_rows
-from fits import CLASSES, LINEAR, dataset, fit, net, quiet_trainer, weights
+from fits import CLASSES, LINEAR, Net, dataset, fit, net, quiet_trainer, weights
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from processes import on_ranks
-from strategies.pipelined import STAGES, pipeline
+from strategies.pipelined import STAGES, in_turn, once, pipeline
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from lightning_dni import DNIStrategy, GradientMonitor
+from lightning_dni import DNIPipelineStrategy, DNIStrategy, GradientMonitor
 from lightning_dni.estimators import (
     CriticCascade,
     CriticEstimator,
@@ -148,3 +151,109 @@ def test_the_monitor_of_copies_shows_what_one_process_sees_on_the_joint_batch(tm
     for step in range(1, 10):  # figures arrive a step later
         found = {key: rows[step][key] for key in figures}
         assert found == pytest.approx({key: expected[step - 1][key] for key in found}, rel=1e-8, abs=1e-9)
+
+
+# ---- metrics in the module
+
+
+class Counted(Net):
+    """Has metrics that Lightning computes, and others that a hook computes, of several kinds of states."""
+
+    def __init__(self):
+        super().__init__(optimizer="adam")
+        kinds = {"precision": torchmetrics.Precision, "accuracy": torchmetrics.Accuracy}
+        made = {name: kind("multiclass", num_classes=CLASSES) for name, kind in kinds.items()}
+        self.counts = torchmetrics.MetricCollection(made)
+        self.hits = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+        self.tops, self.mean = torchmetrics.CatMetric(), torchmetrics.MeanMetric()
+        self.own = torchmetrics.SumMetric(sync_on_compute=False)
+        self.computed = []
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        loss = F.cross_entropy(out, batch[1])
+        self.hits(out, batch[1])
+        self.mean.update(loss.detach())
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("hits", self.hits, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.computed.append(self.mean.compute().item())
+        self.mean.reset()
+
+    def validation_step(self, batch, batch_idx):
+        out = self(batch[0])
+        self.counts(out, batch[1])
+        self.tops.update(out.max(1).values)
+        self.own.update(1.0)
+        self.log("val_loss", F.cross_entropy(out, batch[1]), sync_dist=True)
+        self.log_dict(self.counts)
+
+    def on_validation_epoch_end(self):
+        self.computed += sorted(self.tops.compute().tolist())
+        self.computed += [value.item() for value in self.counts.compute().values()]
+        self.computed.append(self.own.compute().item())
+        self.tops.reset()
+
+
+def fit_counted(folder, strategy, train, val, **trainer):
+    """What a fit has come to that decides by what metrics say."""
+    torch.manual_seed(0)
+    module = Counted().double()
+    stopping = EarlyStopping("accuracy", patience=1, mode="max")
+    checkpoint = ModelCheckpoint(folder, monitor="hits", mode="max", filename="{step}-{hits:.4f}")
+    made = quiet_trainer(
+        strategy,
+        max_epochs=6,
+        precision="64-true",
+        callbacks=[stopping, checkpoint],
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        **trainer,
+    )
+    made.fit(module, train, val)
+    values = {name: value.item() for name, value in made.callback_metrics.items() if name != "loss_step"}
+    return {
+        "values": values,
+        "computed": module.computed,
+        "best": checkpoint.best_model_path.rsplit("/", 1)[-1],
+        "stopped": stopping.stopped_epoch,
+        "groups": {m.process_group for m in module.modules() if isinstance(m, torchmetrics.Metric)},
+    }
+
+
+COUNTING = {
+    "dni": (partial(pipeline, 2), partial(DNIStrategy, STAGES[2], LINEAR, rng="stage")),
+    "1f1b": (
+        partial(DNIPipelineStrategy, STAGES[2], schedule="1f1b", microbatches=2),
+        partial(DNIStrategy, STAGES[2], LINEAR, rng="stage", bp_lambda=1.0),
+    ),
+}
+
+
+@once
+def counted():
+    """The fits of all schedules in one set of processes, two stages of two copies."""
+
+    def scene(rank, name, make):
+        copies = {"devices": 4, "use_distributed_sampler": False}
+        return fit_counted(name, make(), part(rank % 2), part(rank % 2, 16), **copies)
+
+    return in_turn(
+        4, {name: partial(scene, name=name, make=make) for name, (make, _) in COUNTING.items()}, 120
+    )
+
+
+@pytest.mark.parametrize("schedule", COUNTING)
+def test_metrics_of_copies_have_seen_the_rows_of_all_and_every_rank_decides_alike(schedule):
+    joint = DataLoader(dataset(), 8), DataLoader(dataset(16), 8)
+    alone = fit_counted("alone", COUNTING[schedule][1](), *joint)
+    assert alone["stopped"] > 0
+    assert len(set(alone["computed"])) > len(alone["computed"]) / 2
+    for found in counted()[schedule]:
+        assert found["values"] == pytest.approx(alone["values"], abs=1e-6)
+        assert found["computed"] == pytest.approx(alone["computed"], abs=1e-6)
+        assert {k: found[k] for k in ("best", "stopped", "groups")} == {
+            k: alone[k] for k in ("best", "stopped", "groups")
+        }
