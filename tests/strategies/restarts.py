@@ -299,9 +299,8 @@ def four():
 
 @once
 def two():
-    """What two processes make of what three, or one, or two copies have saved."""
+    """What two processes make of what three, or one, have saved."""
     three()
-    four()
     fewer = partial(resume_another, folder=folder(), stages=2)
     options = {**CRITIC, "boundaries": ["net.1"]}
     return in_turn(
@@ -312,8 +311,15 @@ def two():
             "other cut": partial(
                 fewer, path="two-step=5.ckpt", options={**options, "boundaries": ["net.0.2"]}
             ),
-            "from copies": partial(
-                fewer, path="copies-momentum-step=5.ckpt", options={**COPIES, "staleness": 2}, optimizer="sgd"
-            ),
         },
     )
+
+
+@once
+def one_copy():
+    """What two processes make of what two copies have saved."""
+    four()
+    options, of_module, _ = KINDS_OF_COPIES["momentum"]
+    path = "copies-momentum-step=5.ckpt"
+    resume = partial(resume_another, folder=folder(), path=path, options=options, stages=2, **of_module)
+    return in_turn(2, {"from copies": resume})

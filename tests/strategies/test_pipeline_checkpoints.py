@@ -14,6 +14,7 @@ from strategies.restarts import (
     annealed,
     folder,
     four,
+    one_copy,
     said,
     three,
     two,
@@ -250,7 +251,7 @@ def dropped(then, now):
 def test_another_number_of_copies_drops_what_is_under_way_and_says_so():
     expected = {
         "from one copy": (four(), dropped("", " in 2 copies of the pipeline")),
-        "from copies": (two(), dropped(" in 2 copies of the pipeline", "")),
+        "from copies": (one_copy(), dropped(" in 2 copies of the pipeline", "")),
     }
     for name, (found, text) in expected.items():
         first, *others = found[name]
