@@ -35,20 +35,25 @@ def part(copy, rows=80):
     return DataLoader(Subset(dataset(rows), range(copy, rows, 2)), 4)
 
 
-def fit_copy(rank, stages, options, accumulate):
-    warnings.simplefilter("ignore")
+def fit_copy(rank, case, copies=2):
+    """One of the processes; where there is one copy, it reads the joint batch."""
+    stages, options, accumulate = CASES[case]
     module = net().double()
     trainer = quiet_trainer(
         pipeline(stages, **options),
-        devices=2 * stages,
+        devices=copies * stages,
         max_epochs=2,
         use_distributed_sampler=False,
         precision="64-true",
         accumulate_grad_batches=accumulate,
     )
-    trainer.fit(module, part(rank % 2))
-    estimators = trainer.strategy.engine.estimators
-    return weights(module), {n: weights(e) for n, e in estimators.items()}
+    torch.manual_seed(0)
+    trainer.fit(module, part(rank % 2) if copies == 2 else DataLoader(dataset(), 8))
+    return weights(module), estimators_of(trainer)
+
+
+def estimators_of(trainer):
+    return {name: weights(e) for name, e in trainer.strategy.engine.estimators.items()}
 
 
 def critic(spec):
@@ -56,41 +61,62 @@ def critic(spec):
 
 
 cascade = partial(CriticCascade, num_classes=CLASSES)
+CASES = {
+    "two": (2, {}, 1),
+    "mixed-accumulated": (2, {"bp_lambda": 0.5}, 2),
+    "critic": (2, {"estimator": critic}, 1),
+    "direct feedback alignment": (2, {"estimator": DirectFeedbackAlignmentEstimator}, 1),
+    "exact": (2, {"schedule": "1f1b", "microbatches": 2, "estimator": None, "staleness": 2}, 1),
+    "exact-accumulated": (2, {"schedule": "gpipe", "microbatches": 4, "estimator": None, "staleness": 2}, 2),
+    "stale": (2, {"staleness": 2}, 1),
+    "stale critic-accumulated": (2, {"staleness": 2, "estimator": critic}, 2),
+    "alignment, cascade": (3, {"estimator": {"net.0": FeedbackAlignmentEstimator, "*": cascade}}, 1),
+    "three": (3, {}, 1),
+}
 
 
-@pytest.mark.parametrize(
-    ("stages", "options", "accumulate"),
-    [
-        (2, {}, 1),
-        (2, {"bp_lambda": 0.5}, 2),
-        (2, {"estimator": critic}, 1),
-        (2, {"estimator": DirectFeedbackAlignmentEstimator}, 1),
-        (3, {"estimator": {"net.0": FeedbackAlignmentEstimator, "*": cascade}}, 1),
-        (3, {}, 1),
-    ],
-    ids=["two", "mixed-accumulated", "critic", "direct feedback alignment", "alignment, cascade", "three"],
-)
-def test_copies_do_what_one_process_does_on_the_joint_batch(stages, options, accumulate):
-    found = on_ranks(fit_copy, stages, options, accumulate, world_size=2 * stages, grouped=False, seconds=120)
-    module = net().double()
+@once
+def copied(stages):
+    """Every case with so many stages, two copies of which are fitted in one set of processes."""
+    mine = [name for name, case in CASES.items() if case[0] == stages]
+    return in_turn(2 * stages, {name: partial(fit_copy, case=name) for name in mine})
+
+
+@once
+def lagging():
+    """One copy each of what no other strategy does in one process."""
+    stale = [name for name, (_, options, _) in CASES.items() if name.startswith("stale")]
+    return in_turn(2, {name: partial(fit_copy, case=name, copies=1) for name in stale})
+
+
+def on_the_joint_batch(case):
+    """Weights, and those of the estimators, without copies."""
+    stages, options, accumulate = CASES[case]
+    if case.startswith("stale"):
+        found = lagging()[case]
+        return found[0][0], {name: e for _, estimators in found for name, e in estimators.items()}
+    module, given = net().double(), {"max_epochs": 2, "precision": "64-true"}
+    given["accumulate_grad_batches"] = accumulate
+    if "schedule" in options:
+        fit(module, "auto", DataLoader(dataset(), 8), **given)
+        return weights(module), {}
     strategy = DNIStrategy(**{"boundaries": STAGES[stages], "estimator": LINEAR, "rng": "stage", **options})
-    trainer = fit(
-        module,
-        strategy,
-        DataLoader(dataset(), 8),
-        max_epochs=2,
-        precision="64-true",
-        accumulate_grad_batches=accumulate,
-    )
-    expected = weights(module)
+    trainer = fit(module, strategy, DataLoader(dataset(), 8), **given)
+    return weights(module), estimators_of(trainer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_do_what_is_done_without_them_on_the_joint_batch(case):
+    found = copied(CASES[case][0])[case]
+    expected, teachers = on_the_joint_batch(case)
     for own, estimators in found:
         for name, value in own.items():
             torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
             assert torch.equal(value, found[0][0][name]), name
         for boundary, estimator in estimators.items():
-            for name, value in weights(trainer.strategy.engine.estimators[boundary]).items():
+            for name, value in teachers[boundary].items():
                 torch.testing.assert_close(estimator[name], value, atol=1e-10, rtol=0)
-    assert {name for _, estimators in found for name in estimators} == set(STAGES[stages])
+    assert {name for _, estimators in found for name in estimators} == set(teachers)
 
 
 def fit_clipped(rank, copies):
