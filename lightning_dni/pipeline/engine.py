@@ -49,7 +49,7 @@ from lightning_dni.pipeline.pending import Pending, gradient_of, load, save
 from lightning_dni.pipeline.plan import StagePlan
 from lightning_dni.pipeline.readers import Readers
 from lightning_dni.pipeline.refusals import refuse_what_is_told
-from lightning_dni.pipeline.restoring import goes_on, restrict
+from lightning_dni.pipeline.restoring import pending_of, restrict
 from lightning_dni.pipeline.returns import Returns
 from lightning_dni.pipeline.staged import TRAINING, StagedEngine
 
@@ -389,9 +389,9 @@ class StageEngine(StagedEngine):
         moved = state.get("pipeline")
         self._updates = self._steps - 1 if moved is None else moved["updates"]
         installed = None if self._boundary is None else self._pool.installed.get(self._boundary)
-        if moved is None or installed is None or not goes_on(state, self.boundaries, self._staleness):
+        if self._boundary is None or installed is None:
             self._inbox.restore([])
         else:
-            assert self._boundary is not None
-            kept = moved["pending"].get(self._boundary, [])
+            pending = pending_of(state, self.boundaries, self._staleness, *self._copy)
+            kept = pending.get(self._boundary, [])
             self._inbox.restore(load(self._boundary, installed, kept, self._device))

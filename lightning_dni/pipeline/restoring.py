@@ -42,11 +42,37 @@ def _optimizers(state: Mapping[str, Any], boundaries: Collection[str]) -> list[i
     return kept
 
 
-def goes_on(state: Mapping[str, Any], boundaries: Collection[str], staleness: int | None) -> bool:
+def goes_on(
+    state: Mapping[str, Any], boundaries: Collection[str], staleness: int | None, copies: int = 1
+) -> bool:
     """Whether what was under way when `state` was saved can be learnt from under these settings."""
     moved = state.get("pipeline")
     same = sorted(state["boundaries"]) == sorted(boundaries)
-    return moved is not None and same and moved["staleness"] == staleness
+    return moved is not None and same and moved["staleness"] == staleness and copies_in(moved) == copies
+
+
+def copies_in(moved: Mapping[str, Any]) -> int:
+    """How many copies of the pipeline there were; `moved` is what was under way in them."""
+    return 1 + len(moved.get("copies", []))
+
+
+def pending_of(
+    state: Mapping[str, Any], boundaries: Collection[str], staleness: int, copy: int, copies: int
+) -> Mapping[str, Any]:
+    """What was under way in one copy of the pipeline, by boundary; nothing where it is not gone on with.
+
+    Args:
+        state: As it was saved, by a pipeline or in one process.
+        boundaries: Those that there are now.
+        staleness: The lag that there is now.
+        copy: Number of the copy.
+        copies: How many there are now.
+    """
+    if not goes_on(state, boundaries, staleness, copies):
+        return {}
+    moved = state["pipeline"]
+    found: Mapping[str, Any] = [moved["pending"], *moved.get("copies", [])][copy]
+    return found
 
 
 def norm_of(
@@ -67,7 +93,11 @@ def norm_of(
 
 
 def left_out(
-    state: Mapping[str, Any], boundaries: Sequence[str], staleness: int | None, inputs: bool = False
+    state: Mapping[str, Any],
+    boundaries: Sequence[str],
+    staleness: int | None,
+    inputs: bool = False,
+    copies: int = 1,
 ) -> list[str]:
     """What of `state` is not gone on with, one clause each.
 
@@ -76,6 +106,7 @@ def left_out(
         boundaries: Those that there are now.
         staleness: The lag that there is now; None in one process.
         inputs: Whether there are synthetic inputs now.
+        copies: How many copies of the pipeline there are now.
     """
     gone = [name for name in state["estimators"] if name not in boundaries]
     new = [name for name in boundaries if name not in state["boundaries"]]
@@ -101,14 +132,18 @@ def left_out(
             f"delayed gradients under way ({where}) are dropped: they need graphs, which nobody saves"
         )
     waiting = {name: len(saved) for name, saved in moved["pending"].items() if saved}
-    if waiting and not goes_on(state, boundaries, staleness):
+    if waiting and not goes_on(state, boundaries, staleness, copies):
         where = ", ".join(f"{number} at {name!r}" for name, number in waiting.items())
-        now = "one process" if staleness is None else f"staleness={staleness}"
+        now = "one process" if staleness is None else _lag(staleness, copies)
         clauses.append(
             f"target gradients under way ({where}) are dropped: they were for boundaries "
-            f"{list(state['boundaries'])} with staleness={moved['staleness']}, here it is {now}"
+            f"{list(state['boundaries'])} with {_lag(moved['staleness'], copies_in(moved))}, here it is {now}"
         )
     return clauses
+
+
+def _lag(staleness: int, copies: int) -> str:
+    return f"staleness={staleness}" + (f" in {copies} copies of the pipeline" if copies > 1 else "")
 
 
 def pick_sequences(state: dict[str, Any], processes: int, own: int) -> None:

@@ -69,6 +69,7 @@ class StagedEngine(Engine):
         self._reporting = Reporting(0, (), self.clock)
         self._others: list[dict[str, object]] = []
         self.stage, self._staleness, self._links = 0, 0, Links()
+        self._copy = 0, 1
         self._home: torch.device | None = None
         self.plan: StagePlan | None = None
         self._boundary: str | None = None
@@ -87,6 +88,7 @@ class StagedEngine(Engine):
         staleness: int,
         device: torch.device | None = None,
         copies: Together | None = None,
+        copy: tuple[int, int] = (0, 1),
     ) -> None:
         """Become stage `stage` of a pipeline.
 
@@ -96,6 +98,7 @@ class StagedEngine(Engine):
             staleness: Number of updates after which a target gradient is learnt from.
             device: Where the stage computes; None: where the model is.
             copies: The processes that run the same stage of other copies of the pipeline, if there are any.
+            copy: Number of the copy to which this process belongs, and how many there are.
 
         Raises:
             EstimatorError: `staleness` is not an integer of at least 0, or gradients are delayed otherwise.
@@ -106,7 +109,7 @@ class StagedEngine(Engine):
                 "for the target gradient of the same batch."
             )
         self.detach()  # a part that an earlier `place` has given: it leads to closed links
-        self.stage, self._staleness = stage, staleness
+        self.stage, self._staleness, self._copy = stage, staleness, copy
         self._reporting = Reporting(stage, (), self.clock, copies)
         self._links = self._reporting.carry(self.clock.watch(links))
         self._others = []

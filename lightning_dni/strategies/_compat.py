@@ -28,6 +28,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 from torchmetrics import Metric
 
 AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging,)
@@ -43,6 +44,7 @@ __all__ = [
     "SIGTERMException",
     "StrategyRegistry",
     "TrainerFn",
+    "alone",
     "clip_norms_by",
     "drop_logged_values",
     "follow",
@@ -52,6 +54,7 @@ __all__ = [
     "log_as_batch",
     "mark_sigterm",
     "metric_state",
+    "metrics_in",
     "move_data_to_device",
     "mute_saving",
     "note_sigterm",
@@ -71,9 +74,12 @@ __all__ = [
 
 
 def quiet_copy(module: pl.LightningModule, hear: Callable[..., None]) -> pl.LightningModule:
-    """A copy that knows its Trainer, but tells `hear` what it logs."""
-    twin = copy.deepcopy(module)  # leaves the trainer out
+    """A copy that knows its Trainer, tells `hear` what it logs, and whose metrics see this process only."""
+    groups = {id(metric.process_group): None for metric in metrics_in(module)}
+    twin = copy.deepcopy(module, groups)  # leaves the trainer out, and groups, which cannot be copied
     twin.__dict__["_trainer"] = module._trainer
+    for metric in metrics_in(twin):
+        metric.distributed_available_fn = alone
     twin.__dict__["log"] = twin.__dict__["log_dict"] = hear
     return twin
 
@@ -229,9 +235,30 @@ def mute_saving(callbacks: Iterable[Callback]) -> tuple[list[str], list[Callable
     return [type(saver).__name__ for saver in savers], undo
 
 
+def metrics_in(module: nn.Module) -> list[Metric]:
+    """The metrics among the parts of `module`."""
+    return [part for part in module.modules() if isinstance(part, Metric)]
+
+
+def alone() -> bool:
+    """Say to a metric that there are no other processes."""
+    return False
+
+
 def metric_state(metric: Metric) -> tuple[dict[str, Any], int]:
-    """What a metric has seen."""
-    return metric.metric_state, metric._update_count
+    """What a metric has seen in all processes of its group, which come here alike; as its value is made."""
+    held = metric.metric_state
+    if metric._is_synced:
+        return held, metric._update_count
+    metric.sync(metric.dist_sync_fn, should_sync=metric.sync_on_compute)
+    seen = metric.metric_state
+    if metric._is_synced:
+        metric.unsync()
+        for name, value in held.items():  # not copies of it: the metrics of a collection share it
+            setattr(metric, name, value)
+            if isinstance(value, list) and isinstance(seen[name], torch.Tensor):
+                seen[name] = [seen[name]]  # a metric appends to it
+    return seen, metric._update_count
 
 
 def set_metric_state(metric: Metric, state: Mapping[str, Any], updates: int) -> None:

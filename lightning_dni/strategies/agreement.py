@@ -5,15 +5,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-import torchmetrics
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import nn
 from typing_extensions import override
 
 from lightning_dni.strategies._compat import (
+    alone,
     drop_logged_values,
     metric_state,
+    metrics_in,
     saves_at_step,
     set_metric_state,
 )
@@ -70,22 +70,29 @@ class MetricAgreement(EarlyStopping):
 
 
 class StateAgreement(Callback):
-    """Hands what the module's torchmetrics have seen to all stages, before anybody computes their values."""
+    """Hands what the module's torchmetrics have seen to all stages, before anybody computes their values.
+
+    Args:
+        is_last: Whether this is a process of the last stage, whose metrics have seen the rows.
+    """
+
+    def __init__(self, is_last: bool) -> None:
+        self._is_last = is_last
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Share what metrics have seen in the epoch."""
-        share_metrics(trainer, pl_module)
+        share_metrics(trainer, pl_module, self._is_last)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Share what metrics have seen in the validation."""
-        share_metrics(trainer, pl_module)
+        share_metrics(trainer, pl_module, self._is_last)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Share what metrics have seen in the test."""
-        share_metrics(trainer, pl_module)
+        share_metrics(trainer, pl_module, self._is_last)
 
 
 class StepAgreement(Callback):
@@ -122,20 +129,18 @@ def share_values(trainer: pl.Trainer) -> None:
         trainer.callback_metrics.update({key: value.to(device) for key, value in told.items()})
 
 
-def share_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Have the metrics in `module` have seen what those of the last stage have."""
+def share_metrics(trainer: pl.Trainer, module: pl.LightningModule, is_last: bool) -> None:
+    """Have the metrics of other stages have seen what those of the last stage have, in all of its copies.
+
+    Those of the last stage stay as they are: its copies put together what each has seen, as they compute.
+    """
     metrics = metrics_in(module)
     if not metrics or trainer.sanity_checking:
         return
-    told = trainer.strategy.broadcast([metric_state(metric) for metric in metrics])
-    if not trainer.is_global_zero:
+    told = trainer.strategy.broadcast([metric_state(metric) for metric in metrics] if is_last else [])
+    if not is_last:
         for metric, state in zip(metrics, told, strict=True):
             set_metric_state(metric, *state)
-
-
-def metrics_in(module: nn.Module) -> list[torchmetrics.Metric]:
-    """The metrics among the parts of `module`."""
-    return [part for part in module.modules() if isinstance(part, torchmetrics.Metric)]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -174,7 +179,7 @@ class Agreement:
             if is_last and copies is not None:
                 metric.process_group = copies
             else:  # it would gather over all stages, which have nothing
-                metric.distributed_available_fn = _alone
+                metric.distributed_available_fn = alone
         if not is_last:
             drop_logged_values(trainer)
         step = StepAgreement()
@@ -182,7 +187,7 @@ class Agreement:
             (i for i, c in enumerate(self._callbacks) if isinstance(c, _SAVING)), len(self._callbacks)
         )
         self._callbacks.insert(last, step)
-        self._own: list[Callback] = [StateAgreement(), MetricAgreement(evaluated), step]
+        self._own: list[Callback] = [StateAgreement(is_last), MetricAgreement(evaluated), step]
         self._callbacks[:0] = self._own[:2]
 
     def remove(self) -> None:
@@ -190,7 +195,3 @@ class Agreement:
         self._callbacks[:] = [callback for callback in self._callbacks if callback not in self._own]
         for metric, (available, group) in self._metrics.items():
             metric.distributed_available_fn, metric.process_group = available, group
-
-
-def _alone() -> bool:
-    return False

@@ -25,10 +25,17 @@ from lightning_dni.strategies.gathering import (
     join_optimizer_states,
     own_optimizer_state,
     share_module,
+    under_way,
 )
 from lightning_dni.strategies.part import PartOnDevice
 from lightning_dni.strategies.placement import Place, own_tensors
-from lightning_dni.strategies.sharding import join_outlines, refuse_remote, split_off, write_shards
+from lightning_dni.strategies.sharding import (
+    CHECKPOINT_KEY,
+    join_outlines,
+    refuse_remote,
+    split_off,
+    write_shards,
+)
 
 T = TypeVar("T")
 
@@ -178,8 +185,12 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
             state["pipeline"]["norms"] = {str(self._placed().stage): self._norm.state_dict()}
         if self._sharded:
             return state
-        found = self._together(partial(gather, state, self.root_device), "saving estimators")
-        return state if found is None else join_engine_states(self._placed().downwards(found))
+        place = self._placed()
+        said = under_way(state) if place.copy else state
+        found = self._together(partial(gather, said, self.root_device), "saving estimators")
+        if found is None:
+            return state
+        return join_engine_states(place.downwards(found), place.of_others(found))
 
     @override
     def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
@@ -187,14 +198,17 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
             super()._write(checkpoint, filepath, storage_options)
             return
         path, place = refuse_remote(filepath), self._placed()
-        outline, tensors = split_off(checkpoint, place.stage)
-        found = self._together(partial(gather, outline, self.root_device), "saving a checkpoint")
         divided = self.engine.plan is not None  # before the first batch every process holds the whole
-        if found is not None:
+        if divided and place.copy:
+            ours = checkpoint.get(CHECKPOINT_KEY)
+            checkpoint = {} if ours is None else {CHECKPOINT_KEY: under_way(ours)}
+        outline, tensors = split_off(checkpoint, place.stage, place.copy)
+        found = self._together(partial(gather, outline, self.root_device), "saving a checkpoint")
+        if found is not None and divided:
             assert self.lightning_module is not None
             names = list(self.lightning_module.state_dict())
-            outline = join_outlines(place.downwards(found), names) if divided else outline
-        writes = place.copy == 0 and (divided or place.is_last)
+            outline = join_outlines(place.downwards(found), names, place.of_others(found))
+        writes = divided or (place.copy == 0 and place.is_last)
         alone = outline if found is not None else None
         write_shards(tensors if writes else {}, alone, path, self._together, self.barrier)
 

@@ -125,9 +125,9 @@ class DecoupledTraining(Strategy):
         self._clears_early = module.automatic_optimization and not keeps_old
         self._watch_optimizers()
 
-    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None, copies: int = 1) -> None:
         """Say what a fit from `state` does not go on with."""
-        clauses = left_out(state, self.engine.boundaries, staleness, self.engine.predicts_inputs)
+        clauses = left_out(state, self.engine.boundaries, staleness, self.engine.predicts_inputs, copies)
         if clauses:
             rank_zero_warn(f"Not all that the checkpoint holds is gone on with: {'; '.join(clauses)}.")
 

@@ -115,10 +115,21 @@ def own_optimizer_state(optimizer: Optimizer, own: Iterable[torch.Tensor]) -> No
         del optimizer.state[parameter]
 
 
-def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An engine's state as one process has it, from each stage's, the last stage's first.
+def under_way(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage has to say of its own, where the first copy of the pipeline says the rest."""
+    return {"pipeline": {"pending": state["pipeline"]["pending"]}}
+
+
+def join_engine_states(
+    states: Sequence[Mapping[str, Any]], others: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> dict[str, Any]:
+    """An engine's state as one process has it.
 
     What is under way in the pipeline stands beside it, by boundary.
+
+    Args:
+        states: Each stage's, the last stage's first.
+        others: What is `under_way` in each further copy of the pipeline.
     """
     upwards = list(reversed(states))
     whole = dict(upwards[0])
@@ -127,8 +138,13 @@ def join_engine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in whole.keys() & {"specs", "optimizers", "schedules"}:  # weights alone have no optimizers
         whole[key] = [value for state in upwards for value in state[key]]
     whole["skipped"] = {n: max(state["skipped"][n] for state in states) for n in whole["skipped"]}
-    under_way = [state["pipeline"] for state in upwards]
-    whole["pipeline"] = dict(under_way[0])
+    moved = [state["pipeline"] for state in upwards]
+    whole["pipeline"] = dict(moved[0])
     for key in whole["pipeline"].keys() & {"pending", "late", "norms"}:
-        whole["pipeline"][key] = {name: value for each in under_way for name, value in each[key].items()}
+        whole["pipeline"][key] = {name: value for each in moved for name, value in each[key].items()}
+    if others:
+        whole["pipeline"]["copies"] = [
+            {name: value for each in reversed(copy) for name, value in each["pipeline"]["pending"].items()}
+            for copy in others
+        ]
     return whole

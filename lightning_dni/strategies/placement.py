@@ -81,9 +81,13 @@ class Place:
         """Global rank of each stage in the first copy."""
         return [ranks[0] for ranks in self.ranks]
 
-    def downwards(self, found: Sequence[T]) -> list[T]:
-        """What the stages of the first copy have said, the last stage first."""
-        return [found[rank] for rank in reversed(self.firsts)]
+    def downwards(self, found: Sequence[T], copy: int = 0) -> list[T]:
+        """What the stages of a copy have said, the last stage first."""
+        return [found[ranks[copy]] for ranks in reversed(self.ranks)]
+
+    def of_others(self, found: Sequence[T]) -> list[list[T]]:
+        """The same of every copy but the first."""
+        return [self.downwards(found, copy) for copy in range(1, self.copies)]
 
     @property
     def names(self) -> list[str]:

@@ -1,7 +1,7 @@
 """A checkpoint as a folder in which every stage writes its own tensors, and how it becomes a whole again."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,26 @@ STAGE, TEXT = "stage ", "text "
 """How the name of a tensor begins, and what is put before a text that begins like either."""
 
 
-def split_off(state: Any, stage: int) -> tuple[Any, dict[str, Tensor]]:
+def split_off(state: Any, stage: int, copy: int = 0) -> tuple[Any, dict[str, Tensor]]:
     """Part what every stage writes by itself from what one of them writes for all.
 
     Args:
         state: Tensors and primitives, nested.
         stage: Whose they are; the names of tensors tell stages apart.
+        copy: Number of the copy of the pipeline to which it belongs; they are told apart, too.
 
     Returns:
         The state with names in the place of tensors, and the tensors by name. Scalars stay.
     """
     tensors: dict[str, Tensor] = {}
+    whose = f"{STAGE}{stage}" + (f" copy {copy}" if copy else "")
 
     def name(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, str):
             return f"{TEXT}{leaf}" if leaf.startswith((STAGE, TEXT)) else leaf
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.numel() == 0:
             return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
-        key = f"{STAGE}{stage}: {pytree.keystr(path)}"
+        key = f"{whose}: {pytree.keystr(path)}"
         tensors[key] = leaf.detach()
         return key
 
@@ -130,12 +132,15 @@ def consolidate(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     return whole
 
 
-def join_outlines(outlines: list[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
+def join_outlines(
+    outlines: list[Mapping[str, Any]], names: list[str], others: Sequence[list[Mapping[str, Any]]] = ()
+) -> dict[str, Any]:
     """What every stage would write, as one checkpoint.
 
     Args:
         outlines: Each stage's, the last stage's first.
         names: Of the whole module's state, in its order.
+        others: What there is of further copies of the pipeline, the last stage's first.
     """
     whole = dict(outlines[0])
     upwards = reversed(outlines)
@@ -146,5 +151,6 @@ def join_outlines(outlines: list[Mapping[str, Any]], names: list[str]) -> dict[s
         states = zip(*(outline["optimizer_states"] for outline in outlines), strict=True)
         whole["optimizer_states"] = [join_optimizer_states(each) for each in states]
     if CHECKPOINT_KEY in whole:
-        whole[CHECKPOINT_KEY] = join_engine_states([outline[CHECKPOINT_KEY] for outline in outlines])
+        own, *further = ([outline[CHECKPOINT_KEY] for outline in copy] for copy in (outlines, *others))
+        whole[CHECKPOINT_KEY] = join_engine_states(own, further)
     return whole

@@ -154,7 +154,8 @@ class StagedTraining(StagesInCommon):
         links = carry(self._signals, self._links)
         if self._norm is not None:
             links = carry(self._norm, links)
-        self.engine.join(place.stage, links, self._staleness, self.root_device, copies)
+        own = place.copy, place.copies
+        self.engine.join(place.stage, links, self._staleness, self.root_device, copies, own)
         self._introduced = False
         stop = CommonStop(trainer, self._signals, self._largest, partial(share_for_schedules, trainer))
         self._agreement = Agreement(
@@ -214,8 +215,8 @@ class StagedTraining(StagesInCommon):
         return options.build(StageEngine, module, seed=seed, exchange=exchange, rank=copy)
 
     @override
-    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None) -> None:
-        super()._warn_of_loss(state, self._staleness)
+    def _warn_of_loss(self, state: Mapping[str, Any], staleness: int | None = None, copies: int = 1) -> None:
+        super()._warn_of_loss(state, self._staleness, self._placed().copies)
 
     def _find_part(self, step: str, args: tuple[Any, ...]) -> None:
         """Find out, from the first batch, what of the model belongs to this stage in `step`."""

@@ -44,6 +44,18 @@ KINDS = {
         {},
     ),
 }
+COPIES = {"boundaries": ["net.0"]}
+"""Two stages; with four processes there are two copies of them."""
+KINDS_OF_COPIES = {
+    "momentum": ({**COPIES, "staleness": 2}, {"optimizer": "sgd"}, {}),
+    "accumulation": ({**COPIES, "staleness": 1}, {"optimizer": "adam"}, {"accumulate_grad_batches": 3}),
+    "critic": (
+        {**COPIES, "staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]},
+        {"optimizer": "adam"},
+        {},
+    ),
+    "sharded": ({**COPIES, "staleness": 2, "save_sharded": True}, {"optimizer": "adam"}, {}),
+}
 DELAYED = {"staleness": 2, "estimator": partial(DelayedGradientEstimator, delay=2)}
 ALIGNED = {"staleness": 0, "estimator": FeedbackAlignmentEstimator}
 CRITIC = {"staleness": 2, "estimator": VECTOR_ESTIMATORS["critic"]}
@@ -102,6 +114,39 @@ def resume_everywhere(rank, folder, kind):
         assert resumed.global_step == last
         assert_same_state(state_of(resumed), bare)
     return len(bare)
+
+
+def resume_copies(rank, folder, kind):
+    """The same for two copies of two stages, each of which reads its own half of every batch."""
+    options, of_module, of_trainer = KINDS_OF_COPIES[kind]
+    whole_options = {key: value for key, value in options.items() if key != "save_sharded"}
+    go = partial(run, stages=4, **of_trainer)
+    name, every = f"copies-{kind}-", 2 if of_trainer else 5
+    whole = state_of(go(annealed(**of_module), whole_options, half(rank)))
+    keep = {"callbacks": [keep_all(folder, name, every)], "enable_checkpointing": True}
+    saving = state_of(go(annealed(**of_module), options, half(rank), **keep))
+    if rank == 0 or options is whole_options:  # with shards rank 0 alone has the whole module
+        assert_same_state(saving, whole)
+    for step in (every, 2 * every):
+        path = folder / f"{name}step={step}.ckpt"
+        resumed = go(annealed(seed=5, **of_module), whole_options, half(rank), ckpt_path=path)
+        assert_same_state(state_of(resumed), whole)
+    return len(whole)
+
+
+def half(rank):
+    """What a copy reads."""
+    return Shuffled(share=(rank % 2, 2))
+
+
+def forget_other_copies(rank, folder, **trainer):
+    """On with what a single copy, or an older version, has saved: what is said, and where it begins."""
+    checkpoint = torch.load(folder / "copies-momentum-step=5.ckpt", weights_only=True)
+    checkpoint["lightning_dni"]["pipeline"].pop("copies")
+    path = folder / f"single-{rank}.ckpt"
+    torch.save(checkpoint, path)
+    options, of_module, _ = KINDS_OF_COPIES["momentum"]
+    return resume_another(rank, folder, path, options, stages=4, train=half(rank), **of_module)
 
 
 def forget_what_is_pending(rank, folder):
@@ -194,13 +239,13 @@ def save_while_gradients_are_delayed(rank, folder):
     return len(bare)
 
 
-def resume_another(rank, folder, path, options, stages=STAGES, **of_module):
+def resume_another(rank, folder, path, options, stages=STAGES, train=None, **of_module):
     """What is said when a checkpoint of somebody else's is resumed, where it begins, and how it ends."""
     start = Start()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module = annealed(seed=5, **of_module)
-        run(module, options, stages=stages, ckpt_path=folder / path, callbacks=[start])
+        run(module, options, train, stages=stages, ckpt_path=folder / path, callbacks=[start])
     plain = [str(w.message) for w in caught if "holds no gradient estimators" in str(w.message)]
     return {"said": said(caught), "plain": plain, "start": start.weights, "weights": weights(module)}
 
@@ -246,6 +291,13 @@ def three():
 
 
 @once
+def four():
+    """All that two copies of two stages do."""
+    scenes = {kind: partial(resume_copies, folder=folder(), kind=kind) for kind in KINDS_OF_COPIES}
+    return in_turn(4, scenes | {"from one copy": partial(forget_other_copies, folder=folder())})
+
+
+@once
 def two():
     """What two processes make of what three, or one, have saved."""
     three()
@@ -261,3 +313,13 @@ def two():
             ),
         },
     )
+
+
+@once
+def one_copy():
+    """What two processes make of what two copies have saved."""
+    four()
+    options, of_module, _ = KINDS_OF_COPIES["momentum"]
+    path = "copies-momentum-step=5.ckpt"
+    resume = partial(resume_another, folder=folder(), path=path, options=options, stages=2, **of_module)
+    return in_turn(2, {"from copies": resume})

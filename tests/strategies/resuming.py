@@ -9,11 +9,18 @@ from lightning_dni.core.target import sg_loss
 
 
 class Shuffled:
-    """Shuffles with the epoch as seed, and goes on where its state says it was."""
+    """Shuffles with the epoch as seed, and goes on where its state says it was.
 
-    def __init__(self, rows=80, batch_size=8):
+    Args:
+        rows: Number of rows.
+        batch_size: Rows of a batch.
+        share: Which rows of each batch are given: the first of so many, and so on.
+    """
+
+    def __init__(self, rows=80, batch_size=8, share=(0, 1)):
         self.data, self.batch_size = dataset(rows), batch_size
         self.epoch = self.position = 0
+        self.share = slice(share[0], None, share[1])
 
     def __len__(self):
         return len(self.data) // self.batch_size
@@ -25,7 +32,7 @@ class Shuffled:
         while self.position < len(self):
             rows = order[self.position * self.batch_size : (self.position + 1) * self.batch_size]
             self.position += 1
-            yield self.data[rows]
+            yield self.data[rows[self.share]]
 
     def state_dict(self):
         return {"epoch": self.epoch, "position": self.position}

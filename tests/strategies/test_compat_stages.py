@@ -3,6 +3,7 @@
 import os
 import signal
 from datetime import timedelta
+from threading import Lock
 
 import lightning.pytorch as pl
 import pytest
@@ -94,6 +95,16 @@ def test_quiet_copy_logs_nothing_and_knows_its_trainer():
     assert "log" not in vars(module)
 
 
+def test_quiet_copy_has_metrics_that_see_this_process_only():
+    module = net()
+    module.mean = torchmetrics.MeanMetric(process_group=Lock(), distributed_available_fn=lambda: True)
+    twin = _compat.quiet_copy(module, print)
+    assert twin.mean.process_group is None
+    assert not twin.mean.distributed_available_fn()
+    assert module.mean.process_group is not None
+    assert module.mean.distributed_available_fn()
+
+
 def test_saves_at_step_knows_when_a_checkpoint_is_written():
     every = ModelCheckpoint("here", every_n_train_steps=3)
     assert [_compat.saves_at_step(every, step) for step in (2, 3, 4, 6)] == [False, True, False, True]
@@ -118,6 +129,25 @@ def test_metric_state_and_set_metric_state_move_what_a_metric_has_seen():
     _compat.set_metric_state(other, *_compat.metric_state(one))
     assert other.compute() == 2.5
     assert other.update_count == 1
+
+
+def test_metric_state_is_that_of_all_processes_and_leaves_the_metric_alone():
+    together = {"dist_sync_fn": lambda x, group: [x, x + 1], "distributed_available_fn": lambda: True}
+    cat, total = torchmetrics.CatMetric(**together), torchmetrics.SumMetric(**together)
+    own = torchmetrics.SumMetric(sync_on_compute=False, **together)
+    for metric in (cat, total, own):
+        metric.update(torch.tensor(3.0))
+        metric.update(torch.tensor(5.0))
+        held = metric.metric_state
+        state, updates = _compat.metric_state(metric)
+        assert all(metric.metric_state[name] is value for name, value in held.items())
+        other = type(metric)()
+        _compat.set_metric_state(other, state, updates)
+        assert torch.equal(other.compute(), metric.compute())
+        other.update(torch.tensor(0.0))
+    assert (total.compute(), own.compute()) == (17.0, 8.0)
+    total.sync(total.dist_sync_fn)
+    assert _compat.metric_state(total)[0]["sum_value"] == 17.0
 
 
 def test_worker_seeding_is_lightnings_own_for_rank_zero(monkeypatch):

@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from core.nets import unchecked
-from fits import LINEAR, Net, dataset, different, dni, fit, loader, net, quiet_trainer, weights
+from fits import LINEAR, AtBatchEnd, Net, dataset, different, dni, fit, loader, net, quiet_trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from processes import ReplicaError, on_ranks
-from strategies.pipelined import STAGES
+from strategies.pipelined import STAGES, in_turn
+from strategies.resuming import Shuffled
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -166,6 +167,28 @@ def test_checkpoints_are_plain_and_a_resumed_run_goes_on_with_the_same_masks(tmp
         assert not any("estimators" in said for said in again[rank]["warnings"])
     fresh = fit_exact(2, make, more={"max_epochs": 1}, ckpt_path=None)
     assert different(fresh[0]["weights"], whole[0]["weights"]) != []
+
+
+def resume_in_mid_epoch(rank, path):
+    """The whole run, one that saves as it goes, and on from what it has saved; compared."""
+
+    def go(seed=0, callbacks=(), ckpt_path=None):
+        module = made(seed, dropout=0.3, batch_norm=True, optimizer="adam")
+        options = {"max_epochs": 2, "use_distributed_sampler": False, "val_check_interval": 4}
+        trainer = quiet_trainer(strategy(), devices=2, callbacks=list(callbacks), **options)
+        torch.manual_seed(0)
+        trainer.fit(module, Shuffled(), loader(16), ckpt_path=ckpt_path)
+        return weights(module)
+
+    save = AtBatchEnd(lambda trainer, *_: trainer.global_step == 5 and trainer.save_checkpoint(path))
+    whole = go()
+    return different(go(callbacks=[save]), whole), different(go(seed=5, ckpt_path=path), whole)
+
+
+def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one(tmp_path):
+    found = in_turn(2, {"mid-epoch": partial(resume_in_mid_epoch, path=tmp_path / "mid.ckpt")})
+    assert found["mid-epoch"] == 2 * [([], [])]
+    assert torch.load(tmp_path / "mid.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_checkpoints_of_other_strategies_are_resumed_from(tmp_path):

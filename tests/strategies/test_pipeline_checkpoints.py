@@ -5,7 +5,20 @@ from functools import partial
 import pytest
 import torch
 from fits import different, dni, fit, loader, weights
-from strategies.restarts import CRITIC, KINDS, STAGES, Start, annealed, folder, said, three, two
+from strategies.restarts import (
+    CRITIC,
+    KINDS,
+    KINDS_OF_COPIES,
+    STAGES,
+    Start,
+    annealed,
+    folder,
+    four,
+    one_copy,
+    said,
+    three,
+    two,
+)
 from strategies.resuming import Annealed, Shuffled, leaves
 
 from lightning_dni.estimators import FeedbackAlignmentEstimator
@@ -24,7 +37,13 @@ def test_a_resumed_pipeline_is_the_uninterrupted_one_and_saving_and_validating_c
     assert min(three()["resume", kind]) > 50
 
 
-def test_the_test_above_can_fail():
+@pytest.mark.parametrize("kind", KINDS_OF_COPIES)
+def test_resumed_copies_of_a_pipeline_are_the_uninterrupted_ones(kind):
+    """In every process, each of which goes on from what was under way in its own copy."""
+    assert min(four()[kind]) > 50
+
+
+def test_the_first_test_above_can_fail():
     assert any(three()["forget"])
 
 
@@ -220,6 +239,27 @@ def test_delayed_gradients_under_way_are_dropped_and_that_is_said():
     for rank in (first, *others):
         assert different(rank["start"], saved("delayed")["state_dict"]) == []
         assert different(rank["weights"], first["weights"]) == []
+
+
+def dropped(then, now):
+    return (
+        "Not all that the checkpoint holds is gone on with: target gradients under way (2 at 'net.0') are "
+        f"dropped: they were for boundaries ['net.0'] with staleness=2{then}, here it is staleness=2{now}."
+    )
+
+
+def test_another_number_of_copies_drops_what_is_under_way_and_says_so():
+    expected = {
+        "from one copy": (four(), dropped("", " in 2 copies of the pipeline")),
+        "from copies": (one_copy(), dropped(" in 2 copies of the pipeline", "")),
+    }
+    for name, (found, text) in expected.items():
+        first, *others = found[name]
+        assert first["said"] == [text]
+        assert not any(rank["said"] for rank in others)
+        for rank in (first, *others):
+            assert different(rank["start"], saved("copies-momentum")["state_dict"]) == []
+            assert different(rank["weights"], first["weights"]) == []
 
 
 @pytest.mark.parametrize(

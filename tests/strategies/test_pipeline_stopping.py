@@ -9,10 +9,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import AtBatchEnd, Net, loader, net
+import torchmetrics
+from fits import CLASSES, AtBatchEnd, Net, loader, net
 from lightning.pytorch.callbacks import Timer
 from processes import ReplicaError
 from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
+from torch.nn import functional as F
 
 BATCHES = 60
 
@@ -118,7 +120,23 @@ def test_a_time_limit_ends_all_stages_after_the_same_step(options):
     assert 0 < steps[0] < 1000
 
 
-def ahead(rank, options):
+class Measured(Net):
+    """Logs what in several processes of equals would be put together in every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES, dist_sync_on_step=True)
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        loss = F.cross_entropy(out, batch[1])
+        self.accuracy(out, batch[1])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+
+def ahead(rank, make, options):
     """Whether the first stage comes to the end of batch 8 while the last one stays in batch 2."""
     there = Path("there")
 
@@ -131,13 +149,18 @@ def ahead(rank, options):
         seen.append(there.exists())
 
     seen = []
-    fit_staged(train=loader(96), strategy=staged(staleness=12), callbacks=[AtBatchEnd(action)], **options)
+    strategy, callbacks = staged(staleness=12), [AtBatchEnd(action)]
+    fit_staged(module=make(), train=loader(96), strategy=strategy, callbacks=callbacks, **options)
     return seen[2]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_time": timedelta(hours=1)}], ids=["plain", "max_time"])
-def test_no_stage_waits_for_the_others_in_every_batch(options):
-    last, _ = on_stages(ahead, options)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(net, {}), (net, {"max_time": timedelta(hours=1)}), (Measured, {"log_every_n_steps": 1})],
+    ids=["plain", "max_time", "torchmetrics and sync_dist"],
+)
+def test_no_stage_waits_for_the_others_in_every_batch(make, options):
+    last, _ = on_stages(ahead, make, options)
     assert last
 
 
