@@ -245,7 +245,7 @@ def implicit_losses(
             curves["train_accuracy"].append(float((output.argmax(1) == labels).double().mean()))
             if number in drawn:
                 kept[f"step {curves['step'][-1]}"] = surfaces
-    title = f"True loss ({loss}, {kind} labels), and those implemented above hidden layers"
+    title = f"True loss ({loss}, {kind} labels) and those implemented above hidden layers, dark is low"
     return curves | ({"losses": draw_loss_surfaces(kept, title)} if kept else {})
 
 
