@@ -3,6 +3,7 @@
 Figures are numbers, curves (sequences of numbers) and pictures, by name, as `docs/studies.md` says.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -111,13 +112,14 @@ def linear_dynamics(
         seed: Of the data.
 
     Returns:
-        Losses at the end (`loss_backprop`, `loss_sg`), their difference (`gap`), and the SG error at the end,
-        root mean square over rows (`sg_error`).
+        Losses at the end (`loss_backprop`, `loss_sg`), their difference (`gap`), the SG error at the end,
+        root mean square over rows (`sg_error`), and the synthetic gradient there (`sg_a`, `sg_b`, `sg_c`).
     """
     x, y = artificial_data(kind, features, rows, seed)
     taught = regress(x, y, loss=loss, teacher="true", steps=steps, learning_rate=learning_rate)
     run = regress(x, y, loss=loss, steps=steps, learning_rate=learning_rate)
-    return _compared(taught.losses, run.losses) | {"sg_error": float(run.sg_errors[-1])}
+    found = {f"sg_{name.lower()}": float(value) for name, value in run.synthesizer._asdict().items()}
+    return _compared(taught.losses, run.losses) | {"sg_error": float(run.sg_errors[-1])} | found
 
 
 def deep_linear_dynamics(
@@ -126,9 +128,9 @@ def deep_linear_dynamics(
     loss: LossName,
     rows: int = 400,
     hidden_layers: int = 10,
-    steps: int = 600,
-    learning_rate: float = 1e-2,
-    sg_learning_rate: float = 5e-2,
+    steps: int = 4000,
+    learning_rate: float = 1e-3,
+    sg_learning_rate: float = 1e-2,
     seed: int = 0,
 ) -> Figures:
     """A deep linear net, by backprop and with a linear synthetic gradient in its middle, with Adam.
@@ -145,7 +147,10 @@ def deep_linear_dynamics(
         seed: Of the data and the weights.
 
     Returns:
-        As `linear_dynamics`; here `sg_error` is over the norm of the true gradient.
+        Losses as in `linear_dynamics`, `sg_error` over the norm of the true gradient, and how far from
+        critical the ends are, in units of the mean loss of a row (`Stationarity`): `residual_joint` for net
+        and synthetic gradient, `residual_original` for backprop at the same point, `residual_backprop` where
+        backprop's own training ended.
     """
     x, y = artificial_data(kind, features, rows, seed)
     train = partial(
@@ -161,7 +166,12 @@ def deep_linear_dynamics(
     )
     taught, run = train(teacher="true"), train()
     assert run.sg_error is not None
-    return _compared(taught.losses, run.losses) | {"sg_error": run.sg_error}
+    return _compared(taught.losses, run.losses) | {
+        "sg_error": run.sg_error,
+        "residual_joint": float(run.stationarity.joint),
+        "residual_original": float(run.stationarity.original),
+        "residual_backprop": float(taught.stationarity.original),
+    }
 
 
 def _compared(backprop: Tensor, synthetic: Tensor) -> dict[str, float]:
@@ -194,7 +204,7 @@ def implicit_losses(
         cuts: "one" below the output layer, or "everywhere" between two layers.
         steps: Number of steps on all rows, with Adam.
         comparisons: How often losses are compared, at equal distances, the last at the end.
-        drawn: Of which comparisons, counted from 1, there is a picture.
+        drawn: Which comparisons, counted from 1, are in the picture.
         rows: Number of rows.
         side: Points of the plane along each side.
         hidden_layers: Number of hidden layers.
@@ -207,12 +217,13 @@ def implicit_losses(
         Curves with an entry for each comparison, at the steps in `step`: `train_loss` and `train_accuracy`,
         and by hidden layer (`correlation_1` is the lowest) the correlation of the implicit loss above it with
         the true one within each class, averaged over classes, and whether it is a loss, and bounded below:
-        `curl_1` and `smallest_eigenvalue_1` (`Conservation`). Pictures are `losses_K`, K the comparison.
+        `curl_1` and `smallest_eigenvalue_1` (`Conservation`). The picture is `losses`: the true loss, and
+        those implemented above each hidden layer.
     """
     x, y = artificial_data(kind, 2, rows, seed, torch.float32)
     labels, points, losses = y.squeeze(1).long(), plane((-2.5, -2.5), (2.5, 2.5), side), CLASS_LOSSES[loss]
     model = _relu_net(hidden_layers, width, seed)
-    names = [str(k) for k in range(hidden_layers)]
+    names = [name for name, _ in model.named_children()][:-1]
     engine = DNIEngine(
         model,
         names if cuts == "everywhere" else names[-1:],
@@ -222,7 +233,7 @@ def implicit_losses(
     )
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     curves: dict[str, list[float]] = {"step": [], "train_loss": [], "train_accuracy": []}
-    pictures = {}
+    kept = {}
     with engine:
         for number in range(1, comparisons + 1):
             output = _descend(engine, model, optimizer, (x, labels), losses, steps // comparisons)
@@ -231,22 +242,25 @@ def implicit_losses(
                 field = conservation_of(engine.estimators[name], x.new_zeros(1, width))
                 at = {"correlation": found.mean(), **field._asdict()}
                 for figure, value in at.items():
-                    curves.setdefault(f"{figure}_{int(name) + 1}", []).append(float(value))
+                    curves.setdefault(name.replace("layer", figure), []).append(float(value))
             curves["step"].append(number * (steps // comparisons))
             curves["train_loss"].append(float(losses(output, labels).mean()))
             curves["train_accuracy"].append(float((output.argmax(1) == labels).double().mean()))
             if number in drawn:
-                title = f"{kind}, {loss}: losses after {number * (steps // comparisons)} steps"
-                pictures[f"losses_{number}"] = draw_loss_surfaces(surfaces, title)
-    return {**curves, **pictures}
+                kept[f"step {curves['step'][-1]}"] = surfaces
+    title = f"True loss ({loss}, {kind} labels) and those implemented above hidden layers, dark is low"
+    return curves | ({"losses": draw_loss_surfaces(kept, title)} if kept else {})
 
 
 def _relu_net(hidden_layers: int, width: int, seed: int) -> nn.Sequential:
-    """From two inputs to the scores of two classes."""
+    """From two inputs to the scores of two classes; hidden layers are called `layer_1` and so on."""
     sizes = [2, *[width] * hidden_layers]
     with seeded(seed, torch.device("cpu")):
-        hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
-        return nn.Sequential(*hidden, nn.Linear(width, 2))
+        layers: dict[str, nn.Module] = {
+            f"layer_{k}": nn.Sequential(nn.Linear(a, b), nn.ReLU())
+            for k, (a, b) in enumerate(pairwise(sizes), 1)
+        }
+        return nn.Sequential(OrderedDict(layers | {"output": nn.Linear(width, 2)}))
 
 
 def _descend(

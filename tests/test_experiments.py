@@ -48,6 +48,15 @@ def test_linear_dynamics_are_those_of_both_regressions():
     assert figures["loss_sg"] == float(given.losses[-1])
     assert figures["gap"] == float(given.losses[-1] - true.losses[-1]) > 0
     assert figures["sg_error"] == float(given.sg_errors[-1])
+    assert [figures[f"sg_{name}"] for name in "abc"] == [each.item() for each in given.synthesizer]
+
+
+@pytest.mark.parametrize("kind", ["separable", "noisy"])
+def test_with_squared_error_joint_training_ends_at_the_closed_form(kind):
+    """Claim 1: A, B, C are 1, -1, 0."""
+    figures = linear_dynamics(kind, 20, "mse", rows=100, steps=400, learning_rate=0.3)
+    assert [figures[f"sg_{name}"] for name in "abc"] == pytest.approx([1, -1, 0], abs=1e-4)
+    assert abs(figures["gap"]) < 1e-5
 
 
 def test_deep_linear_dynamics_are_those_of_both_trainings():
@@ -55,10 +64,13 @@ def test_deep_linear_dynamics_are_those_of_both_trainings():
     options = {"loss": "mse", "steps": 5, "hidden_layers": 4, "seed": 1}
     rates = {"learning_rate": 1e-2, "sg_learning_rate": 5e-2}
     given, true = (train_deep_linear(x, y, teacher=t, **options, **rates) for t in ("synthetic", "true"))
-    figures = deep_linear_dynamics("xor", 2, rows=20, **options)
+    figures = deep_linear_dynamics("xor", 2, rows=20, **options, **rates)
     assert figures["loss_backprop"] == float(true.losses[-1])
     assert figures["gap"] == float(given.losses[-1]) - float(true.losses[-1]) != 0
     assert figures["sg_error"] == given.sg_error
+    assert figures["residual_joint"] == float(given.stationarity.joint)
+    assert figures["residual_original"] == float(given.stationarity.original)
+    assert figures["residual_backprop"] == float(true.stationarity.original)
 
 
 def test_the_implicit_loss_is_the_squared_error_at_the_top_and_less_below():
@@ -71,8 +83,13 @@ def test_the_implicit_loss_is_the_squared_error_at_the_top_and_less_below():
     assert figures["correlation_3"][-1] > 0.95
     assert figures["correlation_1"][-1] < figures["correlation_3"][-1]
     assert figures["train_loss"][1] < figures["train_loss"][0]
-    assert len(figures["losses_2"].axes) == 2 * 4  # two labels; true loss and three boundaries
-    assert "losses_1" not in figures
+    titles = [axes.get_title().split("\n")[0] for axes in figures["losses"].axes]
+    assert len(titles) == 2 * 4  # two labels; true loss and three boundaries
+    assert titles[:4] == ["true loss", "layer_1", "layer_2", "layer_3"]
+    assert {axes.get_ylabel().split("\n")[0] for axes in figures["losses"].axes[::4]} == {
+        "step 120, label 0",
+        "step 120, label 1",
+    }
 
 
 def test_curl_and_smallest_eigenvalue_are_those_of_the_estimators(monkeypatch):
@@ -88,7 +105,7 @@ def test_curl_and_smallest_eigenvalue_are_those_of_the_estimators(monkeypatch):
     with unchecked():
         figures = implicit_losses("separable", "mse", "everywhere", steps=40, comparisons=2, rows=20, side=2)
     for k in range(1, 7):
-        a = LinearMap.of(engines[0].estimators[str(k - 1)]).A.double()
+        a = LinearMap.of(engines[0].estimators[f"layer_{k}"]).A.double()
         assert len(figures[f"curl_{k}"]) == 2
         assert figures[f"curl_{k}"][-1] == pytest.approx(float((a - a.T).norm() / a.norm()))
         smallest = float(torch.linalg.eigvalsh((a + a.T) / 2)[0])
@@ -101,6 +118,7 @@ def test_one_synthetic_gradient_is_below_the_output_and_the_seed_is_all_that_cou
     with unchecked():
         one, same, other = (implicit_losses("random", "log", seed=seed, **options) for seed in (0, 0, 1))
     assert {name for name in one if name.startswith("correlation")} == {"correlation_6"}
+    assert "losses" not in one
     assert one["train_loss"] == same["train_loss"] != other["train_loss"]
     assert torch.equal(before, torch.get_rng_state())
 

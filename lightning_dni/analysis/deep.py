@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_dni.analysis.critical import Stationarity, stationarity
 from lightning_dni.analysis.linear import LinearMap
 from lightning_dni.analysis.regression import LossName, Teacher, row_losses
 from lightning_dni.core import DNIEngine
@@ -25,12 +26,14 @@ class DeepRun:
         losses: Mean loss of a row at the start of every step and at the end, `[steps + 1]`.
         synthesizer: The synthetic gradient at the end; None for backprop.
         sg_error: Its distance to the true gradient in the last step, over the norm of that.
+        stationarity: How far from critical the end is, for net and synthetic gradient and for backprop.
     """
 
     model: nn.Sequential
     losses: Float[Tensor, " points"]
     synthesizer: LinearMap | None
     sg_error: float | None
+    stationarity: Stationarity
 
 
 def deep_linear(
@@ -120,10 +123,12 @@ def train_deep_linear(
             fade.step()
     losses.append(row_losses(model(x).detach(), y, loss).mean())
     synthesizer = error = None
-    estimator = engine.estimators.get(boundary)
-    if teacher == "synthetic" and isinstance(estimator, LinearEstimator) and engine.last_report is not None:
+    estimator = engine.estimators[boundary] if teacher == "synthetic" else None
+    if isinstance(estimator, LinearEstimator) and engine.last_report is not None:
         report = engine.last_report.boundaries[boundary]
         assert report.true is not None
         synthesizer = LinearMap.of(estimator)
         error = float(norm_quotient(*difference_sums(report.synthetic, report.true)))
-    return DeepRun(model, torch.stack(losses), synthesizer, error)
+    below, above = model[: hidden_layers // 2], model[hidden_layers // 2 :]
+    found = stationarity(below, above, estimator, x, y, lambda p: row_losses(p, y, loss))
+    return DeepRun(model, torch.stack(losses), synthesizer, error, found)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_dni.analysis.field import GradientField
 from lightning_dni.analysis.linear import LinearMap
@@ -18,6 +19,7 @@ from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.distance import cosine_of, cosine_sums
 from lightning_dni.core.randomness import seeded
 from lightning_dni.errors import BoundaryError
+from lightning_dni.estimators import LinearEstimator
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """The loss of every row `[rows]`, from the network's output and labels `[rows]`."""
@@ -114,6 +116,8 @@ def loss_surfaces(
 ) -> LossSurfaces:
     """The true loss over a plane of inputs, and the one that each estimator implements there.
 
+    In closed form for `LinearEstimator` on vectors (`quadratic_loss`, of A's symmetric part alone); for any
+    other as a path integral from the mean activation, which holds the work of its curl on that way, too.
     The network runs in evaluation mode and is left as it was.
 
     Args:
@@ -132,17 +136,20 @@ def loss_surfaces(
     if losses is not None:
         true = torch.stack([losses(output, y.to(output.device)).cpu().double() for y in labels])
     implicit = {
-        name: _implicit_surfaces(GradientField(estimator), activations[name], labels, estimator)
+        name: _implicit_surfaces(estimator, activations[name], labels)
         for name, estimator in estimators.items()
     }
     return LossSurfaces(points.cpu().double(), true, implicit)
 
 
-def _implicit_surfaces(
-    field: GradientField, h: Tensor, labels: list[Tensor], estimator: GradientEstimator
-) -> Tensor:
-    center = h.mean(0)  # a way from here stays near where the estimator has learnt
-    told = labels if estimator.num_classes else [None] * len(labels)
+def _implicit_surfaces(estimator: GradientEstimator, h: Tensor, labels: list[Tensor]) -> Tensor:
+    classes = estimator.num_classes or 0
+    if isinstance(estimator, LinearEstimator) and h.ndim == 2 and estimator.context_size is None:
+        synthesizer = LinearMap(*(each.cpu().double() for each in LinearMap.of(estimator)))
+        vectors = [F.one_hot(y, classes) if classes else y.new_zeros(len(y), 0) for y in labels]
+        return torch.stack([quadratic_loss(synthesizer, h.cpu().double(), y.double()) for y in vectors])
+    field, center = GradientField(estimator), h.mean(0)  # a way from there stays near where it has learnt
+    told = labels if classes else [None] * len(labels)
     return torch.stack([implicit_loss(field, h, context, center) for context in told])
 
 

@@ -41,8 +41,9 @@ class ImplicitLossMonitor(InstrumentMonitor):
     are told labels, the implicit losses are drawn over a plane of inputs, for each label, beside the true
     loss if `loss` says what that is: to W&B as `dni_implicit_loss`, else as `dni_implicit_loss_<step>.png` in
     the log directory. `dni_implicit_correlation/<boundary>` is then the correlation of the two over the
-    plane, within each class, averaged over classes. The network is run on the plane in evaluation mode. No
-    number of the run changes.
+    plane, within each class, averaged over classes. Linear estimators on vectors count by their closed form,
+    others by a path integral (`loss_surfaces`). The network is run on the plane in evaluation mode. No number
+    of the run changes.
 
     Args:
         every_n_train_steps: Optimizer steps from one measured step to the next.

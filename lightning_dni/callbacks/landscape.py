@@ -11,39 +11,46 @@ from lightning_dni.analysis.counter_example import Surface, Trajectory
 from lightning_dni.analysis.implicit import LossSurfaces
 
 
-def draw_loss_surfaces(surfaces: LossSurfaces, title: str = "") -> Figure:
+def draw_loss_surfaces(surfaces: LossSurfaces | Mapping[str, LossSurfaces], title: str = "") -> Figure:
     """A row for each label; a column for the true loss, if it is known, and one for each boundary.
 
     Every panel has a color scale of its own, written over it: an implicit loss is free up to a constant for
     each class.
 
     Args:
-        surfaces: What to draw, over a grid as `plane` gives it.
+        surfaces: What to draw, over a grid as `plane` gives it; or several of one network, by what is
+            written beside their rows, such as the step.
         title: Of the figure.
     """
-    known = surfaces.true is not None
-    columns = ({"true loss": surfaces.true} if known else {}) | dict(surfaces.implicit)
-    correlations = surfaces.correlations() if known else {}
-    classes = len(next(iter(surfaces.implicit.values())))
-    width, height = 0.9 + 2.4 * len(columns), 1.1 + 2.5 * classes
+    moments = {"": surfaces} if isinstance(surfaces, LossSurfaces) else surfaces
+    rows = [
+        (moment, found, label)
+        for moment, found in moments.items()
+        for label in range(len(next(iter(found.implicit.values()))))
+    ]
+    columns = len(_columns(rows[0][1]))
+    width, height = 0.9 + 2.4 * columns, 1.1 + 2.5 * len(rows)
     figure = Figure(figsize=(width, height), dpi=110)
-    panels = figure.subplots(classes, len(columns), squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
     # fixed, since a layout that is solved takes longer than all the rest
     figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.95 / height, 0.12, 0.3)
     figure.suptitle(title or "Losses that the estimators implement, up to a constant per label")
-    for place, (name, values) in enumerate(columns.items()):
-        assert values is not None
-        for label in range(classes):
-            axes = panels[label, place]
-            said = _draw_surface(axes, surfaces, values[label])
+    for place, (moment, found, label) in enumerate(rows):
+        correlations = {} if found.true is None else found.correlations()
+        for axes, (name, values) in zip(panels[place], _columns(found).items(), strict=True):
+            said = _draw_surface(axes, found, values[label])
             if name in correlations:
                 said += f", corr. {float(correlations[name][label]):.2f}"
-            axes.set_title(f"{name}\n{said}" if label == 0 else said, fontsize=9)
-    for label in range(classes):
-        panels[label, 0].set_ylabel(f"label {label}\nsecond input")
+            axes.set_title(f"{name}\n{said}" if place == 0 else said, fontsize=9)
+        panels[place, 0].set_ylabel(f"{moment}, label {label}\nsecond input".removeprefix(", "))
     for axes in panels[-1]:
         axes.set_xlabel("first input")
     return figure
+
+
+def _columns(surfaces: LossSurfaces) -> dict[str, Tensor]:
+    known = {} if surfaces.true is None else {"true loss": surfaces.true}
+    return known | dict(surfaces.implicit)
 
 
 def _draw_surface(axes: Axes, surfaces: LossSurfaces, values: Tensor) -> str:

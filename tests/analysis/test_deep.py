@@ -20,6 +20,9 @@ def test_a_deep_linear_net_reaches_the_global_solution_as_backprop_does(kind, lo
     synthetic, true = both(kind, loss)
     assert float(synthetic.losses[-1]) == pytest.approx(float(true.losses[-1]), abs=1e-4)
     assert synthetic.sg_error < 0.05
+    assert synthetic.stationarity.joint < 1e-3  # a critical point, of the original problem, too
+    assert synthetic.stationarity.original < 1e-3
+    assert true.stationarity.estimator == 0
     x, y = artificial_data(kind, 2, rows=100)
     with unchecked():
         best = regress(x, y, loss=loss, teacher="true", steps=600, learning_rate=0.5)
@@ -30,6 +33,12 @@ def test_separable_data_with_log_loss_are_left_behind():
     synthetic, true = both("separable", "log")
     assert float(synthetic.losses[-1]) > 1.5 * float(true.losses[-1])
     assert synthetic.sg_error > 0.8
+
+
+def test_with_log_loss_the_pair_rests_where_backprop_would_go_on():
+    synthetic, _ = both("separable", "log", features=25)
+    assert synthetic.stationarity.joint < 1e-3
+    assert synthetic.stationarity.original > 0.1
 
 
 def test_noisy_labels_with_log_loss_are_left_behind_in_many_dimensions():

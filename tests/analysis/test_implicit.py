@@ -130,12 +130,19 @@ def test_surfaces_are_of_the_model_and_the_estimators_and_leave_both_alone():
         labels = torch.full((16,), k)
         assert_close(surfaces.true[k], own(output, labels).double())
         expected = quadratic_loss(synthesizer, h, F.one_hot(labels, 2).double())
-        found = surfaces.implicit["1"][k]
-        shift = found - expected
-        curl = (synthesizer.A - synthesizer.A.t()) / 2
-        # another start than zero adds what the curl does on the way, and a constant
-        work = h.mean(0) @ curl @ (h - h.mean(0)).t()
-        assert_close(shift - work, (shift - work).mean().expand(16), rtol=0, atol=1e-5)
+        assert_close(surfaces.implicit["1"][k], expected, rtol=0, atol=1e-12)
+
+
+def test_surfaces_of_a_linear_one_have_no_work_of_its_curl_and_those_of_others_that_from_the_mean():
+    turn, points = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), plane((0.0, 0.0), (2.0, 1.0), side=3)
+    linear_turn = LinearEstimator(BoundarySpec("h", (LeafSpec((2,), torch.float32),)))
+    linear_turn.map.weight.data = turn
+    both = {"0": linear_turn, "1": Field(lambda h: h @ turn.t().to(h))}
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    surfaces = loss_surfaces(model, both, points, 2)
+    assert torch.equal(surfaces.implicit["0"], torch.zeros(2, 9).double())  # A is antisymmetric
+    x, y = points.double().unbind(1)
+    assert_close(surfaces.implicit["1"][0], y - x / 2)  # from (1, 1/2)
 
 
 def test_correlations_are_numpys_within_each_class():

@@ -43,6 +43,21 @@ def test_without_a_true_loss_there_is_no_column_and_no_correlation():
     assert [axes.get_title() for axes in found] == ["net.1\n-1 to 9", "net.3\n-3 to 2", "-3 to 9", "-3 to 3"]
 
 
+def test_several_are_drawn_one_below_the_other():
+    first, then = (
+        surfaces(),
+        surfaces()._replace(implicit={"net.1": torch.ones(2, 25), "net.3": -surfaces().true}),
+    )
+    found = panels(draw_loss_surfaces({"step 1": first, "step 2": then}))
+    assert len(found) == 2 * 2 * 3
+    assert [axes.get_ylabel().split("\n")[0] for axes in found[::3]] == [
+        f"step {step}, label {label}" for step in (1, 2) for label in (0, 1)
+    ]
+    assert np.array_equal(np.asarray(found[7].images[0].get_array()), np.ones((5, 5)))
+    assert found[0].get_title() == "true loss\n-2 to 3"
+    assert found[6].get_title() == "-2 to 3"
+
+
 def test_a_flat_surface_is_drawn_too():
     flat = surfaces()._replace(implicit={"net.1": torch.zeros(2, 25)})
     assert pixels_of(draw_loss_surfaces(flat)).shape[2] == 4
