@@ -51,12 +51,17 @@ TASKS = (
     Task("mnist-mlp", 3, 13, (LOCAL,)),
     Task("mnist-mlp", 10, 10, (STEPS,)),
     Task("mnist-mlp", 20, 8, (STEPS,)),
+    Task("mnist-mlp-512", 3, 10, (STEPS,)),
+    Task("mnist-mlp-512", 6, 10, (STEPS,)),
+    Task("mnist-mlp-512", 10, 5, (STEPS,), rates_of=6),
+    Task("mnist-mlp-512", 20, 5, (STEPS,), rates_of=6),
     Task("mnist-mlp-1024", 6, 5, (STEPS,)),
     Task("fashion-cnn", 3, 5, (SHARE, LOCAL)),
     Task("text-transformer", 3, 3, TOKENWISE, steps=500),
 )
 COSTS = (
     Task("mnist-mlp", 6, 0),
+    *(Task("mnist-mlp-512", depth, 0, (STEPS,)) for depth in (3, 6, 10, 20)),
     Task("mnist-mlp-1024", 6, 0),
     Task("fashion-cnn", 3, 0, (SHARE, LOCAL)),
     Task("text-transformer", 3, 0),

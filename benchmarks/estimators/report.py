@@ -72,8 +72,16 @@ def error_table(scope: Scope, rows: Iterable[str] | None = None, against: str = 
     return _table(heading, cells)
 
 
-def depth_table(scopes: Sequence[Scope], lines: Sequence[str | tuple[str, str]]) -> list[str]:
-    """Lines of a table: test errors of rows, and differences of two, with a column for each scope."""
+def depth_table(
+    scopes: Sequence[Scope], lines: Sequence[str | tuple[str, str]], timed: str | None = None
+) -> list[str]:
+    """Lines of a table with a column for each scope.
+
+    Args:
+        scopes: Those of one net.
+        lines: Rows whose test errors are shown, or pairs of them, for the difference.
+        timed: A row whose step time over backprop's comes last.
+    """
     cells = []
     for line in lines:
         if isinstance(line, str):
@@ -81,6 +89,10 @@ def depth_table(scopes: Sequence[Scope], lines: Sequence[str | tuple[str, str]])
         else:
             trainings = [tuple(map(scope.trainings, line)) for scope in scopes]
             cells.append([" minus ".join(line), *starmap(paired, trainings)])
+    if timed is not None:
+        costs = [_costs(scope.net, scope.depth).get(timed) for scope in scopes]
+        times = ["-" if cost is None else f"{float(cost['time']):.2f}" for cost in costs]
+        cells.append([f"step time of {timed}, over backprop's", *times])
     first, *others = (scope.depth for scope in scopes)
     return _table(["", f"{first} hidden layers", *map(str, others)], cells)
 
@@ -176,6 +188,11 @@ def tables() -> list[list[str]]:
         depth_table(
             [scope._replace(rates_of=None) for scope in depths],
             ["backprop", steps, (steps, "backprop"), local, (local, "backprop"), (steps, local)],
+        ),
+        depth_table(
+            [Scope("mnist-mlp-512", depth, rates_of=min(depth, 6)) for depth in (3, 6, 10, 20)],
+            ["backprop", steps, (steps, "backprop")],
+            timed=steps,
         ),
         cost_table({"mnist-mlp": "128 units", "mnist-mlp-1024": "1,024 units"}, depth=6),
         error_table(Scope("mnist-mlp-1024", 6)),
