@@ -44,10 +44,23 @@ def interrupt():
     time.sleep(5)
 
 
+INHERITED = set()
+"""What this process shares with the one that has forked it, which must not lose its own connections."""
+
+
+def files():
+    """What is open, by number."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
 def unplug():
     """Every connection of this process ends, and it does not."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+    for number in [number for number, what in files().items() if what not in INHERITED]:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
             end.getpeername()  # one that only listens has none
             end.shutdown(socket.SHUT_RDWR)
 
@@ -156,6 +169,7 @@ def processes():
 
 
 def _rank(rank, world_size, port, fit):
+    INHERITED.update(files().values())
     os.setsid()
     sys.stderr = open(f"stderr-{rank}", "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
