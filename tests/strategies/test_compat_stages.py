@@ -105,6 +105,13 @@ def test_quiet_copy_has_metrics_that_see_this_process_only():
     assert module.mean.distributed_available_fn()
 
 
+def test_metrics_in_finds_them_at_any_depth():
+    module, mean = net(), torchmetrics.MeanMetric()
+    module.deep = torch.nn.ModuleDict({"metrics": torchmetrics.MetricCollection({"mean": mean})})
+    (found,) = _compat.metrics_in(module)
+    assert found is mean
+
+
 def test_saves_at_step_knows_when_a_checkpoint_is_written():
     every = ModelCheckpoint("here", every_n_train_steps=3)
     assert [_compat.saves_at_step(every, step) for step in (2, 3, 4, 6)] == [False, True, False, True]
