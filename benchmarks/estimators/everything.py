@@ -54,8 +54,9 @@ TASKS = (
     Task("mnist-mlp-512", 3, 10, (STEPS,)),
     Task("mnist-mlp-512", 6, 10, (STEPS,)),
     Task("mnist-mlp-512", 10, 5, (STEPS,), rates_of=6),
-    Task("mnist-mlp-512", 20, 5, (STEPS,), rates_of=6),
+    Task("mnist-mlp-512", 20, 5, (STEPS,)),
     Task("mnist-mlp-1024", 6, 5, (STEPS,)),
+    Task("fashion-mlp", 6, 5),
     Task("fashion-cnn", 3, 5, (SHARE, LOCAL)),
     Task("text-transformer", 3, 3, TOKENWISE, steps=500),
 )
