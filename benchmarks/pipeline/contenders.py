@@ -21,6 +21,8 @@ from lightning_dni.pipeline.engine import StageEngine
 from lightning_dni.pipeline.message import Kind, Links, Message
 from lightning_dni.pipeline.tracing import trace_stages
 
+TORCH = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
+"""The schedules of torch.distributed.pipelining that are compared."""
 WARM_UP = 6
 """Steps before the clock runs: the first one looks at the module, and the pipeline fills."""
 
@@ -140,8 +142,7 @@ def torch_pipeline(stages: int, seconds: float, steps: int, schedule: str, micro
     row = torch.zeros(BATCH // microbatches, WIDTH, requires_grad=True)
     out = row.detach().requires_grad_()
     stage = PipelineStage(module, rank, stages, torch.device("cpu"), input_args=(row,), output_args=(out,))
-    make = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[schedule]
-    runs = make(stage, microbatches, loss_fn=loss_of)
+    runs = TORCH[schedule](stage, microbatches, loss_fn=loss_of)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
     gc.collect()  # as our strategy does
     ends: list[float] = []

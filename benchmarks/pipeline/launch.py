@@ -1,4 +1,4 @@
-"""Run a function in several processes that a Trainer takes for torchrun's, and collect what it returns."""
+"""Run a function in several processes that a Trainer takes for torchrun's, and keep what comes of it."""
 
 import logging
 import os
@@ -6,16 +6,24 @@ import pickle
 import socket
 import traceback
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def kept_in(whole: Path, parser: ArgumentParser, args: Namespace, free: str) -> Path | None:
+    """The file of the whole run where no option but `free` was changed, else what `--csv` says."""
+    changed = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
+    return args.csv if changed - {free} else whole
 
 
 def run(function: Callable[[], T], processes: int, grouped: bool, seconds: float = 600.0) -> list[T]:

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from launch import run
+from contenders import TORCH
+from launch import kept_in, run
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage
 from torch.nn import functional as F
 
 from lightning_dni import DNIPipelineStrategy
@@ -44,7 +45,6 @@ HERE = Path(__file__).parent
 WARM_UP = 10
 CUT = 3
 """Layers below the boundary of torch's pipelines, whose two stages are then about as long."""
-TORCH = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 RATES, ESTIMATOR_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 1e-2, 3e-2)
 
 
@@ -304,8 +304,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains any of these")
     parser.add_argument("--csv", type=Path, default=None, help="learning.csv for the whole run, else none")
     args = parser.parse_args()
-    changed = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
-    path = args.csv if changed - {"data_dir"} else HERE / "learning.csv"
+    path = kept_in(HERE / "learning.csv", parser, args, "data_dir")
     task = Task(args.steps, args.data_dir, args.losses, args.width)
     chosen: dict[str, Rates] = {}
     given = iter(zip(args.rates[::2], args.rates[1::2], strict=True))

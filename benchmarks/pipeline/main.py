@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import contenders
 import torch
-from launch import run
+from launch import kept_in, run
 from rich.console import Console
 from rich.table import Table
 from stages import sleep_precisely
@@ -125,8 +125,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="run those whose name contains any of these")
     parser.add_argument("--csv", type=Path, default=None, help="results.csv for the whole run, else none")
     args = parser.parse_args()
-    changed = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
-    path = args.csv if changed - {"steps"} else HERE / "results.csv"
+    path = kept_in(HERE / "results.csv", parser, args, "steps")
     seconds = args.milliseconds / 1e3
     found = []
     for stages in args.stages:
