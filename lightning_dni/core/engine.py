@@ -49,6 +49,7 @@ from lightning_dni.core.immediate import ImmediateUpdates, expect_updater, refus
 from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
+from lightning_dni.core.rerun import refuse_rerun
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
@@ -138,7 +139,7 @@ class DNIEngine(Engine):
             refuse_tied(self._model, {name: modules[name] for name in self._modules})
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
-        self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
+        self._taps.attach(self._model, boundaries, self._output_name, self._on_output, self._on_again)
         self._chunks.attach(self._taps, self._runs_forward)
         if self._pool.may_need(Signal.CONSUMER):
             self._watch_layers()
@@ -160,6 +161,7 @@ class DNIEngine(Engine):
 
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._runs_forward():
+            self._on_again(name)
             return None
         self._chunks.refuse_boundary(name, output)
         passed_on = self._step.cut(name, output)
@@ -168,6 +170,10 @@ class DNIEngine(Engine):
         if self._rng == "stage":
             reseed(self._stage_seed(name, self._step.fired[name]), self._device)
         return passed_on
+
+    def _on_again(self, name: str) -> None:
+        if self._step is not None:
+            refuse_rerun(name, self._step.cuts, self._step.settings.updates, self._rng == "stage")
 
     def _stage_seed(self, boundary: str | None, call: int) -> int:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)

@@ -6,7 +6,7 @@ own, all gradients are those that one update at the end would have been given.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -146,6 +146,10 @@ class ImmediateUpdates:
                 "runs twice, a penalty on weights, or a second forward pass). Pass update='step'; put what "
                 "is only looked at under torch.no_grad()."
             )
+
+    def has_updated(self, variables: Iterable[Tensor]) -> bool:
+        """Whether any of these has stepped in this forward pass."""
+        return any(variable in self._updated for variable in variables)
 
     def take(self, cut: Cut, fired: Mapping[str, int]) -> None:
         """Update the stage below `cut` now, unless something defers it to the end of the step.
