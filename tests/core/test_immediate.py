@@ -20,6 +20,7 @@ from core.paper import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_dni.core import DNIEngine, SplitOptimizer
 from lightning_dni.errors import EstimatorError
@@ -79,6 +80,18 @@ def test_schedulers_move_the_rates_of_the_users_groups():
     assert scheduler.last_epoch == 6  # hooks on the optimizer's steps run once per step
     assert [g["lr"] for g in user.param_groups] == [g["lr"] for g in plain.param_groups]
     assert [len(g["params"]) for g in user.param_groups] == [len(g["params"]) for g in plain.param_groups]
+
+
+def test_hooks_on_the_steps_of_all_optimizers_run_once_per_step():
+    model, seen = mlp(WIDTHS), []
+    engine = immediate(model, BOUNDARIES, optimizer=(user := SGD(model)))
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    try:
+        run_step(engine, model, blobs())
+        user.step()
+    finally:
+        hook.remove()
+    assert seen == [user]
 
 
 def test_the_optimizers_state_is_what_one_update_at_the_end_leaves():
