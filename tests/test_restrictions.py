@@ -32,6 +32,7 @@ RESTRICTIONS = {
         "Expected no replicas with synthetic inputs",
         "to run once in a step with synthetic inputs",
         "to predict tensors of shapes",
+        "of the network's input for the MLPInputEstimator",
         "Expected `network_input=",
     ],
     "`synthetic_inputs`: a stage goes on": ["Expected no `synthetic_inputs` in a pipeline"],
