@@ -179,7 +179,9 @@ class DNIEngine(Engine):
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
     def _runs_forward(self) -> bool:
-        return self._in_forward and torch.is_grad_enabled()
+        # in manual optimization a backward pass may run a checkpoint's region again in here
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._in_forward and torch.is_grad_enabled() and not in_backward
 
     def _on_output(self, output: Any) -> None:
         if self._step is not None and self._runs_forward():

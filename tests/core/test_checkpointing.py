@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import CLASSES, assert_close, attached, mlp, update, weights
+from core.nets import CLASSES, Told, assert_close, attached, grads, mlp, update, weights
 from core.predicted import SMALL
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -108,6 +108,33 @@ def test_full_lambda_with_streams_by_stage_is_refused_too():
 def test_updates_that_are_deferred_are_made_at_unchanged_weights():
     one, other = (trained(r, update="immediate", bp_lambda=0.5) for r in ("both", None))
     assert_close(one, other, 0.0)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("regions", ["each", "both"])
+@pytest.mark.parametrize("bp_lambda", [0.0, 0.5])
+def test_what_runs_again_inside_of_the_block_of_several_losses_is_not_cut_again(
+    bp_lambda, regions, early_stop
+):
+    """The backward pass is in that block, too: estimators were asked again, and no leak was taken for one."""
+    ends, asked = [], []
+
+    class Asked(Told):
+        def synthesize(self, h, context, state):
+            asked[-1] += 1
+            return super().synthesize(h, context, state)
+
+    for each in (regions, None):
+        torch.manual_seed(0)
+        model = Checkpointed(each)
+        engine = attached(model, BOUNDARIES, Asked, bp_lambda=bp_lambda)
+        asked.append(0)
+        with set_checkpoint_early_stop(early_stop), engine.training_step(several_losses=True):
+            for _ in range(2):
+                engine.backward(model(torch.randn(8, 5).double()).square().sum())
+        ends.append(grads(model))
+    assert_close(*ends, 0.0)
+    assert asked == [4, 4]
 
 
 def test_a_graph_that_nobody_differentiates_is_gone_without_the_garbage_collector():
