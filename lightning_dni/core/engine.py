@@ -232,7 +232,7 @@ class DNIEngine(Engine):
                 "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
-        if first:
+        if first or self._asleep is None:  # it goes on in the midst of an accumulated batch
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
