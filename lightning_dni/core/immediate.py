@@ -65,7 +65,7 @@ class SplitOptimizer:
         Raises:
             StageError: It keeps a state for all of them together.
         """
-        groups = self._optimizer.param_groups
+        groups = list(self._optimizer.param_groups)
         parts: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             parts.setdefault(self._group_of[parameter], []).append(parameter)
@@ -74,11 +74,12 @@ class SplitOptimizer:
         try:
             for place, part in parts.items():
                 groups[place]["params"] = part
-            self._optimizer.param_groups = [groups[place] for place in sorted(parts)]
+            # in place: a wrapper has the list of the optimizer that it wraps
+            self._optimizer.param_groups[:] = [groups[place] for place in sorted(parts)]
             with hooks_asleep(_step_hooks(self._optimizer)):
                 self._optimizer.step()
         finally:
-            self._optimizer.param_groups = groups
+            self._optimizer.param_groups[:] = groups
             for place, params in whole.items():
                 groups[place]["params"] = params
         _refuse_changed(self._optimizer, before, _shared(self._optimizer, parts))
@@ -123,12 +124,9 @@ def _refuse_changed(optimizer: Optimizer, before: _Shared, after: _Shared) -> No
 
 
 def _step_hooks(optimizer: Optimizer) -> list[dict[int, Any]]:
-    return [
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        _optimizers._global_optimizer_pre_hooks,
-        _optimizers._global_optimizer_post_hooks,
-    ]
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    own = [getattr(optimizer, name) for name in names if hasattr(optimizer, name)]  # some wrappers have none
+    return [*own, _optimizers._global_optimizer_pre_hooks, _optimizers._global_optimizer_post_hooks]
 
 
 class ImmediateUpdates:

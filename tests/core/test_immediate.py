@@ -324,6 +324,39 @@ def test_skipping_leaves_such_a_stage_out():
     assert model[1][0].weight.grad is None
 
 
+class Wraps(torch.optim.Optimizer):
+    """A wrapper that shares the groups of another optimizer and never calls Optimizer.__init__."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_a_wrapper_of_an_optimizer_steps_the_stage_alone():
+    """The wrapped one stepped all its groups, with what earlier batches of an accumulation had left."""
+    results = []
+    for when in ("immediate", "step"):
+        torch.manual_seed(5)
+        model = mlp(WIDTHS)
+        user = Wraps(torch.optim.SGD([{"params": list(m.parameters())} for m in model], 0.1, momentum=0.9))
+        engine = attached(model, BOUNDARIES, update=when)
+        engine.updater = SplitOptimizer(user)
+        for _ in range(3):
+            user.zero_grad()
+            for part in range(2):
+                run_step(engine, model, blobs(), accumulate=2, first=part == 0, last=part == 1)
+            user.step()
+            engine.update_estimators()
+        results.append(weights(model))
+        assert [g["params"] for g in user.base.param_groups] == [list(m.parameters()) for m in model]
+    assert same_bits(*results)
+
+
 # ---- variables that are not the optimizer's
 
 
