@@ -91,7 +91,8 @@ _Shared = dict[tuple[int | None, str], tuple[Any, int]]
 
 def _shared(optimizer: Optimizer, places: Iterable[int]) -> _Shared:
     """What the optimizer keeps for several parameters together, beside their lists."""
-    own = {k: v for k, v in vars(optimizer).items() if type(v) in (int, float) or torch.is_tensor(v)}
+    wrapped = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
+    own = {k: v for each in (optimizer, *wrapped) for k, v in vars(each).items() if _is_number(v)}
     own.pop("_step_count", None)  # where schedulers of older versions of torch count its steps
     kept: dict[tuple[int | None, str], Any] = {(None, name): value for name, value in own.items()}
     kept |= {
@@ -101,6 +102,10 @@ def _shared(optimizer: Optimizer, places: Iterable[int]) -> _Shared:
         if name != "params"
     }
     return {key: (v, v._version if torch.is_tensor(v) else 0) for key, v in kept.items()}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) or torch.is_tensor(value)
 
 
 def _refuse_changed(optimizer: Optimizer, before: _Shared, after: _Shared) -> None:

@@ -92,6 +92,17 @@ class OwnCounter(torch.optim.SGD):
         return super().step(closure)
 
 
+class Wraps(torch.optim.Optimizer):
+    """A wrapper whose steps are another one's."""
+
+    def __init__(self, params, lr):
+        self.base = OwnCounter(params, lr)
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
 class OwnTensor(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -120,7 +131,8 @@ class GroupTensor(torch.optim.SGD):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(OwnCounter, "t"), (OwnTensor, "seen"), (InState, "all"), (GroupTensor, "seen")]
+    ("kind", "name"),
+    [(OwnCounter, "t"), (Wraps, "t"), (OwnTensor, "seen"), (InState, "all"), (GroupTensor, "seen")],
 )
 def test_an_optimizer_with_a_state_of_its_own_is_refused(kind, name):
     """It stepped once per stage: Adam written by hand corrected its bias with the wrong number."""
