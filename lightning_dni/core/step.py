@@ -267,7 +267,7 @@ class Step:
                 donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(
-                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe, deaf
+                    *crossing.reached(gradients), crossing.stage.variables, self.settings.probe, deaf
                 )
             if self.settings.exchange is not None:
                 self.settings.exchange.offer(crossing.param_grads)
