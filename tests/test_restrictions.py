@@ -77,7 +77,6 @@ RESTRICTIONS = {
         "Expected vectors, sequences or two-dimensional feature maps",
         "to be class scores of shape",
     ],
-    'with `loss_denominator="elements"`, an output': ["elements of the network's output in each row with"],
     "labels outside [0, `num_classes`)": [
         "Expected labels in [0, …)",
         "Expected integer labels",

@@ -49,7 +49,6 @@ class Cut:
         delivered: Whether the stage above was differentiated.
         closed: Whether the stage below was differentiated, or sits this step out.
         asleep: Whether it sits this step out.
-        given: Whether the stage below was given a gradient.
         predicted: Whether what was passed on is a synthetic input.
         input_error: Squared distance of the synthetic input and the square of the real one, for reports.
         age: How many optimizer steps later the stage is given its gradient.
@@ -90,7 +89,6 @@ class Cut:
     delivered: bool = False
     closed: bool = False
     asleep: bool = False
-    given: bool = False
     predicted: bool = False
     input_error: Tensor | None = None
     age: int = 0

@@ -11,7 +11,7 @@ from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.immediate import ImmediateUpdates
 from lightning_dni.core.inputs import Crossed, SyntheticInputs, not_finite
 from lightning_dni.core.instrument import Instrument
-from lightning_dni.core.target import Denominator, denominator, other_elements
+from lightning_dni.core.target import Denominator, denominator
 from lightning_dni.errors import EstimatorError
 
 Scale = Tensor | Callable[[], Tensor]
@@ -79,21 +79,6 @@ class StepSettings:
     def counts_elements(self) -> bool:
         """Whether the denominator is only known once the network's output was seen."""
         return self.loss_denominator == "elements" and self.elements_per_row is None
-
-    def miscounts(self, elements_per_row: int | None) -> bool:
-        """Whether gradients of this step were scaled for another number of output elements than there are."""
-        counted = self.elements_per_row is not None and self.loss_denominator == "elements"
-        return counted and self.elements_per_row != elements_per_row
-
-    def refuse_miscount(self, elements_per_row: int | None) -> None:
-        """Refuse an output of another number of elements, where stages elsewhere have scaled for this one.
-
-        Raises:
-            EstimatorError: It has, and a synthetic gradient is given anywhere.
-        """
-        mixes = any(bp_lambda < 1 for bp_lambda in self.bp_lambda.values())
-        if elements_per_row and mixes and self.miscounts(elements_per_row):
-            raise other_elements(self.elements_per_row, elements_per_row)
 
     def cross(self, boundary: str, outputs: Sequence[Tensor], calls: int) -> Crossed:
         """What passes on in place of `outputs` of the boundary, which has run `calls` times in this step.

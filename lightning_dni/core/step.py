@@ -40,7 +40,7 @@ from lightning_dni.core.cut import (
     refuse_untold,
     refuse_waiting,
 )
-from lightning_dni.core.estimator import Installed, Signal, rows_of
+from lightning_dni.core.estimator import Feedback, Installed, Signal, rows_of
 from lightning_dni.core.exchange import Named
 from lightning_dni.core.owners import Owners, Past
 from lightning_dni.core.probe import donated_buffer_errors
@@ -50,15 +50,15 @@ from lightning_dni.core.sparse import sit_out
 from lightning_dni.core.stage import Stage, accumulate, local_gradients, trace_stage
 from lightning_dni.core.synthesis import (
     correct,
-    count_again,
+    differentiate_loss,
     observed,
     synthesize,
     synthesize_below,
-    take_lesson,
     value_of,
 )
 from lightning_dni.core.value import close_value, differentiable, open_value
 
+Context = Tensor | None
 _OF_OUTPUT = {Signal.OUTPUT, Signal.OUTPUT_GRADIENT, Signal.ESTIMATOR_ABOVE}
 
 
@@ -90,7 +90,7 @@ class Step:
         self._install = install
         self._profile = profile
         self._owner_of = Owners(past or {})
-        self._contexts: dict[tuple[int | None, ...], Tensor | None] = {}
+        self._contexts: dict[tuple[int | None, ...], Context] = {}
         self._errors: list[tuple[list[Cut], list[Tensor]]] = []
         self.consumers = Consumers(settings.probe)
 
@@ -125,35 +125,24 @@ class Step:
         return flat[0] if structure is None else close_value(flat, structure)
 
     def see_output(self, output: Any) -> None:
-        """Take note of the network's `output`, and tell the estimators below that ask for it.
-
-        Raises:
-            EstimatorError: It has another number of elements than stages were given gradients for.
-        """
+        """Take note of the network's `output`, and tell the estimators below that ask for it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not tensors or not tensors[0].ndim:
             return
-        if tensors[0].shape[0]:  # a batch without rows tells nothing of them
-            self.elements_per_row = tensors[0].numel() // tensors[0].shape[0]
-        miscounted = self.settings.miscounts(self.elements_per_row)
-        if not miscounted and not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
+        self.elements_per_row = tensors[0].numel() // max(1, tensors[0].shape[0])
+        if not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
             return
         topmost = trace_stage(tensors, self._owner_of).parents
         below = self._counted(topmost)
-        if miscounted:
-            count_again(below, self.settings.elements_per_row, self.elements_per_row)
-        self._tell_output(tensors[0], topmost, below)
-
-    def _tell_output(self, output: Tensor, topmost: Sequence[Cut], below: Sequence[Cut]) -> None:
         asking = [crossing for crossing in below if Signal.OUTPUT_GRADIENT in crossing.awaited]
         if asking:
             gradients: list[Tensor] = []
-            output.register_hook(gradients.append)  # type: ignore[no-untyped-call]
+            tensors[0].register_hook(gradients.append)  # type: ignore[no-untyped-call]
             self._errors.append((asking, gradients))
         for crossing in below:
             heard = {Signal.OUTPUT} | ({Signal.ESTIMATOR_ABOVE} if crossing in topmost else set())
             for signal in heard & crossing.awaited:
-                crossing.output, crossing.output_version = output.detach(), output._version
+                crossing.output, crossing.output_version = tensors[0].detach(), tensors[0]._version
                 self._told(crossing, signal)
                 if crossing.due:
                     self._settle(crossing)
@@ -221,7 +210,7 @@ class Step:
             below.above = value_of(crossing, record)
             self._told(below, Signal.ESTIMATOR_ABOVE)
 
-    def context_for(self, crossing: Cut) -> Tensor | None:
+    def context_for(self, crossing: Cut) -> Context:
         """The context that the estimator of `crossing` asks for, checked.
 
         Raises:
@@ -261,7 +250,6 @@ class Step:
         if crossing.waits and self.settings.skips and gradients is not None:
             crossing.applied = observed(gradients)
         if gradients is not None:
-            crossing.given = True
             with (
                 self._profile("dni.local_backward"),
                 donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
@@ -304,8 +292,21 @@ class Step:
         if crossing.record is not None and not crossing.awaited and not crossing.learned:
             crossing.learned = True
             refuse_changed(crossing.output, crossing.output_version, crossing.who)
-            take_lesson(crossing, crossing.feedback(), self.settings)
+            self._learn(crossing, crossing.feedback())
         crossing.let_go(self.settings.report)
+
+    def _learn(self, crossing: Cut, feedback: Feedback) -> None:
+        record, share = crossing.record, 1.0 / self.settings.accumulate
+        if record is None or not crossing.installed.parameters:
+            return
+        made = differentiate_loss(crossing, feedback, share, self.settings)
+        if made is None:
+            return
+        crossing.estimator_grads = made
+        if self.settings.exchange is not None:
+            self.settings.exchange.offer(crossing.estimator_grads)
+        if self.settings.keep_lessons:
+            crossing.lesson = (crossing.installed, record, feedback, share)
 
     # ---- on the way down
 

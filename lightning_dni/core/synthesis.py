@@ -1,6 +1,6 @@
 """Ask an estimator, in its own precision and random stream, and check what it says."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -10,7 +10,7 @@ from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import local_gradients
-from lightning_dni.core.target import other_elements, sg_loss, sg_loss_gradient
+from lightning_dni.core.target import sg_loss, sg_loss_gradient
 from lightning_dni.errors import EstimatorError
 
 
@@ -89,21 +89,6 @@ def learn(installed: Installed, record: Record, feedback: Feedback, share: float
     with estimating(installed, record.h[0], grad=True):
         loss = installed.estimator.loss(record, feedback)
         return loss if loss is None or share == 1.0 else loss * share
-
-
-def take_lesson(cut: Cut, feedback: Feedback, settings: StepSettings) -> None:
-    """Let the estimator of `cut` learn, now that it has been told all that it asked for."""
-    record, share = cut.record, 1.0 / settings.accumulate
-    if record is None or not cut.installed.parameters:
-        return
-    made = differentiate_loss(cut, feedback, share, settings)
-    if made is None:
-        return
-    cut.estimator_grads = made
-    if settings.exchange is not None:
-        settings.exchange.offer(cut.estimator_grads)
-    if settings.keep_lessons:
-        cut.lesson = (cut.installed, record, feedback, share)
 
 
 def differentiate_loss(
@@ -189,24 +174,6 @@ def observed(gradient: Sequence[Tensor]) -> Tensor:
     """A scalar that is finite if all of `gradient` is (its sum: one pass, nothing made on the way)."""
     sums = [g.detach().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradient]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-
-
-def count_again(cuts: Iterable[Cut], expected: int | None, found: int | None) -> None:
-    """Have what is still to be scaled scaled for the elements of the network's output that there are.
-
-    Args:
-        cuts: The crossings below that output.
-        expected: As many as were taken to be in each row, from the step before.
-        found: As many as there are.
-
-    Raises:
-        EstimatorError: A stage was given a gradient that was scaled for the other number.
-    """
-    cuts = list(cuts)
-    if any(cut.given for cut in cuts):
-        raise other_elements(expected, found)
-    for cut in cuts:
-        cut.elements_unknown = True
 
 
 def check_zero(gradient: Gradient, who: str) -> None:

@@ -69,16 +69,6 @@ def denominator(
     return float(max(1, rows) * elements)  # no row, no gradient: any scale will do
 
 
-def other_elements(expected: int | None, found: int | None) -> EstimatorError:
-    """What to say where the output's number of elements is not the one that was counted on."""
-    return EstimatorError(
-        f"Expected {expected} elements of the network's output in each row with loss_denominator='elements', "
-        f"as in the step before, but got {found}: stages below it were given synthetic gradients that are "
-        "scaled for the former. Pass a callable `loss_denominator`, such as `lambda batch, h: "
-        "batch[1].numel()`, which knows beforehand."
-    )
-
-
 def mix_gradients(
     synthetic: Float[Tensor, " *shape"], target: Float[Tensor, " *shape"], bp_lambda: float
 ) -> Float[Tensor, " *shape"]:

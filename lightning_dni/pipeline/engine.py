@@ -159,9 +159,7 @@ class StageEngine(StagedEngine):
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
         if self._step is not None:
-            found = self._output.see(output)
-            self._step.refuse_miscount(found)
-            self._elements_per_row = found or self._elements_per_row
+            self._elements_per_row = self._output.see(output) or self._elements_per_row
 
     def _on_output(self, outputs: list[Tensor], value: Any) -> None:
         assert self._step is not None
