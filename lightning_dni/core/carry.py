@@ -96,11 +96,6 @@ def returned_state(name: str, module: nn.Module, output: Any) -> Any:
     return output[1]
 
 
-def with_state(module: nn.Module, output: Any, state: Any) -> Any:
-    """What the module returns with `state` in it."""
-    return state if isinstance(core_of(module), nn.RNNCellBase) else (output[0], state)
-
-
 class StateValue:
     """A state opened into its floating-point tensors, which may be replaced.
 

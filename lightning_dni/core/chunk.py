@@ -167,6 +167,24 @@ def mark(tensors: Iterable[Tensor], number: int) -> None:
             cast(dict[str, Any], tensor.grad_fn.metadata)[CALL] = number
 
 
+def with_own_nodes(output: Any) -> Any:
+    """What a module returns, with copies of the tensors that were there before this call.
+
+    The module has handed them on as they came: their nodes cannot stand for this call.
+    """
+    flat, structure = pytree.tree_flatten(output)
+    foreign = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad and _is_foreign(x)]
+    if not foreign:
+        return output
+    for place in foreign:
+        flat[place] = flat[place].clone()
+    return pytree.tree_unflatten(flat, structure)
+
+
+def _is_foreign(tensor: Tensor) -> bool:
+    return tensor.grad_fn is None or CALL in cast(dict[str, Any], tensor.grad_fn.metadata)
+
+
 def walk(tensors: Iterable[Tensor], through: bool) -> Iterator[int | None]:
     """The calls in the graph of `tensors`, by number, and None for every parameter.
 

@@ -26,7 +26,6 @@ from lightning_dni.core.carry import (
     resolve_truncations,
     returned_state,
     state_argument,
-    with_state,
 )
 from lightning_dni.core.chunk import (
     Call,
@@ -39,6 +38,7 @@ from lightning_dni.core.chunk import (
     sum_arrived,
     walk,
     with_gradients,
+    with_own_nodes,
 )
 from lightning_dni.core.context import check_context
 from lightning_dni.core.cut import Lesson
@@ -176,17 +176,13 @@ class RecurrentCuts:
         chunk = self._entering.pop(name, None)
         if chunk is None:
             return None
-        module = self._modules[name]
+        module, output = self._modules[name], with_own_nodes(output)
         value = StateValue(name, returned_state(name, module, output))
         if not any(t.requires_grad for t in value.tensors):
             self._untrained.add(name)
             return None
         dim = find_batch_dim(name, module, value.tensors, self._dims[name])
-        # a state that is handed on as it came would be taken for that of another step
-        left = [t if t.grad_fn is not None or not t.requires_grad else t.view_as(t) for t in value.tensors]
-        if any(a is not b for a, b in zip(left, value.tensors, strict=True)):
-            output = with_state(module, output, value.replaced(left))
-        kept = [t.clone() for t in left]  # the user may change the state in place, or detach it so
+        kept = [t.clone() for t in value.tensors]  # the user may change them in place, or detach them so
         call = Call(next(self._numbers), kept, Ending([t.detach() for t in kept], dim, chunk=chunk))
         mark((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), call.number)
         for each in (chunk, *chunk.merged):
