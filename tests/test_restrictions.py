@@ -133,6 +133,7 @@ RESTRICTIONS = {
     ],
     "a truncation that does not return (output, state)": [
         "to return (output, state)",
+        "to be called as module(input, state)",
         "Expected a recurrent module that reads forward",
         "whose batch dimension is known",
         "to have the same number of rows in dimension",

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import COMPILED, resolve_submodules
-from lightning_dni.core.value import close_value, open_value
+from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Truncations = Sequence[str] | Mapping[str, int]
 """Names or patterns of recurrent submodules; or {pattern: batch dimension of the state}."""
+_UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> dict[str, int | None]:
@@ -73,9 +74,10 @@ def core_of(module: nn.Module) -> nn.Module:
 
 
 def state_argument(module: nn.Module) -> str | None:
-    """Name of the second argument of a module, which is its state; None where it has no name."""
-    names = list(inspect.signature(core_of(module).forward).parameters)
-    return names[1] if len(names) > 1 else None
+    """Name of the second argument of a module, which is its state; None where it has no name of its own."""
+    arguments = list(inspect.signature(core_of(module).forward).parameters.values())
+    named = len(arguments) > 1 and not any(a.kind in _UNNAMED for a in arguments[:2])
+    return arguments[1].name if named else None
 
 
 def returned_state(name: str, module: nn.Module, output: Any) -> Any:
@@ -104,15 +106,24 @@ class StateValue:
         state: A tensor, or a tuple, list or dict of tensors.
 
     Attributes:
-        tensors: The floating-point tensors in it.
+        tensors: The floating-point tensors in it; those of a dict by key.
+
+    Raises:
+        BoundaryError: It cannot be opened, holds complex tensors with a gradient, or is numbers that are no
+            state.
     """
 
     def __init__(self, name: str, state: Any) -> None:
         self._flat, self._structure = open_value(name, state)
+        differentiable(self._flat, name)
         self._places = [
-            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
+            i
+            for i in _in_order(state, self._flat)
+            if isinstance(x := self._flat[i], Tensor) and x.is_floating_point()
         ]
         self.tensors: list[Tensor] = [self._flat[i] for i in self._places]
+        if not self.tensors and self._flat and isinstance(state, (Tensor, list, tuple)):
+            _refuse_numbers(name, self._flat)
 
     def replaced(self, tensors: Sequence[Tensor]) -> Any:
         """The same structure with other tensors in it."""
@@ -120,6 +131,26 @@ class StateValue:
         for place, tensor in zip(self._places, tensors, strict=True):
             flat[place] = tensor
         return close_value(flat, self._structure)
+
+
+def _in_order(state: Any, flat: Sequence[Any]) -> Sequence[int]:
+    """Places of the leaves, those of a dict by key: it may come back with its keys in another order."""
+    if not isinstance(state, (tuple, list, Mapping)) or all(isinstance(part, Tensor) for part in state):
+        return range(len(flat))
+    paths = [path for path, _ in pytree.tree_flatten_with_path(state)[0]]
+    keys = [tuple(repr(k.key) if isinstance(k, pytree.MappingKey) else "" for k in path) for path in paths]
+    return sorted(range(len(flat)), key=keys.__getitem__)
+
+
+def _refuse_numbers(name: str, flat: Sequence[Any]) -> None:
+    """Refuse whole numbers where the state should be, such as the lengths of sequences."""
+    kinds = {str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in flat}
+    if "NoneType" not in kinds:
+        raise BoundaryError(
+            f"Expected truncation {name!r} to be called as module(input, state), but got {sorted(kinds)} as "
+            "its second argument, which no gradient comes back to. Pass the state there, None at first, and "
+            "what else the module needs beside its input, as in module((input, lengths), state)."
+        )
 
 
 def find_batch_dim(name: str, module: nn.Module, state: Sequence[Tensor], said: int | None) -> int:

@@ -23,8 +23,10 @@ from core.recurrent import (
     weights,
 )
 from fits import hooks_on
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from lightning_dni.core import DNIEngine
 from lightning_dni.errors import EstimatorError
 from lightning_dni.estimators import (
     MLPEstimator,
@@ -62,6 +64,50 @@ def test_a_row_goes_on_where_its_state_comes_in_as_it_went_out(enter, rows):
     engine = engine_of(net, stirred, sequence_end="ignore")
     with engine:
         assert lesson_weights(net, engine, draw_chunks(1)[0], enter) == rows
+
+
+def test_a_dict_may_come_back_with_its_keys_in_another_order():
+    chunks, found = draw_chunks(4), []
+    for turned in (False, True):
+        net = Net("user's cell")
+
+        def forward(x, state=None, net=net, turned=turned):
+            begin = dict(reversed(state.items())) if turned and state is not None else state
+            return Net.forward(net, x, begin)
+
+        net.forward = forward
+        engine = engine_of(net, stirred, "user's cell")
+        with engine:
+            found.append((train(net, engine, chunks)[0], weights(engine)))
+    exactly(found[1], found[0])
+
+
+class Wrapper(nn.Module):
+    """Hands everything on, under no name of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda core, x, state: core(x, state),
+        lambda core, x, state: core(x, hx=state),
+        lambda core, x, state: core(input=x, hx=state),
+    ],
+)
+def test_a_state_is_found_by_place_where_the_argument_has_no_name(call):
+    net = Net()
+    net.core = Wrapper(net.core)
+    net.forward = lambda x, state=None: (net.head((made := call(net.core, x, state))[0]), made[1])
+    engine = DNIEngine(net, [], stirred, truncations={"core": 1}, sequence_end="ignore")
+    with engine:
+        assert lesson_weights(net, engine, draw_chunks(1)[0], lambda state: state) == BATCH
 
 
 def test_what_the_user_writes_into_the_state_is_no_longer_the_state_that_went_out():
