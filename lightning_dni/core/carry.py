@@ -212,6 +212,10 @@ def keep_rows(state: Any, rows: Tensor | None) -> Any:
     if rows is None or state is None:
         return None
     return pytree.tree_map(
-        lambda s: torch.where(rows.view(-1, *[1] * (s.ndim - 1)), s, 0.0) if isinstance(s, Tensor) else s,
+        lambda s: (
+            torch.where(rows.view(-1, *[1] * (s.ndim - 1)), s, s.new_zeros(()))
+            if isinstance(s, Tensor)
+            else s
+        ),
         state,
     )

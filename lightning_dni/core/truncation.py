@@ -41,6 +41,7 @@ from lightning_dni.core.chunk import (
     with_own_nodes,
 )
 from lightning_dni.core.context import check_context
+from lightning_dni.core.continuity import Continuity
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import Installed, Record, Signal, who
 from lightning_dni.core.settings import StepSettings
@@ -77,7 +78,7 @@ class RecurrentCuts:
         self.damping = {name: _checked(choose_by_pattern(name, damping, "damping")) for name in self._dims}
         self._modules: dict[str, nn.Module] = {}
         self._held: dict[str, list[Ending]] = {}
-        self._numbers = count()
+        self._numbers, self._continuity = count(), Continuity()
         self.reset()
 
     def attach(self, taps: Taps, runs_forward: Callable[[], bool]) -> None:
@@ -96,7 +97,7 @@ class RecurrentCuts:
     def reset(self) -> None:
         """Forget the step in progress, but not what the sequences go on from."""
         for ending in (ending for endings in self._held.values() for ending in endings):
-            ending.taken, ending.learned, ending.chunk = False, False, None
+            ending.forget_step()
         self._calls: dict[int, tuple[Chunk, Call]] = {}
         self._entering: dict[str, Chunk] = {}
         self._closing: list[Chunk] = []
@@ -169,6 +170,7 @@ class RecurrentCuts:
         if len(fitting) > 1:  # waits for an accelerator
             best = max(range(len(rows)), key=lambda k: (int(rows[k].sum()), not fitting[k].taken, k))
         fitting[best].taken = True
+        self._continuity.see(name, rows[best])
         return fitting[best], rows[best]
 
     def leave(self, name: str, output: Any) -> Any:
@@ -183,7 +185,8 @@ class RecurrentCuts:
             return None
         dim = find_batch_dim(name, module, value.tensors, self._dims[name])
         kept = [t.clone() for t in value.tensors]  # the user may change them in place, or detach them so
-        call = Call(next(self._numbers), kept, Ending([t.detach() for t in kept], dim, chunk=chunk))
+        ending = Ending([t.detach() for t in kept], dim, chunk=chunk)
+        call = Call(next(self._numbers), kept, ending, value.replaced(ending.values))
         mark((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), call.number)
         for each in (chunk, *chunk.merged):
             each.calls.append(call)
@@ -278,7 +281,7 @@ class RecurrentCuts:
         call.ending.record = Record(h, context, gradient, state)
         if gradient is None:
             return []
-        share = settings.share(h, None, elements_per_row) * self.damping[name]
+        share = settings.share(h, call.state, elements_per_row) * self.damping[name]
         return as_applied(gradient, call.left, call.ending.batch_dim, share)
 
     def finish(self, settings: StepSettings, elements_per_row: int | None, number: int) -> list[Lesson]:
@@ -310,10 +313,10 @@ class RecurrentCuts:
             return None
         before.learned = True
         name, record = chunk.truncation, before.record
-        factor = settings.factor(arrived, None, elements_per_row)
+        end = chunk.ends[0]
+        factor = settings.factor(arrived, end.state, elements_per_row)
         target = tuple(g / factor for g in arrived)
-        ending = chunk.ends[0].ending.record
-        future = None if ending is None else ending.gradient
+        future = None if end.ending.record is None else end.ending.record.gradient
         installed = self._install(name, record.h)
         return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
 
@@ -330,7 +333,7 @@ class RecurrentCuts:
         begun = {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}
         for name in (name for name in self._dims if name in begun):
             for ending in self._held.get(name, ()):
-                if ending.learned or ending.record is None:
+                if ending.learned or ending.passed or ending.record is None:
                     continue
                 ending.learned = True
                 record = ending.record
@@ -348,6 +351,7 @@ class RecurrentCuts:
         for chunk, call in self._calls.values():
             if call.ending.record is not None and not call.continued:
                 ended.setdefault(chunk.truncation, []).append(call.ending)
+        self._continuity.end_step(ended)
         for name in self._dims:
             waiting = ended.get(name, self._held.get(name, []))
             self._held[name] = [ending for ending in waiting if not ending.learned]
