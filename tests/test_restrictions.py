@@ -73,6 +73,9 @@ RESTRICTIONS = {
         "Expected vectors, sequences or two-dimensional feature maps",
         "to be class scores of shape",
     ],
+    'with `loss_denominator="elements"`, an output whose elements': [
+        "elements per row with loss_denominator="
+    ],
     "labels outside [0, `num_classes`)": [
         "Expected labels in [0, …)",
         "Expected integer labels",
