@@ -1,40 +1,69 @@
 """Whether sequences go on at a truncation at all; where none ever does, that is told once."""
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_dni.core.carry import to_rows
+
 PATIENCE = 20
 """Training steps after which a sequence should have gone on."""
+
+
+@dataclass
+class _Seen:
+    """What came in at one truncation.
+
+    Attributes:
+        steps: Number of steps since somebody looked.
+        went_on: Whether a row went on from the end of a chunk; None where no state came in that could.
+        strange: Whether one did not that was not zero either.
+    """
+
+    steps: int = 0
+    went_on: Tensor | None = None
+    strange: Tensor | None = None
 
 
 class Continuity:
     """What has been seen of the states that come into truncations."""
 
     def __init__(self) -> None:
-        self._steps: Counter[str] = Counter()
-        self._went_on: dict[str, Tensor] = {}
+        self._seen: dict[str, _Seen | None] = {}
 
-    def see(self, name: str, rows: Tensor) -> None:
-        """Take note of which `rows` go on from the end of a chunk; waits for nothing."""
-        if self._steps[name] < PATIENCE:
-            went_on = rows.any()
-            self._went_on[name] = went_on | self._went_on.get(name, went_on)
+    def see(self, name: str, rows: Tensor, entered: Sequence[Tensor], batch_dim: int) -> None:
+        """Take note of which `rows` of a state that has `entered` go on from the end of a chunk."""
+        seen = self._seen.setdefault(name, _Seen())
+        if seen is None:
+            return
+        zero = [~to_rows(t.detach(), batch_dim).flatten(1).any(1) for t in entered]
+        went_on, strange = rows.any(), ~rows
+        for each in zero:
+            strange = strange & ~each
+        seen.went_on = went_on if seen.went_on is None else seen.went_on | went_on
+        seen.strange = strange.any() if seen.strange is None else seen.strange | strange.any()
 
     def end_step(self, names: Iterable[str]) -> None:
-        """Count a step of truncations `names`; once, look at what was seen, and warn where that is none."""
+        """Count a step of truncations `names`; now and then look at what was seen, until it is clear."""
         for name in names:
-            self._steps[name] += 1
-            if self._steps[name] != PATIENCE:
+            seen = self._seen.setdefault(name, _Seen())
+            if seen is None:
                 continue
-            went_on = self._went_on.pop(name, None)
-            if went_on is None or not bool(went_on):
-                warnings.warn(
-                    f"No sequence has gone on at truncation {name!r} in {PATIENCE} training steps, so its "
-                    "estimator learns nothing but zero: no state came in as it had gone out. Hand on all of "
-                    "its tensors as the module returned them, and begin anew in the rows of new sequences "
-                    "only; see docs/recurrent.md.",
-                    stacklevel=2,
-                )
+            seen.steps += 1
+            if seen.steps == PATIENCE:
+                self._look(name, seen)
+
+    def _look(self, name: str, seen: _Seen) -> None:
+        self._seen[name] = None
+        if seen.went_on is None or (bool(seen.strange) and not bool(seen.went_on)):
+            warnings.warn(
+                f"No sequence has gone on at truncation {name!r} in {PATIENCE} training steps, so its "
+                "estimator learns nothing but zero: no state came in as it had gone out. Hand on all of "
+                "its tensors as the module returned them, and begin anew in the rows of new sequences "
+                "only; see docs/recurrent.md.",
+                stacklevel=2,
+            )
+        elif not bool(seen.went_on):  # all of them have ended in their first chunk
+            self._seen[name] = _Seen()

@@ -170,7 +170,7 @@ class RecurrentCuts:
         if len(fitting) > 1:  # waits for an accelerator
             best = max(range(len(rows)), key=lambda k: (int(rows[k].sum()), not fitting[k].taken, k))
         fitting[best].taken = True
-        self._continuity.see(name, rows[best])
+        self._continuity.see(name, rows[best], entered, fitting[best].batch_dim)
         return fitting[best], rows[best]
 
     def leave(self, name: str, output: Any) -> Any:

@@ -42,14 +42,27 @@ def test_where_no_sequence_ever_goes_on_that_is_told_once(change):
     assert len(told) == 1
 
 
-@pytest.mark.parametrize(("reset_from", "number"), [(0, PATIENCE - 1), (2, 2 * PATIENCE)], ids=["few", "one"])
-def test_nothing_is_told_after_few_steps_or_where_one_sequence_went_on(reset_from, number):
+ONE, NONE = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ([None], PATIENCE - 1),
+        ([ONE, ONE, None], 2 * PATIENCE),
+        ([NONE], 2 * PATIENCE + 5),
+        ([NONE] * (2 * PATIENCE) + [ONE], 4 * PATIENCE),
+    ],
+    ids=["few steps", "one went on", "all end", "one goes on later"],
+)
+def test_nothing_is_told_after_few_steps_or_where_one_sequence_went_on_or_all_have_ended(changes, number):
+    """A curriculum may begin with sequences of one chunk."""
     seen = []
 
     def change(state):
+        keep = changes[min(len(seen), len(changes) - 1)]
         seen.append(state)
-        keep = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, -1, 1)
-        return tuple(s * keep for s in state) if len(seen) <= reset_from else None
+        return None if keep is None else tuple(s * keep.view(1, -1, 1) for s in state)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
