@@ -38,6 +38,7 @@ RESTRICTIONS = {
     "a boundary name or pattern that names no submodule": [
         "Expected `…` to name submodules",
         "Expected `…` to name distinct modules",
+        "Expected `…` to name modules that take hooks",
     ],
     "a boundary that did not run": ["Expected every boundary to run"],
     "a path around a boundary": [

@@ -26,7 +26,8 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
     """
     if not truncations:
         return {}
-    found = resolve_submodules(model, list(truncations), "truncations")
+    patterns = truncations if isinstance(truncations, str) else list(truncations)
+    found = resolve_submodules(model, patterns, "truncations")
     for name, module in found.items():
         outer = [other for other in found if name.startswith(f"{other}.")]
         if outer:
