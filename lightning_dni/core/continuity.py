@@ -60,9 +60,9 @@ class Continuity:
         if seen.went_on is None or (bool(seen.strange) and not bool(seen.went_on)):
             warnings.warn(
                 f"No sequence has gone on at truncation {name!r} in {PATIENCE} training steps, so its "
-                "estimator learns nothing but zero: no state came in as it had gone out. Hand on all of "
-                "its tensors as the module returned them, and begin anew in the rows of new sequences "
-                "only; see docs/recurrent.md.",
+                "estimator learns nothing but zero: no state came in as it had gone out, with a graph. "
+                "Detach outside of the module if at all, hand on all of its tensors as it returned them, "
+                "and begin anew in the rows of new sequences only; see docs/recurrent.md.",
                 stacklevel=2,
             )
         elif not bool(seen.went_on):  # all of them have ended in their first chunk

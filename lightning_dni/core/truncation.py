@@ -230,8 +230,9 @@ class RecurrentCuts:
         if absent and self._untrained.issuperset(absent) and settings.own_parameters is None:
             raise BoundaryError(
                 f"Expected the states of truncations to need a gradient, but nothing that makes those of "
-                f"{absent} is trained: parameters, inputs and first state are frozen. Unfreeze what shall "
-                "learn, or leave it out of `truncations`."
+                f"{absent} is trained (parameters, inputs and first state are frozen), or the module "
+                "detaches them itself. Unfreeze what shall learn and return the state as it is, which is cut "
+                "in any case; or leave the module out of `truncations`."
             )
         if absent and settings.own_parameters is None:
             raise BoundaryError(
@@ -351,7 +352,7 @@ class RecurrentCuts:
         for chunk, call in self._calls.values():
             if call.ending.record is not None and not call.continued:
                 ended.setdefault(chunk.truncation, []).append(call.ending)
-        self._continuity.end_step(ended)
+        self._continuity.end_step({**ended, **dict.fromkeys(self._untrained)})
         for name in self._dims:
             waiting = ended.get(name, self._held.get(name, []))
             self._held[name] = [ending for ending in waiting if not ending.learned]

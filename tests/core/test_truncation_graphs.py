@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dni.core import DNIEngine
+from lightning_dni.core.continuity import PATIENCE
 from lightning_dni.errors import BoundaryError, StageError
 from lightning_dni.estimators import LinearEstimator
 
@@ -140,6 +141,34 @@ def test_a_truncation_whose_state_needs_no_gradient_is_refused():
         pytest.raises(BoundaryError, match=r"to need a gradient, but .* those of \['core'\] is trained"),
     ):
         train(net, engine, [chunk])
+
+
+class Detaches(nn.GRU):
+    """As modules do that are made for truncated backprop."""
+
+    def forward(self, x, state=None):
+        out, state = super().forward(x, state)
+        return out, state.detach()
+
+
+def test_a_module_that_detaches_its_state_itself_is_told_so():
+    """Where a step holds several losses it may as well be frozen for a while: that is told later."""
+    net, chunks = Net("gru"), draw_chunks(PATIENCE)
+    net.core = Detaches(FEATURES, WIDTH).double()
+    engine = engine_of(net, LinearEstimator)
+
+    def train_manually():
+        state = None
+        for x, _, _ in chunks:
+            with engine.training_step(several_losses=True):
+                out, state = net(x, state)
+                engine.backward(out.sum())
+
+    with engine:
+        with pytest.raises(BoundaryError, match="or the module detaches them itself"):
+            train(net, engine, chunks[:1])
+        with pytest.warns(UserWarning, match="No sequence has gone on at truncation 'core'"):
+            train_manually()
 
 
 def test_a_truncation_inside_another_is_refused():
