@@ -111,8 +111,7 @@ class StateValue:
         tensors: The floating-point tensors in it; those of a dict by key.
 
     Raises:
-        BoundaryError: It cannot be opened, holds complex tensors with a gradient, or is numbers that are no
-            state.
+        BoundaryError: It cannot be opened, or holds complex tensors with a gradient.
     """
 
     def __init__(self, name: str, state: Any) -> None:
@@ -122,8 +121,6 @@ class StateValue:
             i for i in _in_order(state) if isinstance(x := self._flat[i], Tensor) and x.is_floating_point()
         ]
         self.tensors: list[Tensor] = [self._flat[i] for i in self._places]
-        if not self.tensors and self._flat and isinstance(state, (Tensor, list, tuple)):
-            _refuse_numbers(name, self._flat)
 
     def replaced(self, tensors: Sequence[Tensor]) -> Any:
         """The same structure with other tensors in it."""
@@ -151,10 +148,15 @@ def _in_order(state: Any, first: int = 0) -> list[int]:
     return [place for _, places in sorted(parts, key=itemgetter(0)) for place in places]
 
 
-def _refuse_numbers(name: str, flat: Sequence[Any]) -> None:
-    """Refuse whole numbers where the state should be, such as the lengths of sequences."""
-    kinds = {str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in flat}
-    if "NoneType" not in kinds:
+def refuse_numbers(name: str, state: Any) -> None:
+    """Refuse whole numbers where the state of truncation `name` should be, such as the lengths of sequences.
+
+    Raises:
+        BoundaryError: `state` is nothing but such.
+    """
+    leaves = pytree.tree_leaves(state) if isinstance(state, (Tensor, list, tuple)) else []
+    kinds = {str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves}
+    if kinds and "NoneType" not in kinds:
         raise BoundaryError(
             f"Expected truncation {name!r} to be called as module(input, state), but got {sorted(kinds)} as "
             "its second argument, which no gradient comes back to. Pass the state there, None at first, and "

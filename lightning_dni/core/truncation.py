@@ -23,6 +23,7 @@ from lightning_dni.core.carry import (
     Truncations,
     find_batch_dim,
     keep_rows,
+    refuse_numbers,
     resolve_truncations,
     returned_state,
     state_argument,
@@ -124,6 +125,7 @@ class RecurrentCuts:
             return self._enter_again(name, value, state)
         self._entering[name] = Chunk(name)
         if not value.tensors:
+            refuse_numbers(name, state)
             return state
         dim = find_batch_dim(name, self._modules[name], value.tensors, self._dims[name])
         numbers = set(walk(value.tensors, through=False))
