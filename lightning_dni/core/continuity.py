@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_dni.core.carry import to_rows
@@ -38,12 +39,10 @@ class Continuity:
         seen = self._seen.setdefault(name, _Seen())
         if seen is None:
             return
-        zero = [~to_rows(t.detach(), batch_dim).flatten(1).any(1) for t in entered]
-        went_on, strange = rows.any(), ~rows
-        for each in zero:
-            strange = strange & ~each
+        filled = torch.stack([to_rows(t.detach(), batch_dim).flatten(1).any(1) for t in entered]).any(0)
+        went_on, strange = rows.any(), (filled & ~rows).any()
         seen.went_on = went_on if seen.went_on is None else seen.went_on | went_on
-        seen.strange = strange.any() if seen.strange is None else seen.strange | strange.any()
+        seen.strange = strange if seen.strange is None else seen.strange | strange
 
     def end_step(self, names: Iterable[str]) -> None:
         """Count a step of truncations `names`; now and then look at what was seen, until it is clear."""
