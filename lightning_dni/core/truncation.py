@@ -270,7 +270,7 @@ class RecurrentCuts:
         installed = self._install(name, h)
         _refuse_estimator(installed, name)
         said_by, estimator = who(installed.estimator, name), installed.estimator
-        expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, h[0].shape[0])
+        expected = estimator.num_classes, estimator.context_size, estimator.ignore_index, len(h[0])
         context = check_context(settings.context, *expected, said_by, settings.check_values)
         before = chunk.before.record.state if chunk.before and chunk.before.record else None
         with estimating(installed, h[0], grad=False):
@@ -281,7 +281,8 @@ class RecurrentCuts:
                 check_zero(gradient, said_by)
             sound = self.bootstrap.is_sound(observed(gradient), "gradient", name, installed, settings)
             gradient = gradient if sound else None
-        call.ending.record = Record(h, context, gradient, state)
+        kept = context if context is None else context.clone()  # the next batch may be written over it
+        call.ending.record = Record(h, kept, gradient, state)
         if gradient is None:
             return []
         share = settings.share(h, call.state, elements_per_row) * self.damping[name]
@@ -336,10 +337,10 @@ class RecurrentCuts:
         begun = {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}
         for name in (name for name in self._dims if name in begun):
             for ending in self._held.get(name, ()):
-                if ending.learned or ending.passed or ending.record is None:
+                record = ending.record
+                if ending.learned or ending.passed or record is None:
                     continue
                 ending.learned = True
-                record = ending.record
                 target = tuple(torch.zeros_like(h) for h in record.h)
                 rows = torch.zeros(len(target[0]), dtype=torch.bool, device=target[0].device)
                 installed = self._install(name, record.h)
@@ -355,9 +356,8 @@ class RecurrentCuts:
             if call.ending.record is not None and not call.continued:
                 ended.setdefault(chunk.truncation, []).append(call.ending)
         self._continuity.end_step({**ended, **dict.fromkeys(self._untrained)})
-        for name in self._dims:
-            waiting = ended.get(name, self._held.get(name, []))
-            self._held[name] = [ending for ending in waiting if not ending.learned]
+        waiting = {name: ended.get(name, self._held.get(name, [])) for name in self._dims}
+        self._held = {name: [e for e in endings if not e.learned] for name, endings in waiting.items()}
         self.reset()
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,9 +28,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dni.core import DNIEngine
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import (
-    MLPEstimator,
-)
+from lightning_dni.estimators import LinearEstimator, MLPEstimator, RecurrentEstimator
 
 # ---- which rows go on
 
@@ -175,6 +173,24 @@ def test_forward_passes_of_other_kinds_change_nothing():
             [*net.parameters(), *(p.grad for p in net.parameters()), *pytree.tree_leaves(weights(engine))]
         )
     exactly(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("kind", [LinearEstimator, RecurrentEstimator])
+def test_labels_that_are_written_over_by_the_next_batch_are_those_of_their_own(kind):
+    """As in a loader with buffers of its own: the estimator learns only once the next chunk is there."""
+    labels, found = torch.randint(5, (4, BATCH)), []
+    for reuses in (False, True):
+        net, state, buffer = Net(), None, torch.empty(BATCH, dtype=torch.int64)
+        engine = engine_of(net, partial(kind, num_classes=5), seed=0, labels=1)
+        with engine:
+            for (x, y, _), label in zip(draw_chunks(4), labels, strict=True):
+                with engine.training_step((x, buffer.copy_(label) if reuses else label)):
+                    out, state = net(x, state)
+                    loss = loss_of(out, y)
+                engine.backward(loss)
+                engine.update_estimators()
+        found.append(weights(engine))
+    exactly(found[1], found[0])
 
 
 def test_two_sequences_that_are_read_in_turn_are_told_apart():
