@@ -313,12 +313,9 @@ class Engine(ABC):
     def _settings(
         self, batch: Any, accumulate: int, scale: Scale | None, several: bool, last: bool
     ) -> StepSettings:
-        context = find_context(batch, self._labels)
-        if context is not None and accumulate > 1 and self._pool.steps > 1:
-            context = context.clone()  # the next batch may be written over it before it is learnt from again
         return StepSettings(
             batch=batch,
-            context=context,
+            context=find_context(batch, self._labels),
             bp_lambda=self._bp_lambda,
             loss_denominator=self._loss_denominator,
             elements_per_row=self._elements_per_row,

@@ -225,9 +225,8 @@ class Step:
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, rows)
         if expected not in self._contexts:
-            self._contexts[expected] = check_context(
-                self.settings.context, *expected, crossing.who, self.settings.check_values
-            )
+            found = check_context(self.settings.context, *expected, crossing.who, self.settings.check_values)
+            self._contexts[expected] = found if found is None else found.clone()  # it may be written over
         return self._contexts[expected]
 
     # ---- settling: everything that is due as soon as something has arrived
