@@ -282,6 +282,13 @@ ESTIMATORS = [
     Row("recurrent-tokens", partial(recurrent, **labels), "sequence", "token labels"),
     Row("control_variate-labels", partial(control_variate, **labels), context="labels", **CHOSEN),
     Row("control_variate-leaves", control_variate, "leaves", **CHOSEN),
+    Row(
+        "control_variate-map",
+        partial(control_variate, predictor=partial(conv, **labels)),
+        "map",
+        "labels",
+        **CHOSEN,
+    ),
     Row("control_variate-tokens", partial(control_variate, **labels), "sequence", "token labels", **CHOSEN),
     *(Row(f"backprop-{kind}", backprop, kind, **FIXED, locks=BOTH) for kind in SHAPES),
     Row("delayed-now", partial(delayed, delay=0), **FIXED, locks=BOTH),

@@ -52,6 +52,7 @@ def test_there_are_seven_recipes_and_these_studies():
     assert [path.stem for path in STUDIES] == [
         "alternation",
         "approximators",
+        "boundaries",
         "character_lstm",
         "cifar_cnn",
         "cifar_fcn",
@@ -128,10 +129,11 @@ def covering(study):
 def test_each_study_runs_in_short(recipe, tmp_path):
     """With the values under `quick`: every value on every axis, all metrics, and the picture."""
     overrides = [("wandb", "null")]
-    if "MNISTDataModule" in recipe.read_text():
-        if not MNIST.exists():
-            pytest.skip(f"no MNIST files in {MNIST}; set LIGHTNING_DNI_MNIST")
-        overrides.append(("fit.data.init_args.data_dir", str(MNIST)))
+    for key in ("fit.data.init_args.data_dir", "arguments.data_dir"):
+        if OmegaConf.select(OmegaConf.load(recipe), key) == "data/mnist":
+            if not MNIST.exists():
+                pytest.skip(f"no MNIST files in {MNIST}; set LIGHTNING_DNI_MNIST")
+            overrides.append((key, str(MNIST)))
     if "CIFAR10DataModule" in recipe.read_text():
         made = write_archive(tmp_path / "made").parent
         overrides += [("fit.data.init_args.data_dir", str(made)), ("fit.data.init_args.val_size", "2")]

@@ -39,6 +39,7 @@ RESTRICTIONS = {
     "a boundary name or pattern that names no submodule": [
         "Expected `…` to name submodules",
         "Expected `…` to name distinct modules",
+        "Expected `…` to name modules that take hooks",
     ],
     "a boundary that did not run": ["Expected every boundary to run"],
     "a path around a boundary": [
@@ -76,6 +77,9 @@ RESTRICTIONS = {
         "Expected feature maps [batch, channels, ...]",
         "Expected vectors, sequences or two-dimensional feature maps",
         "to be class scores of shape",
+    ],
+    'with `loss_denominator="elements"`, an output whose elements': [
+        "elements per row with loss_denominator="
     ],
     "labels outside [0, `num_classes`)": [
         "Expected labels in [0, …)",
@@ -137,6 +141,7 @@ RESTRICTIONS = {
     ],
     "a truncation that does not return (output, state)": [
         "to return (output, state)",
+        "to be called as module(input, state)",
         "Expected a recurrent module that reads forward",
         "whose batch dimension is known",
         "to have the same number of rows in dimension",

@@ -15,10 +15,6 @@ import report
 
 SHARE, STEPS, LOCAL = "critic, label share", "critic, label share, 4 steps", "local loss"
 BEHIND = ("critic", "Sobolev, label share", "cDNI")
-TOKENWISE = (
-    *("zero", "DNI", "Sobolev", "cascade", "DFA", "Kickback", "delayed gradient", "control variate"),
-    *(SHARE, LOCAL, *BEHIND),
-)
 
 
 class Task(NamedTuple):
@@ -58,7 +54,7 @@ TASKS = (
     Task("mnist-mlp-1024", 6, 5, (STEPS,)),
     Task("fashion-mlp", 6, 5),
     Task("fashion-cnn", 3, 5, (SHARE, LOCAL)),
-    Task("text-transformer", 3, 3, TOKENWISE, steps=500),
+    Task("text-transformer", 3, 5, steps=500),
 )
 COSTS = (
     Task("mnist-mlp", 6, 0),

@@ -107,8 +107,8 @@ NETS: Mapping[str, Net] = {
         _fashion,
         _convolutional,
         ["net.block_*"],
-        regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=5),
-        undefined=frozenset({"control variate", "low-rank"}),
+        regressor=partial(ConvEstimator, hidden_channels=(), kernel_size=3),
+        undefined=frozenset({"low-rank"}),
     ),
     "text-transformer": Net(
         lambda folder: TextDataModule(batch_size=32),
@@ -143,7 +143,7 @@ def rows_of(net: Net) -> dict[str, EstimatorFactory | None]:
         "DFA": DirectFeedbackAlignmentEstimator,
         "Kickback": partial(KickbackEstimator, **sees),
         "delayed gradient": DelayedGradientEstimator,
-        "control variate": partial(ControlVariateEstimator, **sees),
+        "control variate": partial(ControlVariateEstimator, predictor=partial(net.regressor, **sees)),
     }
     return {name: factory for name, factory in rows.items() if name not in net.undefined}
 

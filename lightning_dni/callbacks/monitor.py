@@ -19,7 +19,7 @@ from lightning_dni.callbacks.performance import StepClock, peak_memory, reset_pe
 from lightning_dni.callbacks.pictures import picture_path
 from lightning_dni.callbacks.replicas import Replicas
 from lightning_dni.callbacks.rows import check_interval, warn_of_dropped_rows
-from lightning_dni.callbacks.summary import summarizes, summary_of
+from lightning_dni.callbacks.summary import lambdas_of, summarizes, summary_of
 from lightning_dni.callbacks.wandb_report import WandbReport
 from lightning_dni.callbacks.window import BoundaryWindow, metrics_of
 from lightning_dni.core.figures import Figures
@@ -269,7 +269,7 @@ class GradientMonitor(pl.Callback):
         assert self._engine is not None
         skipped = self._engine.skipped
         if replicas is not None:
-            names = list(self._engine.bp_lambda)
+            names = list(lambdas_of(self._engine))
             own = torch.tensor([float(skipped.get(name, 0)) for name in names])
             totals = replicas.total(own.to(replicas.device)).tolist()
             # under a gradient scaler only those appear where something was found

@@ -24,7 +24,7 @@ WEIGHT_ERROR = "dni_weight_error"
 
 def summarizes(engine: Observable) -> bool:
     """Whether there are synthetic gradients to tell of."""
-    return bool(_lambdas(engine))
+    return bool(lambdas_of(engine))
 
 
 def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Group:
@@ -44,7 +44,7 @@ def summary_of(recent: Mapping[str, Sequence[float]], engine: Observable) -> Gro
     for heading in ("boundary", "estimator", *FIGURES, "descends"):
         table.add_column(heading, overflow="fold")
     lines = []
-    for name, value in _lambdas(engine).items():
+    for name, value in lambdas_of(engine).items():
         figures = {metric: _mean(recent.get(key_of(metric, name), ())) for metric in _READ}
         shown = [_number(figures[metric]) for metric in FIGURES.values()]
         errors = recent.get(key_of(WEIGHT_ERROR, name), ())
@@ -99,7 +99,7 @@ def _advice(figures: Mapping[str, float | None], bp_lambda: float, learns: bool)
     return advise(figures)
 
 
-def _lambdas(engine: Observable) -> dict[str, float]:
+def lambdas_of(engine: Observable) -> dict[str, float]:
     """Lambda by boundary; at truncations, where nothing can be mixed in, 0."""
     truncations = cast(Sequence[str], engine.describe().get("truncations", ()))
     return {**engine.bp_lambda, **dict.fromkeys(truncations, 0.0)}

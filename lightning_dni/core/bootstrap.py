@@ -85,8 +85,7 @@ class Bootstrap:
         )
         loss = self._learn(name, installed, record, feedback, settings)
         if settings.report:
-            told = torch.ones_like(rows) if ends else rows
-            made = _report(record, target, told, loss, installed)
+            made = _report(record, target, rows, loss, installed)
             self.reports[name] = with_rows_of(self.reports.get(name), made)
         keeps = settings.keep_lessons and loss is not None
         return (installed, record, feedback, 1.0 / settings.accumulate) if keeps else None
@@ -152,6 +151,7 @@ def _where(rows: Tensor, gradient: Gradient) -> Gradient:
 def _report(
     record: Record, target: Gradient, rows: Tensor, loss: Tensor | None, installed: Installed
 ) -> BoundaryReport:
+    """What was said beside what came back, in the rows that go on: to the others nothing has."""
     said = record.gradient or tuple(torch.zeros_like(t) for t in target)
     synthetic, heard = (torch.cat([g[rows].flatten(1) for g in each], dim=1) for each in (said, target))
     regresses = installed.estimator.regresses

@@ -125,7 +125,8 @@ def resolve_submodules(model: nn.Module, patterns: Sequence[str], argument: str)
         Submodule by name, in the order in which the model registers them.
 
     Raises:
-        BoundaryError: No pattern is given, a pattern matches nothing, or two names are one module.
+        BoundaryError: No pattern is given, a pattern matches nothing, two names are one module, or torch.jit
+            has made it.
     """
     if isinstance(patterns, str) or not patterns:
         raise BoundaryError(
@@ -150,6 +151,11 @@ def resolve_submodules(model: nn.Module, patterns: Sequence[str], argument: str)
             raise BoundaryError(
                 f"Expected `{argument}` to name distinct modules, but {twin!r} and {name!r} are the "
                 "same module object. Name it once: every call of it is cut."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BoundaryError(
+                f"Expected `{argument}` to name modules that take hooks, but {name!r} was made by torch.jit. "
+                "Wrap it in a module that calls it, and name that; or use torch.compile."
             )
         found[name] = module
     return found

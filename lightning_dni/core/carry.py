@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.boundary import COMPILED, resolve_submodules
-from lightning_dni.core.value import close_value, open_value
+from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 Truncations = Sequence[str] | Mapping[str, int]
 """Names or patterns of recurrent submodules; or {pattern: batch dimension of the state}."""
+_UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> dict[str, int | None]:
@@ -25,7 +27,8 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
     """
     if not truncations:
         return {}
-    found = resolve_submodules(model, list(truncations), "truncations")
+    patterns = truncations if isinstance(truncations, str) else list(truncations)
+    found = resolve_submodules(model, patterns, "truncations")
     for name, module in found.items():
         outer = [other for other in found if name.startswith(f"{other}.")]
         if outer:
@@ -73,9 +76,10 @@ def core_of(module: nn.Module) -> nn.Module:
 
 
 def state_argument(module: nn.Module) -> str | None:
-    """Name of the second argument of a module, which is its state; None where it has no name."""
-    names = list(inspect.signature(core_of(module).forward).parameters)
-    return names[1] if len(names) > 1 else None
+    """Name of the second argument of a module, which is its state; None where it has no name of its own."""
+    arguments = list(inspect.signature(core_of(module).forward).parameters.values())
+    named = len(arguments) > 1 and not any(a.kind in _UNNAMED for a in arguments[:2])
+    return arguments[1].name if named else None
 
 
 def returned_state(name: str, module: nn.Module, output: Any) -> Any:
@@ -96,11 +100,6 @@ def returned_state(name: str, module: nn.Module, output: Any) -> Any:
     return output[1]
 
 
-def with_state(module: nn.Module, output: Any, state: Any) -> Any:
-    """What the module returns with `state` in it."""
-    return state if isinstance(core_of(module), nn.RNNCellBase) else (output[0], state)
-
-
 class StateValue:
     """A state opened into its floating-point tensors, which may be replaced.
 
@@ -109,13 +108,17 @@ class StateValue:
         state: A tensor, or a tuple, list or dict of tensors.
 
     Attributes:
-        tensors: The floating-point tensors in it.
+        tensors: The floating-point tensors in it; those of a dict by key.
+
+    Raises:
+        BoundaryError: It cannot be opened, or holds complex tensors with a gradient.
     """
 
     def __init__(self, name: str, state: Any) -> None:
         self._flat, self._structure = open_value(name, state)
+        differentiable(self._flat, name)
         self._places = [
-            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
+            i for i in _in_order(state) if isinstance(x := self._flat[i], Tensor) and x.is_floating_point()
         ]
         self.tensors: list[Tensor] = [self._flat[i] for i in self._places]
 
@@ -125,6 +128,40 @@ class StateValue:
         for place, tensor in zip(self._places, tensors, strict=True):
             flat[place] = tensor
         return close_value(flat, self._structure)
+
+
+def _in_order(state: Any, first: int = 0) -> list[int]:
+    """Places of the leaves from `first` on, those of a dict by key: it may come back with its keys turned.
+
+    >>> _in_order({"slow": 1.0, "fast": (2.0, torch.Size([3]))})
+    [1, 2, 0]
+    """
+    leaves = pytree.tree_leaves(state)
+    opens = isinstance(state, (tuple, list, Mapping)) and not any(leaf is state for leaf in leaves)
+    if not opens:
+        return list(range(first, first + len(leaves)))
+    named = isinstance(state, Mapping)
+    parts = []
+    for key, part in state.items() if named else enumerate(state):
+        parts.append((repr(key) if named else "", _in_order(part, first)))
+        first += len(parts[-1][1])
+    return [place for _, places in sorted(parts, key=itemgetter(0)) for place in places]
+
+
+def refuse_numbers(name: str, state: Any) -> None:
+    """Refuse whole numbers where the state of truncation `name` should be, such as the lengths of sequences.
+
+    Raises:
+        BoundaryError: `state` is nothing but such.
+    """
+    leaves = pytree.tree_leaves(state) if isinstance(state, (Tensor, list, tuple)) else []
+    kinds = {str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves}
+    if kinds and "NoneType" not in kinds:
+        raise BoundaryError(
+            f"Expected truncation {name!r} to be called as module(input, state), but got {sorted(kinds)} as "
+            "its second argument, which no gradient comes back to. Pass the state there, None at first, and "
+            "what else the module needs beside its input, as in module((input, lengths), state)."
+        )
 
 
 def find_batch_dim(name: str, module: nn.Module, state: Sequence[Tensor], said: int | None) -> int:
@@ -186,6 +223,10 @@ def keep_rows(state: Any, rows: Tensor | None) -> Any:
     if rows is None or state is None:
         return None
     return pytree.tree_map(
-        lambda s: torch.where(rows.view(-1, *[1] * (s.ndim - 1)), s, 0.0) if isinstance(s, Tensor) else s,
+        lambda s: (
+            torch.where(rows.view(-1, *[1] * (s.ndim - 1)), s, s.new_zeros(()))
+            if isinstance(s, Tensor)
+            else s
+        ),
         state,
     )

@@ -32,6 +32,7 @@ class Ending:
         record: What the estimator saw and said; None where the chunk did not count.
         taken: Whether a chunk of this step goes on from it.
         learned: Whether its target has come.
+        passed: Whether a chunk has gone on from it that no loss came back through, so that none will come.
         chunk: The chunk, while its step lasts.
     """
 
@@ -40,11 +41,17 @@ class Ending:
     record: Record | None = None
     taken: bool = False
     learned: bool = False
+    passed: bool = False
     chunk: "Chunk | None" = None
 
     def rows(self) -> tuple[Tensor, ...]:
         """What an estimator is shown of it, `[batch, ...]` in full precision."""
         return full_rows(self.values, self.batch_dim)
+
+    def forget_step(self) -> None:
+        """Belong to an earlier step than the next."""
+        self.passed = self.passed or (self.taken and not self.learned)
+        self.taken, self.learned, self.chunk = False, False, None
 
     def state_dict(self) -> dict[str, Any]:
         """The ending in tensors and primitives; it has a record."""
@@ -56,6 +63,7 @@ class Ending:
             "context": self.record.context,
             "gradient": None if said is None else list(said),
             "state": self.record.state,
+            "passed": self.passed,
         }
 
     @classmethod
@@ -63,6 +71,7 @@ class Ending:
         """Rebuild an ending saved by `state_dict` on `device`."""
         here = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(state))
         ending, said = cls(list(here["values"]), here["batch_dim"]), here["gradient"]
+        ending.passed = here.get("passed", False)
         ending.record = Record(
             ending.rows(), here["context"], None if said is None else tuple(said), here["state"]
         )
@@ -81,12 +90,14 @@ class Call:
         number: Unique in the whole run.
         left: The state that went out, with its graph.
         ending: The same without it.
+        state: That as the module returned it.
         continued: Whether another call of the step goes on from it.
     """
 
     number: int
     left: list[Tensor]
     ending: Ending
+    state: Any
     continued: bool = False
 
 
@@ -165,6 +176,24 @@ def mark(tensors: Iterable[Tensor], number: int) -> None:
     for tensor in tensors:
         if tensor.grad_fn is not None:
             cast(dict[str, Any], tensor.grad_fn.metadata)[CALL] = number
+
+
+def with_own_nodes(output: Any) -> Any:
+    """What a module returns, with copies of the tensors that were there before this call.
+
+    The module has handed them on as they came: their nodes cannot stand for this call.
+    """
+    flat, structure = pytree.tree_flatten(output)
+    foreign = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad and _is_foreign(x)]
+    if not foreign:
+        return output
+    for place in foreign:
+        flat[place] = flat[place].clone()
+    return pytree.tree_unflatten(flat, structure)
+
+
+def _is_foreign(tensor: Tensor) -> bool:
+    return tensor.grad_fn is None or CALL in cast(dict[str, Any], tensor.grad_fn.metadata)
 
 
 def walk(tensors: Iterable[Tensor], through: bool) -> Iterator[int | None]:

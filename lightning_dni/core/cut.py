@@ -41,6 +41,8 @@ class Cut:
         bp_lambda: Weight of the true gradient.
         waits: Whether the stage is only differentiated when its target has arrived.
         elements_unknown: Whether `factor` still lacks the number of output elements.
+        elements_seen: Whether the output of its forward call has told that number.
+        divided: Whether a stage was given a synthetic gradient times `factor`.
         consumed: Whether the loss has come back through it.
         consumer: What differentiates the stage above, for messages.
         record: What the estimator said, until its loss and its correction were taken.
@@ -81,6 +83,8 @@ class Cut:
     bp_lambda: float
     waits: bool
     elements_unknown: bool
+    elements_seen: bool = False
+    divided: bool = False
     consumed: bool = False
     consumer: str | None = None
     record: Record | None = None
@@ -206,6 +210,7 @@ class Cut:
         synthetic = None
         said = self.synthetic if self.below is None else self.below
         if said is not None and bp_lambda < 1.0:
+            self.divided = True
             synthetic = [(g * self.factor).to(h.dtype) for g, h in zip(said, self.outputs, strict=True)]
         if not self.waits or bp_lambda == 0.0:
             return synthetic

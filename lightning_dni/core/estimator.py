@@ -112,11 +112,12 @@ class GradientEstimator(nn.Module, ABC):
             may set it on the instance; `locks_with` says so beforehand.
         relays: Whether the gradient is the target itself, which is then applied as it came, to the bit.
         keeps_graph: Whether the graph of `synthesize` costs no more than `h` and is kept for `loss`.
-            Otherwise `synthesize` runs without a graph and `loss` builds it again.
+            Otherwise `synthesize` runs without a graph and `loss` builds it again. An option may set it on
+            the instance.
         regresses: Whether `loss` is `sg_loss` of what `synthesize` gave and nothing else (but for auxiliary
             tasks at truncations).
         differentiates: Whether a regressing estimator has `parameter_gradients`; no graph of it is built
-            then.
+            then. An option may set it on the instance.
         stochastic: Whether it draws random numbers when it runs; it then gets a stream of its own.
         facts: Its entry in the table of estimators; None for one that is not in it.
     """
@@ -124,9 +125,9 @@ class GradientEstimator(nn.Module, ABC):
     needs: ClassVar[frozenset[Signal]] = frozenset()
     locks: frozenset[Lock] = frozenset()
     relays: ClassVar[bool] = False
-    keeps_graph: ClassVar[bool] = True
+    keeps_graph: bool = True
     regresses: ClassVar[bool] = False
-    differentiates: ClassVar[bool] = False
+    differentiates: bool = False
     stochastic: ClassVar[bool] = False
     facts: ClassVar[Facts | None] = None
 

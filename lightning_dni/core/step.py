@@ -52,6 +52,7 @@ from lightning_dni.core.synthesis import (
     correct,
     differentiate_loss,
     observed,
+    recount,
     synthesize,
     synthesize_below,
     value_of,
@@ -129,7 +130,12 @@ class Step:
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not tensors or not tensors[0].ndim:
             return
-        self.elements_per_row = tensors[0].numel() // max(1, tensors[0].shape[0])
+        before, self.elements_per_row = (
+            self.elements_per_row,
+            tensors[0].numel() // max(1, tensors[0].shape[0]),
+        )
+        if self.settings.loss_denominator == "elements":
+            recount(self.cuts, self.settings, before, self.elements_per_row)
         if not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
             return
         topmost = trace_stage(tensors, self._owner_of).parents
@@ -219,9 +225,8 @@ class Step:
         estimator, rows = crossing.installed.estimator, rows_of(crossing.leaves)
         expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, rows)
         if expected not in self._contexts:
-            self._contexts[expected] = check_context(
-                self.settings.context, *expected, crossing.who, self.settings.check_values
-            )
+            found = check_context(self.settings.context, *expected, crossing.who, self.settings.check_values)
+            self._contexts[expected] = found if found is None else found.clone()  # it may be written over
         return self._contexts[expected]
 
     # ---- settling: everything that is due as soon as something has arrived
@@ -268,7 +273,6 @@ class Step:
     def _deliver(self, crossing: Cut) -> None:
         """Hand `crossing` what the differentiated stage above has left at its boundary tensors."""
         crossing.take_arrived()
-        self._complete_factor(crossing)
         needed = Signal.TARGET in crossing.awaited and not self._makes_no_target(crossing)
         if self.settings.report or needed:
             crossing.target = crossing.target_gradient()
@@ -281,10 +285,6 @@ class Step:
         estimator = crossing.installed.estimator
         learns = crossing.learns_from_arrived and not self.settings.keep_lessons and not estimator.locks
         return learns or estimator.relays
-
-    def _complete_factor(self, crossing: Cut) -> None:
-        if crossing.elements_unknown and crossing.leaves:
-            crossing.factor = self.settings.factor(crossing.leaves, None, self.elements_per_row)
 
     def _told(self, crossing: Cut, signal: Signal | None = None) -> None:
         """Let the estimator learn once it has been told all that it asked for."""
@@ -362,7 +362,6 @@ class Step:
         for asking, gradients in self._errors:
             for crossing in reversed(asking) if gradients else ():  # the lowest first: none needs another
                 refuse_told_twice(crossing)
-                self._complete_factor(crossing)
                 dtype = torch.promote_types(gradients[-1].dtype, torch.float32)
                 crossing.output_gradient = gradients[-1].detach().to(dtype) / crossing.factor
                 self._told(crossing, Signal.OUTPUT_GRADIENT)

@@ -29,6 +29,7 @@ class BoundarySums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._spread: Spread | None = None
+        self._rows = 0
         self._applied: dict[str, Tensor] = {}
         self._true: dict[str, Tensor] = {}
         self._dtype, self._device = torch.float32, torch.device("cpu")
@@ -37,6 +38,7 @@ class BoundarySums:
         """Add a micro-batch."""
         synthetic, target, true = report.synthetic, report.target, report.true
         self._dtype, self._device = value_dtype(synthetic, synthetic), synthetic.device
+        self._rows += len(synthetic)
         if target is not None:
             self._add("target", _compare(synthetic, target))
         if true is not None:
@@ -63,15 +65,18 @@ class BoundarySums:
             self._spread.update(target)
 
     def figures(self, staleness: int | None = None, together: Together | None = None) -> Figures:
-        """What was summed so far.
+        """What was summed so far; nothing where there was no row.
 
         Args:
             staleness: As in `Figures`.
             together: The processes whose rows count together; None: there are no others.
         """
-        families, sums = self._families(), dict(self._sums)
+        families, sums, rows = self._families(), dict(self._sums), self._rows
         if together is not None:
-            families = _in_common(families, together, self._device)
+            families, rows = _in_common(families, rows, together, self._device)
+        if not rows:
+            return Figures({}, self._dtype, staleness)
+        if together is not None:
             sums = {family: together.total(vector) for family, vector in sums.items() if family in families}
         if self._spread is not None and "spread" in families:
             sums["spread"] = self._spread.sums(together)
@@ -133,11 +138,13 @@ class Spread:
         return squares / self._all_rows
 
 
-def _in_common(families: set[str], together: Together, device: torch.device) -> set[str]:
-    """What every process has measured: one may have skipped what another has learnt."""
-    here = torch.tensor([1.0, *(float(family in families) for family in FAMILIES)], device=device)
-    processes, *counts = together.total(here).tolist()
-    return {family for family, count in zip(FAMILIES, counts, strict=True) if count == processes}
+def _in_common(
+    families: set[str], rows: int, together: Together, device: torch.device
+) -> tuple[set[str], int]:
+    """What every process has measured: one may have skipped what another has learnt; and all their rows."""
+    here = [1.0, float(rows), *(float(family in families) for family in FAMILIES)]
+    processes, total, *counts = together.total(torch.tensor(here, device=device)).tolist()
+    return {family for family, count in zip(FAMILIES, counts, strict=True) if count == processes}, int(total)
 
 
 def _are_equal(size: int, together: Together, like: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Ask an estimator, in its own precision and random stream, and check what it says."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -10,7 +10,7 @@ from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Feedback, Gradient, Installed, Record
 from lightning_dni.core.settings import StepSettings
 from lightning_dni.core.stage import local_gradients
-from lightning_dni.core.target import sg_loss, sg_loss_gradient
+from lightning_dni.core.target import other_elements, sg_loss, sg_loss_gradient
 from lightning_dni.errors import EstimatorError
 
 
@@ -33,6 +33,26 @@ def synthesize(cut: Cut, context: Tensor | None, settings: StepSettings) -> Reco
     if gradient is not None or not estimator.locks:
         cut.said = observed(h if gradient is None else gradient)
     return Record(h, context, gradient, state)
+
+
+def recount(cuts: Iterable[Cut], settings: StepSettings, before: int | None, elements: int) -> None:
+    """Take into the cuts' `factor` how many elements per row the network's output has turned out to have.
+
+    Args:
+        cuts: Those of the step.
+        settings: What holds for the step.
+        before: The number that was taken to be that, if there was one.
+        elements: What it is.
+
+    Raises:
+        EstimatorError: A stage was given a gradient already that the other number has divided.
+    """
+    for cut in (cut for cut in cuts if not cut.elements_seen):
+        cut.elements_seen = True
+        if cut.divided and before not in (None, elements):
+            raise other_elements(cut.who, before, elements)
+        if cut.leaves:
+            cut.factor = settings.factor(cut.leaves, None, elements)
 
 
 def value_of(cut: Cut, record: Record) -> Tensor | None:

@@ -55,7 +55,8 @@ class StateTap:
 
     Args:
         on_state: Receives it; its replacement goes in.
-        name: Name of the argument, for who passes it by name; None where it has none.
+        name: Name of the argument, for who passes it by name; None where it has none: then it is whatever
+            is passed second.
     """
 
     def __init__(self, on_state: OnOutput, name: str | None) -> None:
@@ -66,8 +67,9 @@ class StateTap:
         """Hand the state over, None where there is none."""
         if len(args) > 1:
             return (args[0], self._on_state(args[1]), *args[2:]), kwargs
-        if self._name is not None and self._name in kwargs:
-            return args, kwargs | {self._name: self._on_state(kwargs[self._name])}
+        second = [*kwargs][1 - len(args) : 2 - len(args)] if self._name is None else [self._name]
+        for name in (name for name in second if name in kwargs):
+            return args, kwargs | {name: self._on_state(kwargs[name])}
         self._on_state(None)
         return None
 

@@ -69,6 +69,16 @@ def denominator(
     return float(max(1, rows) * elements)  # no row, no gradient: any scale will do
 
 
+def other_elements(who: str, before: int | None, elements: int) -> EstimatorError:
+    """An error for an output whose elements per row have changed since gradients were divided by them."""
+    return EstimatorError(
+        f"Expected the network's output to have {before} elements per row with loss_denominator='elements', "
+        f"as before, but got {elements} (sequences of another length?): {who} had to say something before. "
+        "Pass a callable that says what the loss is divided by, as in `loss_denominator=lambda batch, h: "
+        "batch[1].numel()`."
+    )
+
+
 def mix_gradients(
     synthetic: Float[Tensor, " *shape"], target: Float[Tensor, " *shape"], bp_lambda: float
 ) -> Float[Tensor, " *shape"]:

@@ -23,10 +23,10 @@ from lightning_dni.core.carry import (
     Truncations,
     find_batch_dim,
     keep_rows,
+    refuse_numbers,
     resolve_truncations,
     returned_state,
     state_argument,
-    with_state,
 )
 from lightning_dni.core.chunk import (
     Call,
@@ -39,8 +39,10 @@ from lightning_dni.core.chunk import (
     sum_arrived,
     walk,
     with_gradients,
+    with_own_nodes,
 )
 from lightning_dni.core.context import check_context
+from lightning_dni.core.continuity import Continuity
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import Installed, Record, Signal, who
 from lightning_dni.core.settings import StepSettings
@@ -77,7 +79,7 @@ class RecurrentCuts:
         self.damping = {name: _checked(choose_by_pattern(name, damping, "damping")) for name in self._dims}
         self._modules: dict[str, nn.Module] = {}
         self._held: dict[str, list[Ending]] = {}
-        self._numbers = count()
+        self._numbers, self._continuity = count(), Continuity()
         self.reset()
 
     def attach(self, taps: Taps, runs_forward: Callable[[], bool]) -> None:
@@ -96,7 +98,7 @@ class RecurrentCuts:
     def reset(self) -> None:
         """Forget the step in progress, but not what the sequences go on from."""
         for ending in (ending for endings in self._held.values() for ending in endings):
-            ending.taken, ending.learned, ending.chunk = False, False, None
+            ending.forget_step()
         self._calls: dict[int, tuple[Chunk, Call]] = {}
         self._entering: dict[str, Chunk] = {}
         self._closing: list[Chunk] = []
@@ -123,6 +125,7 @@ class RecurrentCuts:
             return self._enter_again(name, value, state)
         self._entering[name] = Chunk(name)
         if not value.tensors:
+            refuse_numbers(name, state)
             return state
         dim = find_batch_dim(name, self._modules[name], value.tensors, self._dims[name])
         numbers = set(walk(value.tensors, through=False))
@@ -169,6 +172,7 @@ class RecurrentCuts:
         if len(fitting) > 1:  # waits for an accelerator
             best = max(range(len(rows)), key=lambda k: (int(rows[k].sum()), not fitting[k].taken, k))
         fitting[best].taken = True
+        self._continuity.see(name, rows[best], entered, fitting[best].batch_dim)
         return fitting[best], rows[best]
 
     def leave(self, name: str, output: Any) -> Any:
@@ -176,18 +180,15 @@ class RecurrentCuts:
         chunk = self._entering.pop(name, None)
         if chunk is None:
             return None
-        module = self._modules[name]
+        module, output = self._modules[name], with_own_nodes(output)
         value = StateValue(name, returned_state(name, module, output))
         if not any(t.requires_grad for t in value.tensors):
             self._untrained.add(name)
             return None
         dim = find_batch_dim(name, module, value.tensors, self._dims[name])
-        # a state that is handed on as it came would be taken for that of another step
-        left = [t if t.grad_fn is not None or not t.requires_grad else t.view_as(t) for t in value.tensors]
-        if any(a is not b for a, b in zip(left, value.tensors, strict=True)):
-            output = with_state(module, output, value.replaced(left))
-        kept = [t.clone() for t in left]  # the user may change the state in place, or detach it so
-        call = Call(next(self._numbers), kept, Ending([t.detach() for t in kept], dim, chunk=chunk))
+        kept = [t.clone() for t in value.tensors]  # the user may change them in place, or detach them so
+        ending = Ending([t.detach() for t in kept], dim, chunk=chunk)
+        call = Call(next(self._numbers), kept, ending, value.replaced(ending.values))
         mark((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), call.number)
         for each in (chunk, *chunk.merged):
             each.calls.append(call)
@@ -231,8 +232,9 @@ class RecurrentCuts:
         if absent and self._untrained.issuperset(absent) and settings.own_parameters is None:
             raise BoundaryError(
                 f"Expected the states of truncations to need a gradient, but nothing that makes those of "
-                f"{absent} is trained: parameters, inputs and first state are frozen. Unfreeze what shall "
-                "learn, or leave it out of `truncations`."
+                f"{absent} is trained (parameters, inputs and first state are frozen), or the module "
+                "detaches them itself. Unfreeze what shall learn and return the state as it is, which is cut "
+                "in any case; or leave the module out of `truncations`."
             )
         if absent and settings.own_parameters is None:
             raise BoundaryError(
@@ -268,7 +270,7 @@ class RecurrentCuts:
         installed = self._install(name, h)
         _refuse_estimator(installed, name)
         said_by, estimator = who(installed.estimator, name), installed.estimator
-        expected = (estimator.num_classes, estimator.context_size, estimator.ignore_index, h[0].shape[0])
+        expected = estimator.num_classes, estimator.context_size, estimator.ignore_index, len(h[0])
         context = check_context(settings.context, *expected, said_by, settings.check_values)
         before = chunk.before.record.state if chunk.before and chunk.before.record else None
         with estimating(installed, h[0], grad=False):
@@ -279,10 +281,11 @@ class RecurrentCuts:
                 check_zero(gradient, said_by)
             sound = self.bootstrap.is_sound(observed(gradient), "gradient", name, installed, settings)
             gradient = gradient if sound else None
-        call.ending.record = Record(h, context, gradient, state)
+        kept = context if context is None else context.clone()  # the next batch may be written over it
+        call.ending.record = Record(h, kept, gradient, state)
         if gradient is None:
             return []
-        share = settings.share(h, None, elements_per_row) * self.damping[name]
+        share = settings.share(h, call.state, elements_per_row) * self.damping[name]
         return as_applied(gradient, call.left, call.ending.batch_dim, share)
 
     def finish(self, settings: StepSettings, elements_per_row: int | None, number: int) -> list[Lesson]:
@@ -314,10 +317,10 @@ class RecurrentCuts:
             return None
         before.learned = True
         name, record = chunk.truncation, before.record
-        factor = settings.factor(arrived, None, elements_per_row)
+        end = chunk.ends[0]
+        factor = settings.factor(arrived, end.state, elements_per_row)
         target = tuple(g / factor for g in arrived)
-        ending = chunk.ends[0].ending.record
-        future = None if ending is None else ending.gradient
+        future = None if end.ending.record is None else end.ending.record.gradient
         installed = self._install(name, record.h)
         return self.bootstrap.teach(name, installed, record, target, rows, future, settings)
 
@@ -334,10 +337,10 @@ class RecurrentCuts:
         begun = {chunk.truncation for chunk, _ in self._calls.values() if chunk.closed}
         for name in (name for name in self._dims if name in begun):
             for ending in self._held.get(name, ()):
-                if ending.learned or ending.record is None:
+                record = ending.record
+                if ending.learned or ending.passed or record is None:
                     continue
                 ending.learned = True
-                record = ending.record
                 target = tuple(torch.zeros_like(h) for h in record.h)
                 rows = torch.zeros(len(target[0]), dtype=torch.bool, device=target[0].device)
                 installed = self._install(name, record.h)
@@ -352,9 +355,9 @@ class RecurrentCuts:
         for chunk, call in self._calls.values():
             if call.ending.record is not None and not call.continued:
                 ended.setdefault(chunk.truncation, []).append(call.ending)
-        for name in self._dims:
-            waiting = ended.get(name, self._held.get(name, []))
-            self._held[name] = [ending for ending in waiting if not ending.learned]
+        self._continuity.end_step({**ended, **dict.fromkeys(self._untrained)})
+        waiting = {name: ended.get(name, self._held.get(name, [])) for name in self._dims}
+        self._held = {name: [e for e in endings if not e.learned] for name, endings in waiting.items()}
         self.reset()
 
     def state_dict(self) -> dict[str, Any]:

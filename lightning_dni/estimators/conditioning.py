@@ -69,8 +69,8 @@ class Conditioning(nn.Module):
     def forward(self, context: Tensor | None, h: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """What to add at every position of `h` `[batch, ..., features]`; None for nothing.
 
-        With `bias` `[features]` that is added, too: on the few rows of the table that labels look up, not
-        on all rows of `h`.
+        With `bias` `[features]` that is added, too: to the table of labels or to what they look up, whichever
+        has fewer rows.
         """
         if self.weight is None or context is None:
             return None
@@ -80,7 +80,11 @@ class Conditioning(nn.Module):
         else:
             check_aligned(context.shape, h.shape[:-1], self._boundary)
             labels = to_look_up(context, self._ignore_index)
-            added = F.embedding(labels, self.weight if bias is None else self.weight + bias)
+            if bias is not None and len(self.weight) <= labels.numel():
+                added = F.embedding(labels, self.weight + bias)
+            else:
+                added = F.embedding(labels, self.weight)
+                added = added if bias is None else added + bias
         while added.ndim < h.ndim:
             added = added.unsqueeze(-2)
         return added

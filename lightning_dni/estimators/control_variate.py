@@ -1,5 +1,6 @@
 """Predicted gradients made unbiased by the true ones of some rows."""
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -31,13 +32,16 @@ class ControlVariateEstimator(GradientEstimator):
     gradients are predicted, here those of activations). The stage waits for the target.
 
     Args:
-        spec: The boundary's spec, as LinearEstimator takes it, which predicts.
+        spec: The boundary's spec, as the predictor takes it.
         fraction: Share m/b of the rows whose true gradient is used; at least one row is.
-        num_classes: Number of classes where labels are the predictor's context.
-        context_size: Width of a continuous context.
+        num_classes: Number of classes where labels are the linear predictor's context.
+        context_size: Width of a continuous context of the linear predictor.
+        predictor: Makes another predictor, with a context of its own: of feature maps
+            `partial(ConvEstimator, num_classes=10)`.
 
     Raises:
-        EstimatorError: `fraction` is not above 0 and at most 1, or the spec or a context does not fit.
+        EstimatorError: `fraction` is not above 0 and at most 1, the spec or a context does not fit, or the
+            predictor does not learn by `sg_loss` alone, or waits for something.
     """
 
     needs = frozenset({Signal.TARGET})
@@ -46,7 +50,7 @@ class ControlVariateEstimator(GradientEstimator):
     differentiates = True
     facts = Facts(
         gradient="SG(h, y), on m of b rows + (b/m)(dL/dh - SG(h, y))",
-        synthesis="hA + yB + C",
+        synthesis="hA + yB + C, or another estimator's",
         target="dL/dh",
         loss="squared distance",
     )
@@ -57,18 +61,28 @@ class ControlVariateEstimator(GradientEstimator):
         fraction: float = 0.25,
         num_classes: int | None = None,
         context_size: int | None = None,
+        predictor: Callable[[BoundarySpec], GradientEstimator] | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 < fraction <= 1.0:
             raise EstimatorError(f"Expected `fraction` to be above 0 and at most 1, but got {fraction!r}.")
-        self.num_classes, self.context_size, self.fraction = num_classes, context_size, fraction
-        self.predictor = LinearEstimator(spec, num_classes, context_size)
+        if predictor is not None and (num_classes is not None or context_size is not None):
+            raise EstimatorError(
+                "Expected `num_classes` and `context_size` among the options of `predictor`, but got them "
+                f"beside it at boundary {spec.name!r}. Pass partial(ConvEstimator, num_classes=10), say."
+            )
+        self.fraction = fraction
+        made = LinearEstimator(spec, num_classes, context_size) if predictor is None else predictor(spec)
+        self.predictor = _checked(made, spec.name)
+        self.num_classes, self.context_size = self.predictor.num_classes, self.predictor.context_size
+        self.ignore_index = self.predictor.ignore_index
+        self.keeps_graph, self.differentiates = self.predictor.keeps_graph, self.predictor.differentiates
         self._seed, self._drawn = int(torch.randint(2**62, ())), 0
 
     def synthesize(
         self, h: tuple[Tensor, ...], context: Tensor | None, state: Any
     ) -> tuple[Gradient | None, Any]:
-        """The linear prediction."""
+        """The prediction."""
         return self.predictor.synthesize(h, context, state)
 
     def loss(self, record: Record, feedback: Feedback) -> Tensor | None:
@@ -104,3 +118,19 @@ class ControlVariateEstimator(GradientEstimator):
     def set_extra_state(self, state: Any) -> None:
         """Go on with the choices of a saved run."""
         self._seed, self._drawn = (int(number) for number in state)
+
+
+def _checked(predictor: GradientEstimator, boundary: str) -> GradientEstimator:
+    """Refuse a predictor whose own ways would be passed over."""
+    kind = type(predictor)
+    if not isinstance(predictor, GradientEstimator) or not predictor.regresses or predictor.stochastic:
+        raise EstimatorError(
+            "Expected `predictor` to make an estimator that regresses the gradient, such as LinearEstimator, "
+            f"MLPEstimator or ConvEstimator, but got {kind.__name__} at boundary {boundary!r}."
+        )
+    if predictor.locks:
+        raise EstimatorError(
+            f"Expected a `predictor` that waits for nothing, but got {kind.__name__} with prop_alpha at "
+            f"boundary {boundary!r}. Leave `prop_alpha` out: the correction is ours."
+        )
+    return predictor

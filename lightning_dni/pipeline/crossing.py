@@ -81,6 +81,11 @@ def refuse_foreign(variables: Iterable[Tensor], own: Container[int], where: str)
 def ask(cut: Cut, settings: StepSettings, keeps_graph: bool) -> Record:
     """Have the estimator of `cut` give its gradient; what it saw and said.
 
+    Args:
+        cut: The crossing.
+        settings: What holds for the step.
+        keeps_graph: Whether its target comes in this step, and not with a lag.
+
     Raises:
         EstimatorError: The context that it asks for is not there or does not fit, or its gradient does not.
     """
@@ -94,6 +99,8 @@ def ask(cut: Cut, settings: StepSettings, keeps_graph: bool) -> Record:
         cut.who,
         settings.check_values,
     )
+    if not keeps_graph and context is not None:
+        context = context.clone()  # a later batch may be written over it before the target is here
     record = synthesize(cut, context, settings if keeps_graph else replace(settings, keep_lessons=True))
     if record.gradient is not None:
         cut.synthetic = tuple(g.detach() for g in record.gradient)

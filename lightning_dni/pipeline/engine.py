@@ -159,7 +159,8 @@ class StageEngine(StagedEngine):
     def _see_output(self, output: Any) -> None:
         """Take note of the network's output, on the last stage."""
         if self._step is not None:
-            self._elements_per_row = self._output.see(output) or self._elements_per_row
+            known = self._elements_per_row if self._step.loss_denominator == "elements" else None
+            self._elements_per_row = self._output.see(output, known) or self._elements_per_row
 
     def _on_output(self, outputs: list[Tensor], value: Any) -> None:
         assert self._step is not None

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.cut import refuse_changed
+from lightning_dni.core.target import other_elements
 from lightning_dni.errors import EstimatorError
 from lightning_dni.pipeline.message import Kind, Message, Outlet
 
@@ -33,15 +34,26 @@ class Output:
         """Forget the step before."""
         self._seen, self._gradients = None, []
 
-    def see(self, output: Any) -> int | None:
-        """Take note of what the output module gives; its elements per row, if it takes a gradient."""
+    def see(self, output: Any, before: int | None = None) -> int | None:
+        """Take note of what the output module gives; its elements per row, if it takes a gradient.
+
+        Args:
+            output: What it gives.
+            before: By how many elements per row the stages below divide; None where they do not.
+
+        Raises:
+            EstimatorError: There are more or fewer.
+        """
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not torch.is_grad_enabled() or not tensors or not tensors[0].ndim:
             return None
         self._seen, self._version = tensors[0].detach(), tensors[0]._version
         if self._with_gradient:
             tensors[0].register_hook(self._gradients.append)  # type: ignore[no-untyped-call]
-        return self._seen.numel() // max(1, self._seen.shape[0])
+        elements = self._seen.numel() // max(1, self._seen.shape[0])
+        if before not in (None, elements):
+            raise other_elements("the estimators of the stages below", before, elements)
+        return elements
 
     def told(self) -> Tensor:
         """What the output module has given.

@@ -51,6 +51,14 @@ def test_unequal_micro_batches_give_what_the_joint_batch_gives():
         assert found[name] == pytest.approx(value, rel=1e-6), name
 
 
+def test_of_no_row_nothing_is_said_and_it_changes_nothing():
+    none = report(random(0, 3), random(0, 3), loss=torch.zeros(()).double())
+    s, t = random(4, 3), random(4, 3, seed=1)
+    some = report(s, t, loss=squared(s, t))
+    assert computed(none) == {}
+    assert computed(none, some) == computed(some, none) == computed(some)
+
+
 def test_without_true_gradients_only_the_target_is_compared():
     s, t = random(4, 3), random(4, 3, seed=1)
     assert computed(report(s, t, loss=squared(s, t))).keys() == {

@@ -47,6 +47,23 @@ def test_two_names_of_one_module_are_refused():
         DNIEngine(nn.Sequential(shared, nn.ReLU(), shared), ["0", "2"], Told)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("places", [{"boundaries": ["0"]}, {"boundaries": [], "truncations": ["0"]}])
+def test_what_torch_jit_has_made_is_refused_and_may_be_wrapped(places):
+    """It takes no hooks."""
+    scripted = torch.jit.script(nn.LSTM(2, 3) if "truncations" in places else nn.Linear(2, 3))
+    with pytest.raises(BoundaryError, match="to name modules that take hooks, but '0' was made by"):
+        DNIEngine(nn.Sequential(scripted), estimator=Told, **places)
+    assert DNIEngine(nn.Sequential(nn.Sequential(scripted)), estimator=Told, **places).boundaries == ("0",)
+
+
+@pytest.mark.parametrize("places", [{"boundaries": "core"}, {"boundaries": [], "truncations": "core"}])
+def test_a_single_name_is_no_list_of_names(places):
+    model = nn.ModuleDict({"core": nn.LSTM(2, 3)})
+    with pytest.raises(BoundaryError, match="to be a non-empty list of submodule names, but got 'core'"):
+        DNIEngine(model, estimator=Told, **places)
+
+
 def test_a_spec_describes_every_leaf_without_its_rows():
     spec = BoundarySpec.of("b", [torch.zeros(8, 3, 4), torch.zeros(8, 2, dtype=torch.float64)])
     assert spec.leaves == (LeafSpec((3, 4), torch.float32), LeafSpec((2,), torch.float64))

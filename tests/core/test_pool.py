@@ -84,7 +84,8 @@ def lesson(model, maps, x, y):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_estimator_steps_are_those_of_a_hand_written_loop(steps, accumulate, optimizer):
-    model = mlp()
+    """Also where the loader writes the labels of every batch into the same tensor."""
+    model, labels = mlp(), blobs()[1]
     engine = attached(model, ["0", "1"], LINEAR, estimator_steps=steps, estimator_optimizer=optimizer)
     maps = [nn.Linear(w + CLASSES, w).double() for w in (6, 7)]
     for p in (p for m in maps for p in m.parameters()):
@@ -93,11 +94,11 @@ def test_estimator_steps_are_those_of_a_hand_written_loop(steps, accumulate, opt
     for _ in range(4):
         batches = [blobs() for _ in range(accumulate)]
         lessons = [lesson(copy.deepcopy(model), maps, *batch) for batch in batches]
-        for batch in batches:
+        for x, y in batches:
             run_step(
                 engine,
                 model,
-                batch,
+                (x, labels.copy_(y)),
                 lambda out, y: F.cross_entropy(out, y) / accumulate,
                 accumulate=accumulate,
             )

@@ -59,6 +59,30 @@ def three_steps(kind, bp_lambda, forward):
     return {**learnt, **weights(model)}
 
 
+@KINDS
+@EVERY_LAMBDA
+def test_labels_that_are_changed_in_place_after_the_forward_pass_are_those_that_were_seen(kind, bp_lambda):
+    """As where padding is masked just before the loss."""
+
+    def masked(out, y, in_place):
+        hidden = y if in_place else y.clone()
+        hidden[::3] = -100
+        return F.cross_entropy(out, hidden)
+
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model, batch = mlp(), blobs()
+        options = {"estimator_steps": 2, "bp_lambda": bp_lambda, "seed": 0}
+        engine = attached(model, ["0", "1"], VECTOR_ESTIMATORS[kind], **options)
+        for _ in range(3):
+            x, y = (each.clone() for each in batch)
+            run_step(engine, model, (x, y), lambda out, y, in_place=in_place: masked(out, y, in_place))
+            engine.update_estimators()
+        found.append({f"{n}.{k}": v for n, e in engine.estimators.items() for k, v in weights(e).items()})
+    assert same_bits(*found)
+
+
 def once(model, x, y):
     return F.cross_entropy(model(x), y)
 

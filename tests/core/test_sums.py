@@ -44,3 +44,14 @@ def test_what_one_process_has_not_measured_is_left_out_by_all():
     for found in on_ranks(figures, seconds=60):
         assert found.keys() == {"target"}
         torch.testing.assert_close(found["target"], expected)
+
+
+def nothing(rank):
+    sums, none = BoundarySums(), torch.zeros(0, 3)
+    sums.update(BoundaryReport(none, none, None, torch.tensor(0.0), True, {}, {}))
+    return sums.figures(together=Both()).sums
+
+
+def test_of_no_row_at_all_nothing_is_said():
+    """As at a truncation where every sequence begins anew: no error of 0, and no loss of 0 / 0."""
+    assert on_ranks(nothing, seconds=60) == [{}, {}]

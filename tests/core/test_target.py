@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_dni.core import DNIEngine, GradientEstimator, mix_gradients, sg_loss
 from lightning_dni.core.target import denominator
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import LinearEstimator
+from lightning_dni.estimators import LinearEstimator, ZeroEstimator
 
 A, B = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
 
@@ -100,6 +100,44 @@ def test_synthetic_gradients_are_in_units_of_the_loss(case, bp_lambda):
         twin, x, lambda out: loss_of(out, y), [torch.cos, torch.cos], [bp_lambda] * 2, [divisor] * 2
     )
     assert_close(grads(model), grads(twin), atol=1e-13)
+
+
+def sequences(length):
+    return torch.randn(8, length, 5, dtype=torch.float64), torch.randn(8, length, 4, dtype=torch.float64)
+
+
+def test_elements_per_row_that_change_are_refused_where_a_gradient_was_divided_by_others():
+    """As where sequences differ in length: the stage below had its gradient before the output was there."""
+    model = mlp((5, 6, 7, 4))
+    engine = attached(model, ["0", "1"], FromZero, loss_denominator="elements")
+    for _ in range(2):
+        run_step(engine, model, sequences(3), F.mse_loss)
+    match = r"to have 12 elements per row .* but got 20 .* FromZero at boundary '0' had to say something"
+    with pytest.raises(EstimatorError, match=match):
+        run_step(engine, model, sequences(5), F.mse_loss)
+
+
+@pytest.mark.parametrize("estimator", [LinearEstimator, ZeroEstimator])
+@pytest.mark.parametrize("length", [3, 5])
+def test_elements_per_row_that_change_are_right_where_the_gradient_waits_for_them(estimator, length):
+    """With BP(lambda), and of course where no gradient is said."""
+    bp_lambda = 0.5 if estimator is LinearEstimator else 0.0
+    found = []
+    for before in (length, 4):
+        torch.manual_seed(1)
+        model = mlp((5, 6, 7, 4))
+        engine = attached(
+            model, ["0", "1"], estimator, loss_denominator="elements", bp_lambda=bp_lambda, seed=0
+        )
+        with engine.training_step(sequences(before)):
+            model(sequences(before)[0])
+        torch.manual_seed(2)
+        run_step(engine, model, sequences(length), F.mse_loss)
+        learnt = {
+            p: e.map.weight.grad for p, e in engine.estimators.items() if isinstance(e, LinearEstimator)
+        }
+        found.append(grads(model) | learnt)
+    assert_close(found[1], found[0], atol=1e-13)
 
 
 @pytest.mark.parametrize("case", LOSSES)

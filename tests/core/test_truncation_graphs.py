@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dni.core import DNIEngine
+from lightning_dni.core.continuity import PATIENCE
 from lightning_dni.errors import BoundaryError, StageError
 from lightning_dni.estimators import LinearEstimator
 
@@ -142,6 +143,34 @@ def test_a_truncation_whose_state_needs_no_gradient_is_refused():
         train(net, engine, [chunk])
 
 
+class Detaches(nn.GRU):
+    """As modules do that are made for truncated backprop."""
+
+    def forward(self, x, state=None):
+        out, state = super().forward(x, state)
+        return out, state.detach()
+
+
+def test_a_module_that_detaches_its_state_itself_is_told_so():
+    """Where a step holds several losses it may as well be frozen for a while: that is told later."""
+    net, chunks = Net("gru"), draw_chunks(PATIENCE)
+    net.core = Detaches(FEATURES, WIDTH).double()
+    engine = engine_of(net, LinearEstimator)
+
+    def train_manually():
+        state = None
+        for x, _, _ in chunks:
+            with engine.training_step(several_losses=True):
+                out, state = net(x, state)
+                engine.backward(out.sum())
+
+    with engine:
+        with pytest.raises(BoundaryError, match="or the module detaches them itself"):
+            train(net, engine, chunks[:1])
+        with pytest.warns(UserWarning, match="No sequence has gone on at truncation 'core'"):
+            train_manually()
+
+
 def test_a_truncation_inside_another_is_refused():
     with pytest.raises(
         BoundaryError, match=r"Expected no truncation inside another, but got 'core\.rnn' in 'core'"
@@ -160,3 +189,61 @@ def test_a_loss_that_is_differentiated_another_way_is_refused():
             engine.training_step(several_losses=True),
         ):
             net(chunk[0], state)[0].sum().backward()
+
+
+class Clockwork(nn.Module):
+    """A cell whose slow state moves in every other step, and is handed on as it came in the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.GRUCell(FEATURES, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x, state):
+        fast, slow, step = state
+        fast = self.fast(x, fast)
+        slow = torch.tanh(slow + self.slow(fast)) if step % 2 else slow
+        return torch.cat([fast, slow], 1), (fast, slow, step + 1)
+
+
+def clockwork():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.ModuleDict({"core": Clockwork(), "eyes": nn.Linear(FEATURES, 2)}).double()
+
+
+def test_two_branches_are_handed_on_the_same_tensor():
+    """Each of them has an end: the tensor's last reader does not go on from the first."""
+
+    def ends_of(net):
+        begin = (torch.zeros(BATCH, WIDTH).double(), net["eyes"](x[0]), 0)
+        _, (fast, slow, _) = net["core"](x[0], begin)
+        return [net["core"](row, (fast, slow, 2))[0] for row in x[1:]]
+
+    ours, twin, x = clockwork(), clockwork(), draw_chunks(1)[0][0]
+    engine = DNIEngine(ours, [], stirred, truncations=["core"], labels=None)
+    with engine:
+        with engine.training_step():
+            loss = sum(end.square().sum() for end in ends_of(ours)) / BATCH
+        engine.backward(loss)
+    matrix, bias = (p.detach() for p in engine.estimators["core"].parameters())
+    ends = ends_of(twin)
+    said = [(end @ matrix.t() + bias).detach() for end in ends]
+    total = sum((end.square() + g * end).sum() for end, g in zip(ends, said, strict=True))
+    (total / BATCH).backward()
+    closely([p.grad for p in ours.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_a_state_that_is_handed_on_as_it_came_may_be_detached_in_place():
+    net, rows = clockwork(), draw_chunks(1)[0][0]
+    engine = DNIEngine(net, [], stirred, truncations=["core"], labels=None, sequence_end="ignore")
+    state = (torch.zeros(BATCH, WIDTH).double(), torch.zeros(BATCH, 2).double(), 0)
+    with engine:
+        for x in rows:
+            engine.request_report()
+            with engine.training_step():
+                out, state = net["core"](x, state)
+                loss = out.square().sum()
+            engine.backward(loss)
+            for tensor in state[:2]:
+                tensor.detach_()
+    assert len(engine.last_report.boundaries["core"].target) == BATCH

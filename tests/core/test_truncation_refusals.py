@@ -111,6 +111,37 @@ def test_a_module_that_does_not_hand_on_a_state_is_refused(returns, match):
         model(torch.zeros(BATCH, FEATURES))
 
 
+@pytest.mark.parametrize(
+    ("second", "kind"), [(torch.tensor([3, 2, 3, 1]), "torch.int64"), ([3, 2, 3, 1], "int")]
+)
+def test_numbers_in_the_place_of_the_state_are_refused(second, kind):
+    """Of a module that is called with the sequences' lengths before the state."""
+    model = Odd(lambda h, state: (h, h))
+    engine = DNIEngine(model, [], LinearEstimator, truncations=["core"])
+    match = rf"called as module\(input, state\), but got \['{kind}'\]"
+    with engine, engine.training_step(), pytest.raises(BoundaryError, match=match):
+        model(torch.zeros(BATCH, FEATURES), second)
+
+
+@pytest.mark.parametrize("state", [None, (), (None, {"step": 0})], ids=str)
+def test_a_state_that_has_yet_to_be_made_is_none(state):
+    model = Odd(lambda h, state: (h, h))
+    engine = DNIEngine(model, [], LinearEstimator, truncations=["core"], labels=None)
+    with engine:
+        with engine.training_step():
+            loss = model(torch.zeros(BATCH, FEATURES), state).sum()
+        engine.backward(loss)
+
+
+def test_a_complex_state_is_refused():
+    """Also beside a real one, where it would be left out."""
+    for returns in (lambda h, s: (h, torch.complex(h, h)), lambda h, s: (h, (h, torch.complex(h, h)))):
+        model = Odd(returns)
+        engine = DNIEngine(model, [], LinearEstimator, truncations=["core"])
+        with engine, engine.training_step(), pytest.raises(BoundaryError, match="Expected real activations"):
+            model(torch.zeros(BATCH, FEATURES))
+
+
 def test_a_truncation_that_did_not_run_is_refused():
     net = Net()
     engine = engine_of(net, LinearEstimator)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from making import Making
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -40,6 +41,19 @@ def test_context_of_a_position_reaches_that_position(cells):
     added = conditioning(y, torch.randn(6, 2, *cells, 5)).expand(6, 2, *cells, 4)
     expected = conditioning.weight[y]
     assert_close(added, expected.unsqueeze(2).expand_as(added) if cells else expected)
+
+
+@pytest.mark.parametrize("classes", [3, 50])
+def test_a_bias_is_added_where_there_are_fewer_rows(classes):
+    """To the table, or to what the labels look up, which are the same numbers to the bit."""
+    torch.manual_seed(0)
+    conditioning = Conditioning(SPEC, 5, classes, None)
+    conditioning.weight.data.normal_()
+    labels, h, bias = torch.arange(8) % 3, torch.zeros(8, 5), torch.randn(5)
+    with Making() as making:
+        added = conditioning(labels, h, bias)
+    assert torch.equal(added, conditioning(labels, h) + bias)
+    assert max(making.elements) == 5 * 8
 
 
 def test_without_a_context_it_is_nothing():

@@ -1,16 +1,25 @@
 """ControlVariateEstimator: exact where every row is chosen, unbiased where some are (claim 30)."""
 
+from functools import partial
+
 import pytest
 import torch
 from core.nets import CLASSES, attached, blobs, grads, mlp, run_step
 from oracles import plain_gradients
 from tables import ESTIMATORS, each, record_of
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_dni.core import BoundarySpec, Feedback, LeafSpec
 from lightning_dni.errors import EstimatorError
-from lightning_dni.estimators import ControlVariateEstimator, LinearEstimator
+from lightning_dni.estimators import (
+    ControlVariateEstimator,
+    ConvEstimator,
+    CriticEstimator,
+    LinearEstimator,
+    ZeroEstimator,
+)
 
 ROWS = [row for row in ESTIMATORS if row.id.startswith("control_variate")]
 SPEC = BoundarySpec("net.1", (LeafSpec((5,), torch.float32),))
@@ -119,3 +128,56 @@ def test_one_row_is_always_chosen():
 def test_refuses_a_share_out_of_range(fraction):
     with pytest.raises(EstimatorError, match="`fraction` to be above 0 and at most 1, but got"):
         ControlVariateEstimator(SPEC, fraction=fraction)
+
+
+def maps():
+    """Two blocks of convolutions and a classifier, which is blind to nothing."""
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.Tanh()) for a, b in ((1, 3), (3, 2))]
+    return nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(2 * 16, CLASSES))).double()
+
+
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_with_every_row_convolutional_predictions_are_backprop_too(hidden):
+    torch.manual_seed(0)
+    model, x, y = maps(), torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % CLASSES
+    predictor = partial(ConvEstimator, hidden_channels=hidden, kernel_size=3, num_classes=CLASSES)
+    engine = attached(model, BOUNDARIES, lambda spec: ControlVariateEstimator(spec, 1.0, predictor=predictor))
+    run_step(engine, model, (x, y))
+    for estimator in engine.estimators.values():
+        assert isinstance(estimator.predictor, ConvEstimator)
+        assert estimator.num_classes == CLASSES
+        for p in estimator.parameters():
+            p.data += 0.3 * torch.randn_like(p)
+    model.zero_grad()
+    run_step(engine, model, (x, y))
+    combined = grads(model)
+    engine.detach()
+    model.zero_grad()
+    plain_gradients(model, x, lambda scores: F.cross_entropy(scores, y), BOUNDARIES)
+    for name, gradient in grads(model).items():
+        assert_close(combined[name], gradient, rtol=0, atol=1e-10)
+
+
+def test_the_predictor_learns_as_it_does_by_itself():
+    """The same loss and gradients as those of the estimator that predicts."""
+    (row,) = (row for row in ROWS if row.id == "control_variate-map")
+    mixed = row.stirred(dtype=torch.float64)
+    h, context, feedback = row.sample(dtype=torch.float64)
+    losses = [e.loss(record_of(e, h, context), feedback) for e in (mixed, mixed.predictor)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predictor": LinearEstimator, "num_classes": CLASSES}, "among the options of `predictor`"),
+        ({"predictor": LinearEstimator, "context_size": 2}, "among the options of `predictor`"),
+        ({"predictor": ZeroEstimator}, "regresses the gradient, .*but got ZeroEstimator at boundary 'net.1'"),
+        ({"predictor": partial(CriticEstimator, num_classes=3)}, "but got CriticEstimator"),
+        ({"predictor": lambda spec: nn.Linear(5, 5)}, "but got Linear at"),
+        ({"predictor": partial(LinearEstimator, prop_alpha=0.5)}, "waits for nothing, .*prop_alpha"),
+    ],
+)
+def test_refuses_a_predictor_that_would_be_passed_over(options, message):
+    with pytest.raises(EstimatorError, match=message):
+        ControlVariateEstimator(SPEC, **options)

@@ -92,3 +92,10 @@ def test_what_takes_no_gradient_is_not_taken_note_of():
 )
 def test_who_may_ask_for_the_gradient(factories, expected):
     assert may_ask(factories, {Signal.OUTPUT_GRADIENT}) is expected
+
+
+def test_an_output_of_another_size_is_refused_where_gradients_were_divided_by_it():
+    output, scores = Output(), torch.randn(3, 4, requires_grad=True) * 2
+    assert [output.see(scores, before) for before in (None, 4)] == [4, 4]
+    with pytest.raises(EstimatorError, match=r"to have 2 elements per row .* but got 4 .* the stages below"):
+        output.see(scores, 2)

@@ -56,6 +56,22 @@ def test_with_lag_a_cascade_is_the_loop_with_that_lag(staleness):
         torch.testing.assert_close(found.weight, head.weight, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_loader_may_write_its_batches_into_the_same_tensors(name, staleness):
+    """The labels that belong to a target are those that were there when it was a prediction."""
+    ends, data = [], [batch for batch in batches(12) if len(batch[1]) == 8]
+    for reuses in (False, True):
+        torch.manual_seed(0)
+        buffers = [torch.empty_like(each) for each in data[0]]
+        staged = together(mlp(WIDTHS[3], dtype=torch.float32), VECTOR_ESTIMATORS[name], data, staleness)
+        for batch in data:
+            into = [a.copy_(b) for a, b in zip(buffers, batch, strict=True)]
+            staged.step([tuple(into) if reuses else batch])
+        ends.append(staged.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
 def test_the_lag_changes_what_is_learnt():
     data = batches()
     torch.manual_seed(0)

@@ -144,7 +144,7 @@ class Logged(pl.Callback):
         self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items() if "net_core" in k})
 
 
-def fit(rank, chunks, ckpt_path=None, **options):
+def fit(rank, chunks, ckpt_path=None, on_nonfinite="raise", **options):
     none = torch.zeros(BATCH, dtype=torch.bool)
     own = rows_of(rank, [(x, y, none if anew is None else anew) for x, y, anew in chunks])
     kind = DNIStrategy if rank is None else partial(DNIDDPStrategy, timeout=TIMEOUT)
@@ -153,6 +153,7 @@ def fit(rank, chunks, ckpt_path=None, **options):
         estimator=LinearEstimator,
         estimator_optimizer=DESCENT,
         sequence_end="ignore",
+        on_nonfinite=on_nonfinite,
     )
     module, devices = Reader(), 1 if rank is None else 2
     given = {"devices": devices, "precision": "64-true", "use_distributed_sampler": False, **options}
@@ -230,3 +231,21 @@ def test_the_monitor_adds_up_what_every_process_has_heard(tmp_path):
     expected = log_rows(None, str(tmp_path / "one"))
     assert [len(row) for row in expected] == [0, 3, 3, 3, 3]
     assert [pytest.approx(row, rel=1e-9) for row in first] == expected
+
+
+def log_skipped(rank, folder):
+    def spoil(trainer, module, batch_idx):
+        if rank == 1 and batch_idx == 2:
+            torch.nn.init.constant_(trainer.strategy.engine.estimators["net.core"].map.bias, float("nan"))
+
+    logged = Logged()
+    callbacks = [AtBatchStart(spoil), GradientMonitor(every_n_train_steps=1), logged]
+    options = {"callbacks": callbacks, "log_every_n_steps": 1, "default_root_dir": folder}
+    fit(rank, draw_chunks(4), on_nonfinite="skip", **options)
+    return [row["dni_skipped/net_core"] for row in logged.rows if row]
+
+
+def test_what_one_process_skips_is_counted_in_all(tmp_path):
+    first, second = trainers(log_skipped, str(tmp_path))
+    assert first == second
+    assert first[0] == 0 < first[1] < first[2]

@@ -208,6 +208,19 @@ def test_the_monitor_compares_with_what_came_back(tmp_path):
     assert logged.rows[1]["dni_target_error/net_core"] == 1.0  # it has said zero
 
 
+@pytest.mark.parametrize("sequence_end", ["zero", "ignore"])
+def test_the_monitor_compares_nothing_where_all_sequences_begin_anew(tmp_path, sequence_end):
+    """No error in its summary is infinite, or not a number."""
+    monitor = GradientMonitor(every_n_train_steps=1)
+    chunks = [(x, y, torch.full((BATCH,), k % 3 == 0)) for k, (x, y, _) in enumerate(draw_chunks(9))]
+    options = {"log_every_n_steps": 1, "default_root_dir": tmp_path}
+    fit(Reader(), strategy(sequence_end=sequence_end), chunks, callbacks=[monitor], **options)
+    for metric in ("target_error", "target_cosine", "sg_loss"):
+        found = torch.tensor(monitor.state_dict()["recent"][f"dni_{metric}/net_core"])
+        assert len(found) == 6
+        assert found.isfinite().all()
+
+
 def test_the_table_tells_what_stands_at_the_end_of_a_chunk(capsys):
     strategy().describe(Reader())
     assert "LinearEstimator" in capsys.readouterr().out
