@@ -115,9 +115,11 @@ def flatten(tensor: Tensor) -> tuple[Layout, Tensor]:
     Raises:
         StageError: This kind of tensor cannot travel.
     """
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPES:
+    odd = tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
+    if odd or tensor.dtype not in DTYPES:
+        kind = "nested" if tensor.is_nested else tensor.layout
         raise StageError(
-            f"A message takes dense tensors, got one with layout {tensor.layout} and dtype {tensor.dtype}. "
+            f"A message takes dense tensors, got one with layout {kind} and dtype {tensor.dtype}. "
             "Convert it before the boundary, e.g. by to_dense()."
         )
     if tensor.dim() > MAX_DIMS:

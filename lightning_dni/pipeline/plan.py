@@ -42,9 +42,10 @@ class Crossing:
         """Describe `value`, which module `name` returned.
 
         Raises:
-            BoundaryError: It cannot be opened into tensors.
+            BoundaryError: It cannot be opened into dense tensors.
         """
         flat, structure = open_value(name, value)
+        _refuse_nested(name, flat)
         facts = [Leaf(tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in flat]
         return cls(name, structure, tuple(facts))
 
@@ -60,6 +61,7 @@ class Crossing:
             BoundaryError: `value` is not built as the traced one was.
         """
         flat, structure = open_value(self.name, value)
+        _refuse_nested(self.name, flat)
         same = structure == self.structure and all(
             isinstance(x, Tensor) if isinstance(fact, Leaf) else type(x) is type(fact) and x == fact
             for x, fact in zip(flat, self.flat, strict=True)
@@ -88,6 +90,15 @@ class Crossing:
 
     def _text(self, flat: Sequence[Any]) -> str:
         return f"({', '.join('tensor' if isinstance(x, Tensor | Leaf) else repr(x) for x in flat)})"
+
+
+def _refuse_nested(name: str, flat: Sequence[Any]) -> None:
+    if any(isinstance(x, Tensor) and x.is_nested for x in flat):
+        raise BoundaryError(
+            f"Expected dense tensors at boundary {name!r}, but got a nested one. nn.TransformerEncoder makes "
+            "them of padded batches in evaluation: give it enable_nested_tensor=False, or choose a boundary "
+            "outside of it."
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ ALIKE = (
     "Give every process the same number of batches, and do on every rank, at the same batch, whatever waits "
     "for all of them: saving a checkpoint, `trainer.log_dir`, ending an epoch by returning -1."
 )
+
+EVALUATION = "evaluation"
+"""The streams from which evaluations draw."""
 
 TRAINING = "training_step"
 """The step of the user's in which the model is trained."""
@@ -196,26 +200,30 @@ class StagedEngine(Engine):
 
     # ---- random numbers: before its own part a stage draws what stage 0 draws, then from its own stream
 
-    def _drawing(self, number: int) -> AbstractContextManager[None]:
-        """A block around the training step `number` in which it draws as in one process."""
+    def _drawing(self, number: int, what: str = "stage") -> AbstractContextManager[None]:
+        """A block around step `number` in which it draws from streams; a training step as in one process."""
         if self._rng != "stage":
             return nullcontext()
-        return seeded(derive_seed(self._pool.seed, "stage", None, 0, number, *self._replica), self._device)
+        return seeded(derive_seed(self._pool.seed, what, None, 0, number, *self._replica), self._device)
 
-    def _draw_own(self, number: int) -> None:
-        """Go over to the stream of this stage."""
+    def _draw_own(self, number: int, *name: object) -> None:
+        """Go over to the stream of this stage, or to that of another name."""
         if self._rng == "stage":
-            seed = derive_seed(self._pool.seed, "stage", self._below, 1, number, *self._replica)
+            name = name or ("stage", self._below)
+            seed = derive_seed(self._pool.seed, *name, 1, number, *self._replica)
             reseed(seed, self._device)
 
     # ---- evaluation
 
     def evaluate(self, step: Callable[[], T], batch: Any = None, name: str = TRAINING) -> T | None:
         """Run the user's evaluation step `name` as this stage; None where it is not the last one."""
-        passage = self._use(name)
+        passage, number = self._use(name), self._evaluated
+        own = partial(self._draw_own, number, EVALUATION, self.stage)
         with self.clock.stopped():
-            passage.receive(Kind.EVALUATE, self._evaluated, batch, self.moved)
-            result = passage.run(step, Kind.EVALUATE, self._evaluated)
+            passage.receive(Kind.EVALUATE, number, batch, self.moved)
+            # a stage draws less than the whole step, and all have to shuffle alike afterwards
+            with self._drawing(number, EVALUATION):
+                result = passage.run(step, Kind.EVALUATE, number, on_receive=own)
         self._evaluated += 1
         return result
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.apply_func import convert_to_tensors
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -29,6 +30,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging,)
@@ -73,15 +75,25 @@ __all__ = [
 ]
 
 
-def quiet_copy(module: pl.LightningModule, hear: Callable[..., None]) -> pl.LightningModule:
-    """A copy that knows its Trainer, tells `hear` what it logs, and whose metrics see this process only."""
+def quiet_copy(module: pl.LightningModule, hear: Callable[..., None], copies: int = 1) -> pl.LightningModule:
+    """A copy that knows its Trainer, tells `hear` what it logs, and waits for no other process.
+
+    Its metrics see this process only, and it gathers `copies` times what it has itself.
+    """
     groups = {id(metric.process_group): None for metric in metrics_in(module)}
     twin = copy.deepcopy(module, groups)  # leaves the trainer out, and groups, which cannot be copied
     twin.__dict__["_trainer"] = module._trainer
     for metric in metrics_in(twin):
         metric.distributed_available_fn = alone
     twin.__dict__["log"] = twin.__dict__["log_dict"] = hear
+    twin.__dict__["all_gather"] = partial(_gather_alone, twin, copies)
     return twin
+
+
+def _gather_alone(module: pl.LightningModule, copies: int, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `all_gather` gives where every one of `copies` processes has the same."""
+    data = convert_to_tensors(data, device=module.device)
+    return data if copies == 1 else tree_map(lambda x: torch.stack([x] * copies), data)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -160,19 +160,22 @@ def _choose(
     trainer: pl.Trainer, batch: Any, output: str | None, stages: int, first_part: FirstPart
 ) -> Balance:
     module, precision = trainer.lightning_module, trainer.precision_plugin
-    trial = Trial(module, TRAINING, (), precision)
+    copies = trainer.world_size // stages
+    trial = Trial(module, TRAINING, (), precision, copies=copies)
     trial.take(batch, first_part)
-    measuring = _on_device(module, trial, precision, trainer.strategy.root_device)
+    measuring = _on_device(module, trial, precision, trainer.strategy.root_device, copies)
     measured = measuring if measuring is not None else trial.measure()
     return balance(module, measured, stages, lambda names: trial.plan(names, output))
 
 
-def _on_device(module: pl.LightningModule, trial: Trial, precision: Precision, device: torch.device) -> Any:
+def _on_device(
+    module: pl.LightningModule, trial: Trial, precision: Precision, device: torch.device, copies: int
+) -> Any:
     """What is measured where training runs; None on the CPU, and where the whole module is too large."""
     if device.type != "cuda":
         return None
     try:
-        return Trial(module, TRAINING, trial.args, precision, device).measure()
+        return Trial(module, TRAINING, trial.args, precision, device, copies).measure()
     except torch.OutOfMemoryError:
         rank_zero_warn(
             "The whole module and one batch do not fit on one device: boundaries='auto' are chosen by the "

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -77,6 +78,17 @@ class StagesInCommon(DecoupledTraining, PartOnDevice):
         if self._copies is None or not self._placed().is_last:
             return tensor
         return super().reduce(tensor, self._copies.group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the copies of this stage; where there is one, nothing, as in one process.
+
+        Code behind the first boundary calls this on some of the stages only, so it cannot wait for all.
+        """
+        if self._copies is None:
+            return tensor
+        everybody = group is None or group is dist.group.WORLD
+        return super().all_gather(tensor, self._copies.group if everybody else group, sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

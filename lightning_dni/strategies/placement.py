@@ -105,6 +105,7 @@ class Trial:
         args: What the step is given.
         precision: The Trainer's precision plugin.
         device: Where it runs; None: the CPU, on which stages can be compared with the whole bit for bit.
+        copies: Number of copies of the pipeline, of each of which a step can ask for its tensors.
 
     Attributes:
         args: What the step is given, where it runs.
@@ -117,12 +118,13 @@ class Trial:
         args: Sequence[Any],
         precision: Precision,
         device: torch.device | None = None,
+        copies: int = 1,
     ) -> None:
         device = device or torch.device("cpu")
         self._step, self._precision, self._device = step, precision, device
         self._logged: list[torch.Tensor] = []
         with torch.inference_mode(False):  # else the copies could not be changed outside of it
-            self._copy = quiet_copy(module, self._hear).to(device)
+            self._copy = quiet_copy(module, self._hear, copies).to(device)
             self.args: tuple[Any, ...] = move_data_to_device(tuple(args), device)
 
     def take(self, batch: Any, first_part: Callable[[Sequence[Any]], tuple[Any, ...]]) -> None:

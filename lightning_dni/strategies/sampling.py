@@ -29,12 +29,21 @@ def _first(loader: Any) -> Any:
     try:
         if isinstance(loader, DataLoader):
             return _first_of_loader(loader)
-        iterator = iter(loader)
-        if iterator is loader:
+        twin = _twin(loader)
+        iterator = iter(twin)
+        if iterator is twin:
             raise _used_up(f"a {type(loader).__name__}, which can be iterated once")
         return next(iterator)
     except StopIteration:
         raise _used_up("no batch") from None
+
+
+def _twin(loader: Any) -> Any:
+    """A copy that keeps count of batches and epochs by itself; what cannot be copied is read as it is."""
+    try:
+        return copy.copy(loader)
+    except TypeError:
+        return loader
 
 
 def _first_of_loader(loader: DataLoader[Any]) -> Any:

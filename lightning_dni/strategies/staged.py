@@ -223,7 +223,8 @@ class StagedTraining(StagesInCommon):
         if self.engine.knows(step):
             return
         assert self.lightning_module is not None
-        trial = Trial(self.lightning_module, step, args, self.precision_plugin)
+        copies = self._placed().copies
+        trial = Trial(self.lightning_module, step, args, self.precision_plugin, copies=copies)
         options = self._options_for(self.lightning_module)
         plan = trial.plan(options.boundaries, options.output, skips=self._exact is not None)
         compare = partial(compare_plans, plan, args[0] if args else None, self.engine.moved, self._placed())

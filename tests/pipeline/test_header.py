@@ -128,6 +128,7 @@ def test_what_does_not_fit_is_refused(header, says):
     ("tensor", "says"),
     [
         (torch.zeros([1] * 9), "up to 8 dimensions, got 9"),
+        (torch.nested.nested_tensor([torch.ones(2)]), "dense tensors, got one with layout nested"),
         (torch.eye(2).to_sparse(), "dense tensors, got one with layout torch.sparse_coo"),
         (torch.empty(2, dtype=torch.bits8), "dtype torch.bits8"),
     ],

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dni.errors import BoundaryError, StageError
+from lightning_dni.pipeline.selfcheck import check_split
 from lightning_dni.pipeline.tracing import trace_stages
 
 
@@ -172,6 +173,27 @@ def test_without_gradients_nothing_needs_to_be_differentiable():
     net = mlp().requires_grad_(False)
     plan, _ = traced(net, ["0"], grad=False)
     assert not plan.crossing["0"].leaves[0].requires_grad
+
+
+def test_nested_tensors_are_refused():
+    """Which nn.TransformerEncoder makes of padded batches where nothing is differentiated."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x):
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[0, -1] = True
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Padded().eval(), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        plan = trace_stages(model, ["encoder.layers.0"], lambda: model(x), grad=False)
+        with pytest.raises(BoundaryError, match=r"'encoder.layers.0', but got a nested one.*enable_nested"):
+            check_split(model, plan, lambda: model(x))
 
 
 def test_nothing_is_left_of_a_trace():

@@ -105,6 +105,14 @@ def test_quiet_copy_has_metrics_that_see_this_process_only():
     assert module.mean.distributed_available_fn()
 
 
+def test_quiet_copy_gathers_from_nobody():
+    module = net()
+    fit(module, max_steps=1)
+    one, two = (_compat.quiet_copy(module, print, copies) for copies in (1, 2))
+    assert one.all_gather({"x": 3})["x"].tolist() == 3
+    assert two.all_gather({"x": torch.ones(1)}, sync_grads=True)["x"].tolist() == [[1.0], [1.0]]
+
+
 def test_metrics_in_finds_them_at_any_depth():
     module, mean = net(), torchmetrics.MeanMetric()
     module.deep = torch.nn.ModuleDict({"metrics": torchmetrics.MetricCollection({"mean": mean})})

@@ -8,6 +8,7 @@ from fits import LINEAR, Net, dataset, different, fit, loader, net, weights
 from lightning_utilities.core import rank_zero
 from processes import ReplicaError
 from strategies.restarts import ALIGNED
+from strategies.resuming import Shuffled
 from strategies.staged_fits import fit_staged, on_stages, staged, staged_trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
@@ -221,6 +222,15 @@ def test_a_users_own_sampler_stays_where_it_is():
     assert sampler.epoch == 0
 
 
+def test_a_users_own_loader_stays_where_it_is():
+    train = Shuffled()
+    found = one_batch([train, loader()])
+    assert (train.epoch, train.position) == (0, 0)
+    expected = next(iter(train))
+    assert torch.equal(found[0][0], expected[0])
+    assert torch.equal(found[0][1], expected[1])
+
+
 def test_several_loaders_give_what_a_trainer_makes_of_them():
     found = one_batch({"a": loader(), "b": [loader(batch_size=2), [torch.zeros(1)]]})
     assert found["a"][0].shape == (8, 6)
@@ -234,6 +244,8 @@ def test_rows_that_nobody_batches_come_as_they_are():
 
 
 def test_what_is_read_once_is_refused():
+    with pytest.raises(MisconfigurationException, match="got a generator, which can be iterated once"):
+        one_batch(x for x in [1, 2])
     with pytest.raises(MisconfigurationException, match="got a list_iterator, which can be iterated once"):
         one_batch(iter([1, 2]))
     with pytest.raises(MisconfigurationException, match="with boundaries='auto', but got no batch"):

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from fits import CLASSES, FEATURES, LINEAR, AtBatchEnd, Net, dataset, fit, loader, net, weights
+from fits import CLASSES, FEATURES, LINEAR, AtBatchEnd, Net, dataset, different, fit, loader, net, weights
 from processes import ReplicaError
 from strategies.staged_fits import Batches, fit_staged, on_stages, staged
 from torch import nn
@@ -93,6 +93,31 @@ def test_a_shuffling_loader_gives_all_stages_the_same_order(injected):
     assert first == second
     assert first[:3] != first[3:]
     assert len(first) == 6
+
+
+class Noisy(Net):
+    """Draws in validation on the second stage, and by dropout on the first."""
+
+    def validation_step(self, batch, batch_idx):
+        self.net[0].train()
+        h = self.net[0](batch[0])
+        noise = torch.randn_like(h)
+        self.net[0].eval()
+        self.log("val_loss", F.cross_entropy(self.net[2](self.net[1](h + noise)), batch[1]))
+        self.log("noise", noise[0, 0])
+
+
+def test_what_a_validation_draws_changes_no_batch():
+    def body(rank, kind):
+        torch.manual_seed(0)
+        module = kind(dropout=0.5)
+        trainer = fit_staged(module=module, train=loader(shuffle=True), val=loader(16), max_epochs=3)
+        return weights(module), trainer.callback_metrics.get("noise")
+
+    (found, noise), (other, _) = on_stages(body, Noisy)
+    (expected, _), _ = on_stages(body, Net)
+    assert different(found, expected) == different(other, expected) == []
+    assert noise != 0
 
 
 class Stream(IterableDataset):

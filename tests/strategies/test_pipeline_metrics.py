@@ -6,14 +6,19 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import torchmetrics
 from callbacks.runs import read_run
-from fits import CLASSES, Net, dni, fit, loader, net, weights
+from fits import CLASSES, Net, different, dni, fit, loader, net, weights
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from processes import TIMEOUT, on_ranks
 from strategies.staged_fits import BELOW, fit_staged, on_stages, staged
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_dni.strategies.copies import Copies
+from lightning_dni.strategies.placement import Place
 
 SYNCHRONOUS = partial(staged, staleness=0)
 
@@ -194,6 +199,61 @@ def test_a_metric_that_hooks_compute_has_its_value_on_every_rank():
     found = on_stages(body)
     assert found[0] == found[1]
     assert len(set(found[0][0])) == len(found[0][0]) == 4
+
+
+# ---- what steps gather
+
+
+class Gathers(Net):
+    """Gathers behind the boundary, where only the last stage comes, and where all stages come."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        loss = F.cross_entropy(self.all_gather(out, sync_grads=True), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.seen.append(self.all_gather({"loss": loss})["loss"])
+
+    def on_validation_epoch_end(self):
+        if self.trainer.is_global_zero:
+            self.log("val_loss", torch.stack(self.seen).mean())
+        self.seen.clear()
+        self.log("one", self.all_gather(1.0))
+
+
+def test_gathering_waits_for_no_other_stage():
+    def body(rank, strategy=None):
+        torch.manual_seed(0)
+        module = Gathers()
+        if strategy is None:
+            trainer = fit_staged(module=module, val=loader(16), strategy=SYNCHRONOUS())
+        else:
+            trainer = fit(module, strategy, loader(), loader(16))
+        return weights(module), {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    expected, values = body(0, in_one_process())
+    assert values.keys() == {"loss", "val_loss", "one"}
+    for found, said in on_stages(body):
+        assert different(found, expected) == []
+        assert said == values
+
+
+def test_copies_of_a_stage_gather_from_each_other():
+    def body(rank):
+        strategy = staged()
+        strategy._copies = Copies(Place.of_stages(rank, 2, 1), TIMEOUT, torch.device("cpu"))
+        return [
+            strategy.all_gather(torch.tensor([rank]), group).tolist() for group in (None, dist.group.WORLD)
+        ]
+
+    assert on_ranks(body) == [[[[0], [1]]] * 2] * 2
 
 
 # ---- loggers
