@@ -40,7 +40,7 @@ class SavedConfiguration(SaveConfigCallback):
 
 
 def _may_be_written(file: Path, read: set[Path]) -> bool:
-    """Whether nothing is lost: there is no such file, or an earlier run saved it and this one does not read it."""
+    """Whether nothing is lost: there is none, or an earlier run saved it and this one does not read it."""
     if not file.exists():
         return True
     if file.resolve() in read or not file.is_file():
