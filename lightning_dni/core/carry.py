@@ -27,8 +27,7 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
     """
     if not truncations:
         return {}
-    patterns = truncations if isinstance(truncations, str) else list(truncations)
-    found = resolve_submodules(model, patterns, "truncations")
+    found = resolve_submodules(model, truncations, "truncations")
     for name, module in found.items():
         outer = [other for other in found if name.startswith(f"{other}.")]
         if outer:
@@ -67,6 +66,22 @@ def refuse_beside_truncations(
                 f"Expected no `{argument}` with `truncations`, but got {value!r}: the true gradient of the "
                 "future is never there, and the end of a chunk is only known with the loss. Leave it out."
             )
+
+
+def refuse_without_truncations(damping: Any, sequence_end: str) -> None:
+    """Refuse options that have an effect at truncations alone.
+
+    Raises:
+        EstimatorError: One is given.
+    """
+    given = {"damping": damping} if damping != 1.0 else {}
+    if sequence_end == "ignore":
+        given["sequence_end"] = sequence_end
+    for argument, value in given.items():
+        raise EstimatorError(
+            f"Expected `truncations` beside `{argument}`, but got {value!r} alone: it has an effect at the "
+            "ends of chunks alone. Leave it out, or name recurrent modules in `truncations`."
+        )
 
 
 def core_of(module: nn.Module) -> nn.Module:

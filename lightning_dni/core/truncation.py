@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.bootstrap import Bootstrap, Install
-from lightning_dni.core.boundary import choose_by_pattern, named_submodules
+from lightning_dni.core.boundary import choose_by_patterns, named_submodules
 from lightning_dni.core.carry import (
     StateValue,
     Truncations,
@@ -76,7 +76,10 @@ class RecurrentCuts:
     ) -> None:
         self._model, self._install, self.bootstrap = model, install, bootstrap
         self._dims = resolve_truncations(model, truncations)
-        self.damping = {name: _checked(choose_by_pattern(name, damping, "damping")) for name in self._dims}
+        self.damping = {
+            name: _checked(value)
+            for name, value in choose_by_patterns(self._dims, damping, "damping").items()
+        }
         self._modules: dict[str, nn.Module] = {}
         self._held: dict[str, list[Ending]] = {}
         self._numbers, self._continuity = count(), Continuity()
