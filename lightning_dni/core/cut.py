@@ -362,5 +362,6 @@ def refuse_other_backward(cuts: Iterable[Cut]) -> None:
             raise StageError(
                 f"Expected every loss to be differentiated by `manual_backward` (or `engine.backward`), but "
                 f"got another way through boundary {cut.boundary!r}, of which the stages below never hear. "
-                "Call `self.manual_backward(loss)` instead of `loss.backward()`."
+                "Call `self.manual_backward(loss)`, in a loop of your own `engine.backward(loss)`, instead "
+                "of `loss.backward()`."
             )

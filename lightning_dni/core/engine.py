@@ -224,6 +224,7 @@ class DNIEngine(Engine):
                 "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
+        refuse_other_backward(self._unsettled)
         if first:
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
@@ -250,6 +251,11 @@ class DNIEngine(Engine):
                 self._inputs.end()
             if several_losses:
                 self._end_step()
+
+    @property
+    def _unsettled(self) -> Sequence[Cut]:
+        """The cuts of the last forward pass, unless its loss came to the engine."""
+        return () if self._step is None or self._step.loss is not None else self._step.cuts
 
     def _end_losses(self, cuts: Sequence[Cut], settings: StepSettings) -> None:
         refuse_other_backward(cuts)
@@ -348,6 +354,7 @@ class DNIEngine(Engine):
 
     @override
     def update_estimators(self) -> None:
+        refuse_other_backward(self._unsettled)
         super().update_estimators()
         self._delays.advance()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_dni.core import BoundarySpec, DNIEngine
 from lightning_dni.core.target import denominator
-from lightning_dni.errors import BoundaryError, EstimatorError
+from lightning_dni.errors import BoundaryError, EstimatorError, StageError
 from lightning_dni.estimators import LinearEstimator, MLPEstimator
 
 NAMES = ["1", "3"]
@@ -93,3 +93,34 @@ def test_a_loss_is_divided_by_a_number_above_zero(given):
 def test_sizes_are_lists_of_integers(sizes):
     with pytest.raises(EstimatorError, match=r"Expected `hidden_sizes` to be .* but got"):
         partial(MLPEstimator, hidden_sizes=sizes)(SPEC)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_loss_that_the_engine_has_not_seen_is_refused_in_a_loop_of_the_users(inside, updates):
+    model, x = net(), torch.randn(4, 3)
+    engine = DNIEngine(model, NAMES, LinearEstimator)
+    refused = pytest.raises(StageError, match=r"`engine.backward\(loss\)`, instead of `loss.backward\(\)`")
+    with engine:
+        with engine.training_step((x, None)):
+            loss = model(x).square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        with refused:
+            engine.update_estimators() if updates else engine.training_step((x, None)).__enter__()
+
+
+def test_a_forward_pass_without_a_backward_pass_is_none_of_its_business():
+    model, x = net(), torch.randn(4, 3)
+    with DNIEngine(model, NAMES, LinearEstimator) as engine:
+        for _ in range(2):
+            with engine.training_step((x, None)):
+                model(x)
+        engine.update_estimators()
+        with engine.training_step((x, None)):
+            loss = model(x).square().mean()
+        engine.backward(loss)
+        engine.update_estimators()
+    assert model[0].weight.grad is not None
