@@ -32,6 +32,7 @@ RESTRICTIONS = {
         "Expected no replicas with synthetic inputs",
         "to run once in a step with synthetic inputs",
         "to predict tensors of shapes",
+        "of the network's input for the MLPInputEstimator",
         "Expected `network_input=",
     ],
     "`synthetic_inputs`: a stage goes on": ["Expected no `synthetic_inputs` in a pipeline"],
@@ -48,7 +49,10 @@ RESTRICTIONS = {
     "a boundary's output that goes both into the next stage and past it": ["goes into it and past it"],
     "a boundary's output that is changed in place": ["not to be changed in place"],
     "the network's output, where it is changed in place": ["to stay as the output module gave it"],
-    "re-entrant activation checkpointing": ["with use_reentrant=False below"],
+    "re-entrant activation checkpointing": [
+        "with use_reentrant=False below",
+        "Expected no more than one stage in an activation checkpoint",
+    ],
     "a boundary's output of a type that cannot be opened": ["which cannot be opened"],
     "complex activations, activations without a batch dimension": [
         "Expected real activations",

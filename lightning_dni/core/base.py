@@ -110,7 +110,7 @@ class Engine(ABC):
         self._exchange, self._replica = exchange, (rank,) if rank else ()
         self._bp_lambda = choose_lambdas(self._modules, bp_lambda)
         self._update_probability = choose_probabilities(self._modules, update_probability)
-        self._asleep: frozenset[str] = frozenset()
+        self._asleep: frozenset[str] | None = None
         self._update: UpdateTime = update
         self._immediate: ImmediateUpdates | None = None
         self.updater: Updater | None = None
@@ -336,7 +336,7 @@ class Engine(ABC):
             skips=self._health.skips,
             own_parameters=(lambda n: named_submodules(self._model)[n].parameters()) if several else None,
             exchange=self._exchange if last else None,
-            asleep=self._asleep,
+            asleep=self._asleep or frozenset(),
             updates=self._immediate,
             inputs=self._inputs,
         )
@@ -371,4 +371,5 @@ class Engine(ABC):
             self._inputs.load_state_dict(state["inputs"], self._device)
         self._steps, self._elements_per_row = steps, elements
         self._health.restart(skipped)
+        self._asleep = None
         self.set_bp_lambda(state.get("bp_lambda", self._bp_lambda))

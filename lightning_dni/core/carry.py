@@ -1,7 +1,7 @@
 """The state that a recurrent module hands on, in rows that an estimator can see and that can be compared."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.boundary import COMPILED, resolve_submodules
+from lightning_dni.core.boundary import COMPILED, choose_by_patterns, resolve_submodules
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
@@ -82,6 +82,20 @@ def refuse_without_truncations(damping: Any, sequence_end: str) -> None:
             f"Expected `truncations` beside `{argument}`, but got {value!r} alone: it has an effect at the "
             "ends of chunks alone. Leave it out, or name recurrent modules in `truncations`."
         )
+
+
+def choose_damping(names: Iterable[str], value: float | Mapping[str, float]) -> dict[str, float]:
+    """What synthetic gradients are multiplied by, by truncation.
+
+    Raises:
+        EstimatorError: A value is outside (0, 1].
+        BoundaryError: No pattern matches a truncation, or a pattern matches none.
+    """
+    chosen = choose_by_patterns(names, value, "damping")
+    for damping in chosen.values():
+        if not isinstance(damping, (int, float)) or not 0.0 < damping <= 1.0:
+            raise EstimatorError(f"Expected `damping` to be above 0 and up to 1, but got {damping!r}.")
+    return {name: float(damping) for name, damping in chosen.items()}
 
 
 def core_of(module: nn.Module) -> nn.Module:

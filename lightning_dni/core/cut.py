@@ -1,8 +1,8 @@
 """One crossing of one boundary: the graph below, the value passed on, and what is still awaited."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Cut:
         synthetic: The synthetic gradient, in the estimator's units; None for exactly zero.
         below: The same at the stage's own output, where something else was passed on.
         arrived: What came back from above, in units of the user's loss; None for exactly zero.
+        unreached: Places of the leaves to which nothing came back, where anything came back to others.
         target: The same in the estimator's units, where somebody asks for it.
         output: The network's output for these rows.
         output_version: Number of changes in place that it had gone through when it was seen.
@@ -98,6 +99,7 @@ class Cut:
     synthetic: Gradient | None = None
     below: Gradient | None = None
     arrived: list[Tensor] | None = None
+    unreached: list[int] = field(default_factory=list)
     target: Gradient | None = None
     output: Tensor | None = None
     output_version: int = 0
@@ -152,10 +154,15 @@ class Cut:
         grads = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
-        if any(g is not None for g in grads):
+        self.note_arrived(grads)
+
+    def note_arrived(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take note of what came back to each leaf; None for nothing."""
+        self.unreached = [k for k, g in enumerate(gradients) if g is None]
+        if any(g is not None for g in gradients):
             self.arrived = [
                 leaf.new_zeros(leaf.shape) if g is None else g
-                for g, leaf in zip(grads, self.leaves, strict=True)
+                for g, leaf in zip(gradients, self.leaves, strict=True)
             ]
 
     def let_go(self, keep: bool) -> None:
@@ -212,6 +219,17 @@ class Cut:
         if synthetic is None:
             return [g if bp_lambda == 1.0 else g * bp_lambda for g in self.arrived]
         return [mix_gradients(s, t, bp_lambda) for s, t in zip(synthetic, self.arrived, strict=True)]
+
+    def reached(self, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that a gradient is for, with theirs of the `gradients` applied.
+
+        One to which nothing came back, where nothing else is said, has none: not zero, as in backprop.
+        """
+        said = self.synthetic if self.below is None else self.below
+        without = self.unreached if self.waits and (said is None or self.bp_lambda == 1.0) else []
+        pairs = zip(self.outputs, gradients, strict=True)
+        kept = [pair for k, pair in enumerate(pairs) if k not in without]
+        return [h for h, _ in kept], [g for _, g in kept]
 
 
 def lineage(top: Iterable[Cut]) -> set[Cut]:
@@ -349,6 +367,16 @@ def refuse_changed(output: Tensor | None, version: int, who: str) -> None:
             f"Expected the network's output for {who} to stay as the output module gave it, but it was "
             "changed in place. Make the change out of place, or in the output module."
         )
+
+
+def refuse_unseen(step: Any) -> None:
+    """Refuse the loss of an earlier step, if there is one, that the engine has not seen.
+
+    Raises:
+        StageError: It was differentiated nevertheless.
+    """
+    if step is not None and step.loss is None:
+        refuse_other_backward(step.cuts)
 
 
 def refuse_other_backward(cuts: Iterable[Cut]) -> None:

@@ -42,13 +42,14 @@ from lightning_dni.core.base import Engine
 from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
 from lightning_dni.core.consumer import Hybrid, Layer, linear_layers
-from lightning_dni.core.cut import Cut, refuse_other_backward
+from lightning_dni.core.cut import Cut, refuse_other_backward, refuse_unseen
 from lightning_dni.core.delays import Delays, refuse_beside_delay
 from lightning_dni.core.estimator import Installed, Signal, who
 from lightning_dni.core.immediate import ImmediateUpdates, expect_updater, refuse_tied
 from lightning_dni.core.owners import Past
 from lightning_dni.core.randomness import derive_seed, reseed, seeded
 from lightning_dni.core.report import report_step
+from lightning_dni.core.rerun import refuse_rerun
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import draw_asleep
 from lightning_dni.core.stage import in_place_errors
@@ -138,7 +139,7 @@ class DNIEngine(Engine):
             refuse_tied(self._model, {name: modules[name] for name in self._modules})
         # by name, since a module may have been replaced since the engine was made
         boundaries = {name: partial(self._on_boundary, name) for name in self._modules}
-        self._taps.attach(self._model, boundaries, self._output_name, self._on_output)
+        self._taps.attach(self._model, boundaries, self._output_name, self._on_output, self._on_again)
         self._chunks.attach(self._taps, self._runs_forward)
         if self._pool.may_need(Signal.CONSUMER):
             self._watch_layers()
@@ -160,6 +161,7 @@ class DNIEngine(Engine):
 
     def _on_boundary(self, name: str, output: Any) -> Any:
         if self._step is None or not self._runs_forward():
+            self._on_again(name)
             return None
         self._chunks.refuse_boundary(name, output)
         passed_on = self._step.cut(name, output)
@@ -169,11 +171,17 @@ class DNIEngine(Engine):
             reseed(self._stage_seed(name, self._step.fired[name]), self._device)
         return passed_on
 
+    def _on_again(self, name: str) -> None:
+        if self._step is not None:
+            refuse_rerun(name, self._step.cuts, self._step.settings.updates, self._rng == "stage")
+
     def _stage_seed(self, boundary: str | None, call: int) -> int:
         return derive_seed(self._pool.seed, "stage", boundary, call, self._steps, *self._replica)
 
     def _runs_forward(self) -> bool:
-        return self._in_forward and torch.is_grad_enabled()
+        # in manual optimization a backward pass may run a checkpoint's region again in here
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._in_forward and torch.is_grad_enabled() and not in_backward
 
     def _on_output(self, output: Any) -> None:
         if self._step is not None and self._runs_forward():
@@ -224,8 +232,8 @@ class DNIEngine(Engine):
                 "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
-        refuse_other_backward(self._unsettled)
-        if first:
+        refuse_unseen(self._step)
+        if first or self._asleep is None:  # it goes on in the midst of an accumulated batch
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
         settings = self._settings(batch, accumulate, scale, several_losses, last)
@@ -234,9 +242,8 @@ class DNIEngine(Engine):
         self._step = Step(settings, partial(self._install, settings), self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
-        self._report, self._requested, self._instruments = None, "nothing", []
         self._chunks.begin_step()
-        self._in_forward = True
+        self._in_forward, self._report, self._requested, self._instruments = True, None, "nothing", []
         staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
             with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
@@ -251,11 +258,6 @@ class DNIEngine(Engine):
                 self._inputs.end()
             if several_losses:
                 self._end_step()
-
-    @property
-    def _unsettled(self) -> Sequence[Cut]:
-        """The cuts of the last forward pass, unless its loss came to the engine."""
-        return () if self._step is None or self._step.loss is not None else self._step.cuts
 
     def _end_losses(self, cuts: Sequence[Cut], settings: StepSettings) -> None:
         refuse_other_backward(cuts)
@@ -354,7 +356,7 @@ class DNIEngine(Engine):
 
     @override
     def update_estimators(self) -> None:
-        refuse_other_backward(self._unsettled)
+        refuse_unseen(self._step)
         super().update_estimators()
         self._delays.advance()
 

@@ -6,13 +6,14 @@ own, all gradients are those that one update at the end would have been given.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as _optimizers
 
 from lightning_dni.core.boundary import modules_by_stage
 from lightning_dni.core.cut import Cut
@@ -64,43 +65,73 @@ class SplitOptimizer:
         Raises:
             StageError: It keeps a state for all of them together.
         """
-        groups = self._optimizer.param_groups
+        groups = list(self._optimizer.param_groups)
         parts: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             parts.setdefault(self._group_of[parameter], []).append(parameter)
         whole = {place: groups[place]["params"] for place in parts}
-        before = {place: dict(groups[place]) for place in parts}
+        before = _shared(self._optimizer, parts)
         try:
             for place, part in parts.items():
                 groups[place]["params"] = part
-            self._optimizer.param_groups = [groups[place] for place in sorted(parts)]
+            # in place: a wrapper has the list of the optimizer that it wraps
+            self._optimizer.param_groups[:] = [groups[place] for place in sorted(parts)]
             with hooks_asleep(_step_hooks(self._optimizer)):
                 self._optimizer.step()
         finally:
-            self._optimizer.param_groups = groups
+            self._optimizer.param_groups[:] = groups
             for place, params in whole.items():
                 groups[place]["params"] = params
-        for place in parts:
-            _refuse_changed(self._optimizer, before[place], groups[place])
+        _refuse_changed(self._optimizer, before, _shared(self._optimizer, parts))
 
 
-def _refuse_changed(optimizer: Optimizer, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+_Shared = dict[tuple[int | None, str], tuple[Any, int]]
+"""Values by place of a group (None: the optimizer's own) and name, and how often each changed in place."""
+
+
+def _shared(optimizer: Optimizer, places: Iterable[int]) -> _Shared:
+    """What the optimizer keeps for several parameters together, beside their lists."""
+    wrapped = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
+    own = {k: v for each in (optimizer, *wrapped) for k, v in vars(each).items() if _is_number(v)}
+    own.pop("_step_count", None)  # where schedulers of older versions of torch count its steps
+    kept: dict[tuple[int | None, str], Any] = {(None, name): value for name, value in own.items()}
+    kept |= {
+        (place, name): value
+        for place in places
+        for name, value in optimizer.param_groups[place].items()
+        if name != "params"
+    }
+    return {key: (v, v._version if torch.is_tensor(v) else 0) for key, v in kept.items()}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) or torch.is_tensor(value)
+
+
+def _refuse_changed(optimizer: Optimizer, before: _Shared, after: _Shared) -> None:
     changed = [
-        key
-        for key, value in after.items()
-        if key not in before
-        or (value is not before[key] and (torch.is_tensor(value) or value != before[key]))
+        name
+        for (place, name), (value, version) in after.items()
+        if (place, name) not in before
+        or version != before[place, name][1]
+        or (
+            value is not before[place, name][0]
+            and (torch.is_tensor(value) or value != before[place, name][0])
+        )
     ]
+    changed += [str(key) for key in optimizer.state if not torch.is_tensor(key)]
     if changed:
         raise StageError(
             "Expected an optimizer that keeps its state by parameter with update='immediate', but the step "
-            f"of {type(optimizer).__name__} changes {changed} of a whole group, and would do so once per "
-            "stage. Use SGD or Adam, for example, or pass update='step'."
+            f"of {type(optimizer).__name__} changes {changed} of a whole group or of its own, and would do "
+            "so once per stage. Use SGD or Adam, for example, or pass update='step'."
         )
 
 
 def _step_hooks(optimizer: Optimizer) -> list[dict[int, Any]]:
-    return [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    own = [getattr(optimizer, name) for name in names if hasattr(optimizer, name)]  # some wrappers have none
+    return [*own, _optimizers._global_optimizer_pre_hooks, _optimizers._global_optimizer_post_hooks]
 
 
 class ImmediateUpdates:
@@ -146,6 +177,10 @@ class ImmediateUpdates:
                 "runs twice, a penalty on weights, or a second forward pass). Pass update='step'; put what "
                 "is only looked at under torch.no_grad()."
             )
+
+    def has_updated(self, variables: Iterable[Tensor]) -> bool:
+        """Whether any of these has stepped in this forward pass."""
+        return any(variable in self._updated for variable in variables)
 
     def take(self, cut: Cut, fired: Mapping[str, int]) -> None:
         """Update the stage below `cut` now, unless something defers it to the end of the step.

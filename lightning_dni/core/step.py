@@ -130,12 +130,7 @@ class Step:
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not tensors or not tensors[0].ndim:
             return
-        before, self.elements_per_row = (
-            self.elements_per_row,
-            tensors[0].numel() // max(1, tensors[0].shape[0]),
-        )
-        if self.settings.loss_denominator == "elements":
-            recount(self.cuts, self.settings, before, self.elements_per_row)
+        self._count(tensors[0])
         if not any(_OF_OUTPUT & crossing.awaited for crossing in self.cuts):
             return
         topmost = trace_stage(tensors, self._owner_of).parents
@@ -152,6 +147,13 @@ class Step:
                 self._told(crossing, signal)
                 if crossing.due:
                     self._settle(crossing)
+
+    def _count(self, output: Tensor) -> None:
+        before, rows = self.elements_per_row, output.shape[0]
+        if rows:  # a batch without any tells nothing
+            self.elements_per_row = output.numel() // rows
+            if self.settings.loss_denominator == "elements":
+                recount(self.cuts, self.settings, before, self.elements_per_row)
 
     def _open(self, boundary: str, outputs: list[Tensor], value: Any) -> Cut:
         stage = trace_stage(outputs, self._owner_of, f"boundary {boundary!r}", boundary)
@@ -260,7 +262,7 @@ class Step:
                 donated_buffer_errors(crossing.boundary) if self.settings.probe else nullcontext(),
             ):
                 crossing.param_grads = local_gradients(
-                    crossing.outputs, gradients, crossing.stage.variables, self.settings.probe, deaf
+                    *crossing.reached(gradients), crossing.stage.variables, self.settings.probe, deaf
                 )
             if self.settings.exchange is not None:
                 self.settings.exchange.offer(crossing.param_grads)

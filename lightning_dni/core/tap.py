@@ -1,7 +1,7 @@
 """Forward hooks that are installed together, removed together, and dead on copies of the module."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -117,6 +117,22 @@ def one_graph_errors(boundaries: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
+def saved_as_ever() -> AbstractContextManager[object]:
+    """A block whose graphs keep their tensors themselves, whatever a checkpoint does with those around it.
+
+    A checkpoint would look for them when it runs its region again, in which estimators have no part.
+    """
+    look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if look is not None and look(False) is None:  # most often: nobody does anything with them
+        return nullcontext()
+    # detached: what a graph saves of its own output would keep the graph alive
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class Taps:
     """The hooks of one engine."""
 
@@ -136,8 +152,16 @@ class Taps:
         boundaries: Mapping[str, OnOutput],
         output: str | None,
         on_output: OnOutput,
+        on_again: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Hook the submodules named in `boundaries`, and the one that gives the network's output.
+
+        Args:
+            model: Has them all.
+            boundaries: What receives the output of each.
+            output: Name of the one that gives the network's output; None for `model` itself.
+            on_output: Receives that.
+            on_again: Is called with the name of a boundary that a checkpoint runs again meanwhile.
 
         Raises:
             StageError: The model is hooked already.
@@ -151,7 +175,7 @@ class Taps:
             )
         modules = named_submodules(model)
         for name, on_boundary in boundaries.items():
-            self._install(modules[name], on_boundary)
+            self._install(modules[name], on_boundary, partial(on_again, name))
         self._install(resolve_output(model, output), on_output)
         drop_compiled(model)
 
@@ -184,16 +208,20 @@ class Taps:
         self._handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
         self._handles.append(module.register_forward_hook(Tap(leave)))
 
-    def _install(self, module: nn.Module, on_output: OnOutput) -> None:
-        self._handles.append(module.register_forward_hook(Tap(partial(self._once, on_output))))
+    def _install(
+        self, module: nn.Module, on_output: OnOutput, on_again: Callable[[], None] = lambda: None
+    ) -> None:
+        self._handles.append(module.register_forward_hook(Tap(partial(self._once, on_output, on_again))))
 
-    def _once(self, on_output: OnOutput, output: Any) -> Any:
-        """Ignore a module that a checkpoint runs again while a callback differentiates its stage."""
+    def _once(self, on_output: OnOutput, on_again: Callable[[], None], output: Any) -> Any:
+        """Cut nothing of what a checkpoint runs again while a callback differentiates its stage."""
         if self._busy:
+            on_again()
             return None
         self._busy = True
         try:
-            return on_output(output)
+            with saved_as_ever():
+                return on_output(output)
         finally:
             self._busy = False
 

@@ -84,7 +84,7 @@ class CriticCascade(GradientEstimator):
                 f"Expected the estimator above {who(self, self._boundary)} to predict a loss for each label, "
                 f"but it predicts {got}. Use CriticCascade at every boundary above, or CriticEstimator here."
             )
-        return F.l1_loss(predicted, target, reduction="sum") / rows_of(record.h)
+        return F.l1_loss(predicted, target, reduction="sum") / max(1, rows_of(record.h))
 
     def value(self, record: Record) -> Tensor | None:
         """The loss that it predicts, for each label."""

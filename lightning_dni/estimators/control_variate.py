@@ -130,7 +130,7 @@ def _checked(predictor: GradientEstimator, boundary: str) -> GradientEstimator:
         )
     if predictor.locks:
         raise EstimatorError(
-            f"Expected a `predictor` that waits for nothing, but got {kind.__name__} with prop_alpha at "
+            f"Expected `predictor` to wait for nothing, but got {kind.__name__} with prop_alpha at "
             f"boundary {boundary!r}. Leave `prop_alpha` out: the correction is ours."
         )
     return predictor

@@ -91,7 +91,8 @@ class ClassHead(nn.Module):
             record: Its state is the scores that `gradient` gave; made again where their graph was not kept.
             target: Labels, or probabilities of the classes.
         """
-        return summed_cross_entropy(self.scores_in(record), target, self._ignore_index) / rows_of(record.h)
+        summed = summed_cross_entropy(self.scores_in(record), target, self._ignore_index)
+        return summed / max(1, rows_of(record.h))
 
     def followed(
         self, output: Tensor, scores: Tensor, labels: Tensor | None, share: float, who: str

@@ -70,7 +70,11 @@ class KickbackEstimator(GradientEstimator):
 
     def _spread(self, error: Tensor, h: Tensor) -> Tensor:
         total = lay_out(error, h, self._boundary).sum(-1, keepdim=True).to(h.dtype)
-        return spread(total.expand(*total.shape[:-1], h[0].numel()), h) if h.ndim != 3 else spread(total, h)
+        return (
+            spread(total.expand(*total.shape[:-1], h.shape[1:].numel()), h)
+            if h.ndim != 3
+            else spread(total, h)
+        )
 
     def _with_respect_to_probabilities(self, feedback: Feedback, labels: Tensor | None) -> Tensor:
         scores = feedback.output

@@ -45,11 +45,11 @@ class SimilarityMatching(nn.Module):
         same = labels.unsqueeze(0) == labels.unsqueeze(1)
         wanted = same.to(x.dtype) * (1.0 - self._different) + self._different
         if self._ignore_index is None:
-            return F.mse_loss(x @ x.t(), wanted)
+            return F.mse_loss(x @ x.t(), wanted, reduction="sum") / max(1, wanted.numel())
         padding = is_padding(labels, self._ignore_index)
         unpaired = padding.unsqueeze(0) | padding.unsqueeze(1)
         squares = (x @ x.t() - wanted).masked_fill(unpaired, 0.0).square()
-        return squares.sum() / ((~padding).sum().clamp(min=1) * len(h))
+        return squares.sum() / ((~padding).sum().clamp(min=1) * max(1, len(h)))
 
     def gradient(self, h: Tensor, labels: Tensor) -> Tensor:
         """The derivative with respect to `h` of the loss times the number of rows."""
@@ -63,6 +63,6 @@ def _features(x: Tensor) -> Tensor:
     """One vector for each row."""
     if x.ndim == 3:
         return x.mean(1)
-    if x.ndim == 4 and x[0, 0].numel() > 1:
+    if x.ndim == 4 and x.shape[2] * x.shape[3] > 1:
         return x.flatten(2).std(2)
     return x.flatten(1)

@@ -95,5 +95,5 @@ class SobolevEstimator(GradientEstimator):
         if gradient is None or not gradient[0].requires_grad:
             gradient, scores = self.synthesize(record.h, record.context, None)
         assert gradient is not None
-        values = summed_cross_entropy(scores, followed) / rows_of(record.h)
+        values = summed_cross_entropy(scores, followed) / max(1, rows_of(record.h))
         return values + self.derivative_weight * sg_loss(gradient, feedback.target, feedback.row_weights)

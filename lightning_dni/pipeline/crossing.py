@@ -156,7 +156,7 @@ def differentiate(cut: Cut, received: Received, keep_graph: bool = False) -> Non
     gradients = cut.applied_gradient()
     if gradients is not None:
         with donated_buffer_errors(cut.boundary) if keep_graph else nullcontext():
-            found = local_gradients(cut.outputs, gradients, [*cut.stage.variables, *received], keep_graph)
+            found = local_gradients(*cut.reached(gradients), [*cut.stage.variables, *received], keep_graph)
         below = {id(leaf): leaf for leaf in received}
         for variable, gradient in found:
             if id(variable) in below:

@@ -51,7 +51,7 @@ class Output:
         if self._with_gradient:
             tensors[0].register_hook(self._gradients.append)  # type: ignore[no-untyped-call]
         elements = self._seen.numel() // max(1, self._seen.shape[0])
-        if before not in (None, elements):
+        if elements and before not in (None, elements):  # a batch without rows tells nothing
             raise other_elements("the estimators of the stages below", before, elements)
         return elements
 

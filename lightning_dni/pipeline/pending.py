@@ -47,11 +47,7 @@ def take_gradient(cut: Cut, message: Message) -> None:
     """Take over what the stage above has sent back: gradients, and what else the estimator is told there."""
     cut.delivered = True
     gradients, told = _divided(cut, message)
-    if any(g is not None for g in gradients):
-        cut.arrived = [
-            leaf.new_zeros(leaf.shape) if g is None else g
-            for g, leaf in zip(gradients, cut.leaves, strict=True)
-        ]
+    cut.note_arrived(gradients)
     if told:
         cut.above, cut.output = told
     elif Signal.ESTIMATOR_ABOVE in cut.installed.estimator.needs:

@@ -27,7 +27,7 @@ from lightning_dni.strategies._compat import MisconfigurationException, TrainerF
 from lightning_dni.strategies.options import DNIOptions, options_from, options_given, refuse_auto
 from lightning_dni.strategies.sharding import CHECKPOINT_KEY, consolidate, is_sharded
 from lightning_dni.strategies.table import describe
-from lightning_dni.strategies.updates import TrainerUpdates, refuse_updates
+from lightning_dni.strategies.updates import TrainerUpdates, clip_values_if_any, refuse_updates
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 
@@ -53,6 +53,7 @@ class DecoupledTraining(Strategy):
         self._watched: dict[Optimizer, RemovableHandle] = {}
         self._closes_window = True
         self._updating = False
+        self._unclip: Callable[[], None] = lambda: None
 
     # ---- what others may see
 
@@ -120,7 +121,7 @@ class DecoupledTraining(Strategy):
         if not isinstance(profiler, PassThroughProfiler):
             self._engine.time_with(profiler.profile)
         self._engine.attach()
-        self._attached = True
+        self._attached, self._unclip = True, clip_values_if_any(self.precision_plugin)
         keeps_old = not self._engine.updates_immediately and _looks_at_old_gradients(trainer, module)
         self._clears_early = module.automatic_optimization and not keeps_old
         self._watch_optimizers()
@@ -141,6 +142,7 @@ class DecoupledTraining(Strategy):
             self._engine.detach()
             self._engine.time_with(no_profile)
         self._leave_optimizers()
+        self._unclip()
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
 

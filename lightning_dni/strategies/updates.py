@@ -1,6 +1,6 @@
 """Immediate and sparse updates under a Trainer: what goes with them, and the user's optimizer in parts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_dni.core.base import Engine
 from lightning_dni.core.immediate import SplitOptimizer
-from lightning_dni.strategies._compat import MisconfigurationException
+from lightning_dni.strategies._compat import MisconfigurationException, Precision, replace_on
 from lightning_dni.strategies.options import DNIOptions
 
 REMEDY = "Pass update='step'."
@@ -34,6 +34,20 @@ class TrainerUpdates(SplitOptimizer):
         if self._clip_value:
             torch.nn.utils.clip_grad_value_(parameters, self._clip_value)
         super().update(parameters)
+
+
+def clip_values_if_any(plugin: Precision) -> Callable[[], None]:
+    """Have `plugin` clip by value only where there is a gradient; returns what takes it back.
+
+    torch fails where there is none, as when all stages sit a step out, or have stepped.
+    """
+    clip = plugin.clip_grad_by_value
+
+    def clip_grad_by_value(optimizer: Optimizer, clip_val: float) -> None:
+        if any(parameter.grad is not None for parameter in plugin.main_params(optimizer)):
+            clip(optimizer, clip_val)
+
+    return replace_on(plugin, "clip_grad_by_value", clip_grad_by_value)
 
 
 def refuse_updates(

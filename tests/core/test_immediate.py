@@ -20,6 +20,7 @@ from core.paper import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_dni.core import DNIEngine, SplitOptimizer
 from lightning_dni.errors import EstimatorError
@@ -79,6 +80,18 @@ def test_schedulers_move_the_rates_of_the_users_groups():
     assert scheduler.last_epoch == 6  # hooks on the optimizer's steps run once per step
     assert [g["lr"] for g in user.param_groups] == [g["lr"] for g in plain.param_groups]
     assert [len(g["params"]) for g in user.param_groups] == [len(g["params"]) for g in plain.param_groups]
+
+
+def test_hooks_on_the_steps_of_all_optimizers_run_once_per_step():
+    model, seen = mlp(WIDTHS), []
+    engine = immediate(model, BOUNDARIES, optimizer=(user := SGD(model)))
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    try:
+        run_step(engine, model, blobs())
+        user.step()
+    finally:
+        hook.remove()
+    assert seen == [user]
 
 
 def test_the_optimizers_state_is_what_one_update_at_the_end_leaves():
@@ -309,6 +322,39 @@ def test_skipping_leaves_such_a_stage_out():
     moved = {n[0] for n, w in weights(model).items() if not torch.equal(w, start[n])}
     assert moved == {"0", "2"}
     assert model[1][0].weight.grad is None
+
+
+class Wraps(torch.optim.Optimizer):
+    """A wrapper that shares the groups of another optimizer and never calls Optimizer.__init__."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_a_wrapper_of_an_optimizer_steps_the_stage_alone():
+    """The wrapped one stepped all its groups, with what earlier batches of an accumulation had left."""
+    results = []
+    for when in ("immediate", "step"):
+        torch.manual_seed(5)
+        model = mlp(WIDTHS)
+        user = Wraps(torch.optim.SGD([{"params": list(m.parameters())} for m in model], 0.1, momentum=0.9))
+        engine = attached(model, BOUNDARIES, update=when)
+        engine.updater = SplitOptimizer(user)
+        for _ in range(3):
+            user.zero_grad()
+            for part in range(2):
+                run_step(engine, model, blobs(), accumulate=2, first=part == 0, last=part == 1)
+            user.step()
+            engine.update_estimators()
+        results.append(weights(model))
+        assert [g["params"] for g in user.base.param_groups] == [list(m.parameters()) for m in model]
+    assert same_bits(*results)
 
 
 # ---- variables that are not the optimizer's

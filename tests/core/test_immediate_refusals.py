@@ -82,6 +82,66 @@ def test_an_optimizer_with_a_state_of_whole_groups_is_refused():
     assert len(user.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
+class OwnCounter(torch.optim.SGD):
+    """Counts its steps as optimizers written by hand do, to correct a bias."""
+
+    t = 0
+
+    def step(self, closure=None):
+        self.t += 1
+        return super().step(closure)
+
+
+class Wraps(torch.optim.Optimizer):
+    """A wrapper whose steps are another one's."""
+
+    def __init__(self, params, lr):
+        self.base = OwnCounter(params, lr)
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class OwnTensor(torch.optim.SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.seen = torch.zeros(())
+
+    def step(self, closure=None):
+        self.seen.add_(1)
+        return super().step(closure)
+
+
+class InState(torch.optim.SGD):
+    def step(self, closure=None):
+        self.state["all"]["t"] = self.state["all"].get("t", 0) + 1
+        return super().step(closure)
+
+
+class GroupTensor(torch.optim.SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.param_groups[0]["seen"] = torch.zeros(())
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["seen"].add_(1)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(OwnCounter, "t"), (Wraps, "t"), (OwnTensor, "seen"), (InState, "all"), (GroupTensor, "seen")],
+)
+def test_an_optimizer_with_a_state_of_its_own_is_refused(kind, name):
+    """It stepped once per stage: Adam written by hand corrected its bias with the wrong number."""
+    model = mlp(WIDTHS)
+    engine = immediate(model, optimizer=kind(model.parameters(), 0.1))
+    with pytest.raises(StageError, match=rf"the step of {kind.__name__} changes \['{name}'\] of .* its own"):
+        run_step(engine, model, blobs())
+
+
 def test_without_an_updater_nothing_can_step():
     engine = attached(mlp(), ["0"], update="immediate")
     with (

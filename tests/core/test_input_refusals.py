@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from core.nets import run_step, same_bits, unchecked, update
+from core.nets import CLASSES, attached, run_step, same_bits, unchecked, update
 from core.predicted import (
     LINEAR,
     NAMES,
@@ -17,12 +17,13 @@ from core.predicted import (
     sgd,
     trained,
 )
+from torch import nn
 
 from lightning_dni import MLPInputEstimator
 from lightning_dni.core import DNIEngine
 from lightning_dni.core.context import find_input
 from lightning_dni.errors import BoundaryError, EstimatorError, StageError
-from lightning_dni.estimators import BackpropEstimator
+from lightning_dni.estimators import BackpropEstimator, LinearEstimator
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,25 @@ def test_what_is_not_finite_is_named_or_left_out():
 )
 def test_the_network_input_is_found(batch, where, expected):
     assert (find_input(batch, where) == expected).all()
+
+
+def test_an_input_of_another_shape_is_refused_by_name():
+    """torch said that two matrices cannot be multiplied."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, CLASSES))
+    engine = attached(model, ["0"], LinearEstimator, synthetic_inputs=MLPInputEstimator)
+    run_step(engine, model, (torch.randn(8, 4, 5), None), lambda out, y: out.square().mean())
+    expected = r"rows of shape \(4, 5\) of the network's input for the MLPInputEstimator at .*'0'.* \(7, 5\)"
+    with pytest.raises(EstimatorError, match=expected):
+        run_step(engine, model, (torch.randn(8, 7, 5), None), lambda out, y: out.square().mean())
+
+
+def test_a_batch_without_rows_is_predicted_too():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, CLASSES))
+    engine = attached(model, ["0"], LinearEstimator, synthetic_inputs=MLPInputEstimator)
+    for rows in (8, 0):
+        run_step(engine, model, (torch.randn(rows, 5), None), lambda out, y: out.square().sum())
+        engine.update_estimators()
+    assert all(p.isfinite().all() for p in engine.input_estimators["0"].parameters())
 
 
 def test_a_batch_without_input_is_refused():

@@ -238,6 +238,18 @@ def test_the_state_goes_on_with_the_draws():
     assert same_bits(weights(half), weights(whole))
 
 
+def test_a_run_that_goes_on_within_an_accumulated_batch_draws_for_the_rest_of_it():
+    """All stages updated there, as nothing was drawn before its first part."""
+    model = mlp(WIDTHS)
+    engine = asleep(model, ["1"])
+    state = engine.state_dict()
+    for _ in range(2):
+        model.zero_grad()
+        run_step(engine, model, blobs(), accumulate=3, first=False, last=False)
+        assert {n[0] for n, g in grads(model).items() if g is not None} == {"0", "2", "3"}
+        engine.load_state_dict(state)
+
+
 # ---- what is measured
 
 

@@ -22,7 +22,7 @@ from core.nets import (
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_dni.estimators import LinearEstimator, ZeroEstimator
+from lightning_dni.estimators import BackpropEstimator, LinearEstimator, ZeroEstimator
 
 Two = namedtuple("Two", ["a", "b"])
 
@@ -73,6 +73,50 @@ def test_every_structure_crosses(packing, bp_lambda):
     mixed = [(1 - bp_lambda) * g + bp_lambda * t.grad for g, t in zip(given, leaves, strict=True)]
     torch.autograd.backward([a, b], mixed)
     assert_close(grads(model), grads(twin), atol=1e-14)
+
+
+class Spare(nn.Module):
+    """Gives two tensors of layers of their own, and reads the first of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x[0] if isinstance(x, tuple) else x
+        return self.used(x).tanh(), self.spare(x)
+
+
+class First(nn.Linear):
+    def forward(self, x):
+        return super().forward(x[0])
+
+
+@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"bp_lambda": 1.0}, 1.0),
+        ({"estimator": BackpropEstimator}, 1.0),
+        ({"bp_lambda": 0.5, "estimator": ZeroEstimator}, 0.5),
+    ],
+    ids=str,
+)
+def test_what_nobody_goes_on_from_has_no_gradient_as_in_backprop(options, share, probe):
+    """It was zero, and an optimizer with weight decay or momentum moved those weights."""
+    model, (x, y) = nn.Sequential(Spare(), Spare(), First(5, CLASSES)).double(), blobs()
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(x), y).backward()
+    engine = attached(model, ["0", "1"], **options)
+    if probe:
+        engine.request_probe()
+    run_step(engine, model, (x, y))
+    found, expected = grads(model), grads(twin)
+    assert expected["0.spare.weight"] is None
+    for stage, times in (("0", share**2), ("1", share), ("2", 1.0)):
+        of = lambda all_of, k=stage: {n: g for n, g in all_of.items() if n.startswith(k)}
+        scaled = {n: None if g is None else g * times for n, g in of(expected).items()}
+        assert_close(of(found), scaled)
 
 
 def test_what_is_no_gradient_passes_as_it_is():

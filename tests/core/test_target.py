@@ -106,6 +106,18 @@ def sequences(length):
     return torch.randn(8, length, 5, dtype=torch.float64), torch.randn(8, length, 4, dtype=torch.float64)
 
 
+def test_a_batch_without_rows_changes_no_count_of_elements():
+    """It was refused for an output of no elements, and before that the next row was taken for one element."""
+    model, (x, y) = mlp((5, 6, 7, 4)), sequences(3)
+    engine = attached(model, ["0", "1"], FromZero, loss_denominator="elements")
+    found = []
+    for rows in (8, 8, 0, 8):
+        model.zero_grad()
+        run_step(engine, model, (x[:rows], y[:rows]), lambda out, y: (out - y).square().sum() / 96)
+        found.append(grads(model))
+    assert_close(found[3], found[1])
+
+
 def test_elements_per_row_that_change_are_refused_where_a_gradient_was_divided_by_others():
     """As where sequences differ in length: the stage below had its gradient before the output was there."""
     model = mlp((5, 6, 7, 4))

@@ -175,7 +175,7 @@ def test_the_predictor_learns_as_it_does_by_itself():
         ({"predictor": ZeroEstimator}, "regresses the gradient, .*but got ZeroEstimator at boundary 'net.1'"),
         ({"predictor": partial(CriticEstimator, num_classes=3)}, "but got CriticEstimator"),
         ({"predictor": lambda spec: nn.Linear(5, 5)}, "but got Linear at"),
-        ({"predictor": partial(LinearEstimator, prop_alpha=0.5)}, "waits for nothing, .*prop_alpha"),
+        ({"predictor": partial(LinearEstimator, prop_alpha=0.5)}, "wait for nothing, .*prop_alpha"),
     ],
 )
 def test_refuses_a_predictor_that_would_be_passed_over(options, message):

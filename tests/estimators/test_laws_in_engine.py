@@ -248,3 +248,21 @@ def test_what_it_learns_in_mixed_precision_is_not_rounded(row):
     assert any(g.any() for g in found[0])
     for without, within in zip(*found, strict=True):
         assert torch.equal(within, without)
+
+
+@each([row for row in ESTIMATORS if not row.late])
+def test_a_batch_without_rows_teaches_nothing(row):
+    """Heads divided by the number of rows, and were said to have a target gradient that is not finite."""
+    model, engine, batch = engine_for(row, stirred=True)
+    empty = [None if part is None else part[:0] for part in batch]
+    with engine:
+        for x, context, classes in (batch, empty):
+            model.zero_grad()
+            with engine.training_step((x, context)):
+                scores = model(x)
+                loss = scores.sum() if not len(x) else loss_of(scores, classes)
+            engine.backward(loss)
+            if len(x):
+                engine.drop_estimator_gradients()
+    learnt = [p.grad for e in engine.estimators.values() for p in e.parameters()]
+    assert not any(bool(g.any()) for g in [*learnt, *(p.grad for p in model.parameters())] if g is not None)

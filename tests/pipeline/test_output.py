@@ -25,6 +25,10 @@ def seen(with_gradient):
     return way, output, scores
 
 
+def test_a_batch_without_rows_is_no_output_of_another_size():
+    assert not Output().see(torch.zeros(0, 4, requires_grad=True) * 2, before=4)
+
+
 def test_output_and_gradient_go_down_together():
     way, output, scores = seen(with_gradient=True)
     scores.square().sum().backward()

@@ -207,6 +207,22 @@ def test_sparse_updates_are_the_same_run_immediately_and_at_the_end():
     assert_same_run(*runs)
 
 
+@pytest.mark.parametrize("update", ["step", "immediate"])
+def test_a_step_without_a_gradient_is_not_clipped(update):
+    """torch clips no empty list by value: the first step that all stages sat out was an error."""
+    clipped = {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": "value"}
+    run = trained(dni(update=update, update_probability=0.3), **clipped)
+    assert "" in run[1].left
+    assert "net.2.weight" in different(run[0], trained(dni(update_probability=0.3))[0])
+    loose = {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "value"}
+    assert_same_run(trained(dni(update_probability=0.3), **loose), trained(dni(update_probability=0.3)))
+
+
+def test_nothing_stays_on_the_precision_plugin():
+    trainer = fit(net(), dni(), gradient_clip_val=1.0, gradient_clip_algorithm="value")
+    assert "clip_grad_by_value" not in vars(trainer.precision_plugin)
+
+
 def test_the_global_generator_is_not_drawn_from():
     states = []
     for probability in (0.5, 1.0):
