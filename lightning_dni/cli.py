@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
 
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
 
 from lightning_dni.estimators import catalog
 from lightning_dni.study import command as study
@@ -16,6 +19,34 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "recipes": shelf.main,
     "estimators": catalog.main,
 }
+
+
+SAVED = "# lightning.pytorch=="
+"""How a configuration begins that LightningCLI has saved."""
+
+
+class SavedConfiguration(SaveConfigCallback):
+    """Saves a run's whole configuration, as `config_1.yaml` where `config.yaml` is a file of the user's."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose a name and save."""
+        folder = trainer.log_dir  # on every rank: it is told to all
+        if folder is not None and not self.already_saved:
+            read = {Path(str(file)).resolve() for file in self.config.get("config") or ()}
+            names = ("config.yaml" if not k else f"config_{k}.yaml" for k in count())
+            self.config_filename = next(name for name in names if _may_be_written(Path(folder, name), read))
+        super().setup(trainer, pl_module, stage)
+
+
+def _may_be_written(file: Path, read: set[Path]) -> bool:
+    """Whether nothing is lost: there is none, or an earlier run saved it and this one does not read it."""
+    if not file.exists():
+        return True
+    if file.resolve() in read or not file.is_file():
+        return False
+    with file.open(errors="replace") as opened:
+        return opened.read(len(SAVED)) == SAVED
 
 
 class RecipeCLI(LightningCLI):
@@ -48,6 +79,7 @@ def run(
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=SavedConfiguration,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={"devices": 1, "callbacks": list(callbacks)},

@@ -137,7 +137,7 @@ class BPLambdaScheduler(pl.Callback):
     def __init__(self, schedule: Schedule | dict[str, Schedule]) -> None:
         entries = schedule if isinstance(schedule, Mapping) else {"*": schedule}
         for pattern, entry in entries.items():
-            if not callable(entry):
+            if not callable(entry) or isinstance(entry, type):
                 name = f"schedule[{pattern!r}]" if isinstance(schedule, Mapping) else "schedule"
                 raise ValueError(
                     f"Expected `{name}` to be a callable of the step, but got {entry!r}. Pass "

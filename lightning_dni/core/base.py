@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from lightning_dni.core.bootstrap import SequenceEnd
 from lightning_dni.core.boundary import device_of, named_submodules, resolve_boundaries, resolve_output
-from lightning_dni.core.carry import Truncations, refuse_beside_truncations, resolve_truncations
+from lightning_dni.core.carry import (
+    Truncations,
+    refuse_beside_truncations,
+    refuse_without_truncations,
+    resolve_truncations,
+)
 from lightning_dni.core.context import Labels, Where, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
@@ -91,6 +96,8 @@ class Engine(ABC):
         self._model = model
         if truncations:
             refuse_beside_truncations(bp_lambda, update_probability, update, synthetic_inputs)
+        else:
+            refuse_without_truncations(damping, sequence_end)
         self._modules = resolve_boundaries(model, boundaries) if boundaries or not truncations else {}
         self._truncations, self._damping, self._sequence_end = truncations, damping, sequence_end
         self._names = (*self._modules, *resolve_truncations(model, truncations))

@@ -1,7 +1,7 @@
 """Name the submodules whose outputs are cut, and describe what crosses them."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.errors import BoundaryError
+from lightning_dni.errors import BoundaryError, EstimatorError
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def resolve_boundaries(model: nn.Module, patterns: Sequence[str]) -> dict[str, n
     return resolve_submodules(model, patterns, "boundaries")
 
 
-def resolve_submodules(model: nn.Module, patterns: Sequence[str], argument: str) -> dict[str, nn.Module]:
+def resolve_submodules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, nn.Module]:
     """Find the submodules of `model` that the names or fnmatch patterns in `patterns` mean.
 
     A wildcard stays on its level: `net.*` means the children of `net`, not what is inside them. Names
@@ -128,9 +128,11 @@ def resolve_submodules(model: nn.Module, patterns: Sequence[str], argument: str)
         BoundaryError: No pattern is given, a pattern matches nothing, two names are one module, or torch.jit
             has made it.
     """
-    if isinstance(patterns, str) or not patterns:
+    given = patterns
+    patterns = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise BoundaryError(
-            f"Expected `{argument}` to be a non-empty list of submodule names, but got {patterns!r}. "
+            f"Expected `{argument}` to be a non-empty list of submodule names, but got {given!r}. "
             f"The children of {type(model).__name__} are {[n for n, _ in model.named_children()]}."
         )
     modules = named_submodules(model)
@@ -211,6 +213,54 @@ def choose_by_pattern(name: str, choice: T | Mapping[str, T], argument: str) -> 
         f"Expected a pattern in `{argument}` to match boundary {name!r}, but got only "
         f"{sorted(choice)}. Add the name, or '*' for the rest."
     )
+
+
+def choose_by_patterns(names: Iterable[str], choice: T | Mapping[str, T], argument: str) -> dict[str, T]:
+    """The value for each boundary, as `choose_by_pattern` gives it.
+
+    Raises:
+        BoundaryError: No pattern matches a boundary, or a pattern matches none: it would have no effect.
+    """
+    names = tuple(names)
+    chosen = {name: choose_by_pattern(name, choice, argument) for name in names}
+    for pattern in choice if isinstance(choice, Mapping) else ():
+        if not any(name == pattern or fnmatchcase(name, str(pattern)) for name in names):
+            close = difflib.get_close_matches(str(pattern), names, n=1, cutoff=0.3)
+            hint = f" Did you mean {close[0]!r}?" if close else " Leave it out."
+            raise BoundaryError(
+                f"Expected the patterns in `{argument}` to match boundaries, but {pattern!r} matches none of "
+                f"{list(names)}.{hint}"
+            )
+    return chosen
+
+
+def choose_factories(
+    names: Iterable[str], choice: T | Mapping[str, T], argument: str, example: str, optional: bool = False
+) -> dict[str, T]:
+    """What makes something for each boundary, as `choose_by_patterns` gives it.
+
+    Args:
+        names: Of the boundaries.
+        choice: A factory, or {pattern: factory}.
+        argument: What the user calls it.
+        example: What may be passed.
+        optional: Whether it may be None, where nothing is made.
+
+    Raises:
+        BoundaryError: As `choose_by_patterns`.
+        EstimatorError: Something is made already, or cannot be called.
+    """
+    chosen = choose_by_patterns(names, choice, argument)
+    for name, factory in chosen.items():
+        if optional and factory is None:
+            continue
+        if isinstance(factory, nn.Module) or not callable(factory):
+            got = repr(factory) if isinstance(factory, (str, int, float)) else f"one {type(factory).__name__}"
+            raise EstimatorError(
+                f"Expected `{argument}` to be a class or a function that makes one for boundary {name!r}, "
+                f"but got {got}. Pass {example}."
+            )
+    return chosen
 
 
 def modules_by_stage(model: nn.Module, boundaries: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:

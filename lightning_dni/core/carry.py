@@ -1,7 +1,7 @@
 """The state that a recurrent module hands on, in rows that an estimator can see and that can be compared."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dni.core.boundary import COMPILED, resolve_submodules
+from lightning_dni.core.boundary import COMPILED, choose_by_patterns, resolve_submodules
 from lightning_dni.core.value import close_value, differentiable, open_value
 from lightning_dni.errors import BoundaryError, EstimatorError
 
@@ -27,8 +27,7 @@ def resolve_truncations(model: nn.Module, truncations: Truncations | None) -> di
     """
     if not truncations:
         return {}
-    patterns = truncations if isinstance(truncations, str) else list(truncations)
-    found = resolve_submodules(model, patterns, "truncations")
+    found = resolve_submodules(model, truncations, "truncations")
     for name, module in found.items():
         outer = [other for other in found if name.startswith(f"{other}.")]
         if outer:
@@ -67,6 +66,36 @@ def refuse_beside_truncations(
                 f"Expected no `{argument}` with `truncations`, but got {value!r}: the true gradient of the "
                 "future is never there, and the end of a chunk is only known with the loss. Leave it out."
             )
+
+
+def refuse_without_truncations(damping: Any, sequence_end: str) -> None:
+    """Refuse options that have an effect at truncations alone.
+
+    Raises:
+        EstimatorError: One is given.
+    """
+    given = {"damping": damping} if damping != 1.0 else {}
+    if sequence_end == "ignore":
+        given["sequence_end"] = sequence_end
+    for argument, value in given.items():
+        raise EstimatorError(
+            f"Expected `truncations` beside `{argument}`, but got {value!r} alone: it has an effect at the "
+            "ends of chunks alone. Leave it out, or name recurrent modules in `truncations`."
+        )
+
+
+def choose_damping(names: Iterable[str], value: float | Mapping[str, float]) -> dict[str, float]:
+    """What synthetic gradients are multiplied by, by truncation.
+
+    Raises:
+        EstimatorError: A value is outside (0, 1].
+        BoundaryError: No pattern matches a truncation, or a pattern matches none.
+    """
+    chosen = choose_by_patterns(names, value, "damping")
+    for damping in chosen.values():
+        if not isinstance(damping, (int, float)) or not 0.0 < damping <= 1.0:
+            raise EstimatorError(f"Expected `damping` to be above 0 and up to 1, but got {damping!r}.")
+    return {name: float(damping) for name, damping in chosen.items()}
 
 
 def core_of(module: nn.Module) -> nn.Module:

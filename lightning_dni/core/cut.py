@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -369,6 +369,16 @@ def refuse_changed(output: Tensor | None, version: int, who: str) -> None:
         )
 
 
+def refuse_unseen(step: Any) -> None:
+    """Refuse the loss of an earlier step, if there is one, that the engine has not seen.
+
+    Raises:
+        StageError: It was differentiated nevertheless.
+    """
+    if step is not None and step.loss is None:
+        refuse_other_backward(step.cuts)
+
+
 def refuse_other_backward(cuts: Iterable[Cut]) -> None:
     """Refuse a loss that was differentiated without the engine's knowledge.
 
@@ -380,5 +390,6 @@ def refuse_other_backward(cuts: Iterable[Cut]) -> None:
             raise StageError(
                 f"Expected every loss to be differentiated by `manual_backward` (or `engine.backward`), but "
                 f"got another way through boundary {cut.boundary!r}, of which the stages below never hear. "
-                "Call `self.manual_backward(loss)` instead of `loss.backward()`."
+                "Call `self.manual_backward(loss)`, in a loop of your own `engine.backward(loss)`, instead "
+                "of `loss.backward()`."
             )

@@ -42,7 +42,7 @@ from lightning_dni.core.base import Engine
 from lightning_dni.core.bootstrap import Bootstrap
 from lightning_dni.core.boundary import LAST_STAGE, device_of, named_submodules
 from lightning_dni.core.consumer import Hybrid, Layer, linear_layers
-from lightning_dni.core.cut import Cut, refuse_other_backward
+from lightning_dni.core.cut import Cut, refuse_other_backward, refuse_unseen
 from lightning_dni.core.delays import Delays, refuse_beside_delay
 from lightning_dni.core.estimator import Installed, Signal, who
 from lightning_dni.core.immediate import ImmediateUpdates, expect_updater, refuse_tied
@@ -232,6 +232,7 @@ class DNIEngine(Engine):
                 "Expected the engine to be attached, but the model has no hook of it. Write `with engine:` "
                 "around the training loop, or call `engine.attach()`."
             )
+        refuse_unseen(self._step)
         if first or self._asleep is None:  # it goes on in the midst of an accumulated batch
             self._asleep = draw_asleep(self._update_probability, self._pool.seed, self._steps)
         self._immediate = self._immediate_updates(accumulate, several_losses, last)
@@ -241,9 +242,8 @@ class DNIEngine(Engine):
         self._step = Step(settings, partial(self._install, settings), self.profile, self._held)
         if settings.exchange is not None:
             settings.exchange.begin(fresh=first and not several_losses)
-        self._report, self._requested, self._instruments = None, "nothing", []
         self._chunks.begin_step()
-        self._in_forward = True
+        self._in_forward, self._report, self._requested, self._instruments = True, None, "nothing", []
         staged = seeded(self._stage_seed(None, 0), self._device) if self._rng == "stage" else nullcontext()
         try:
             with staged, one_graph_errors(self.boundaries), in_place_errors(self._step.fired):
@@ -356,6 +356,7 @@ class DNIEngine(Engine):
 
     @override
     def update_estimators(self) -> None:
+        refuse_unseen(self._step)
         super().update_estimators()
         self._delays.advance()
 

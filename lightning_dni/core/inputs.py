@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_dni.core.boundary import BoundarySpec, LeafSpec, choose_by_pattern
+from lightning_dni.core.boundary import BoundarySpec, LeafSpec, choose_factories
 from lightning_dni.core.context import Where, find_input
 from lightning_dni.core.distance import difference_sums
 from lightning_dni.core.optimizer import EstimatorOptimizers, OptimizerFactory
@@ -96,9 +96,9 @@ class SyntheticInputs:
         seed: int,
     ) -> None:
         choice: Any = factory
-        self._factories: dict[str, InputFactory | None] = {
-            n: choose_by_pattern(n, choice, "synthetic_inputs") for n in boundaries
-        }
+        self._factories: dict[str, InputFactory | None] = choose_factories(
+            boundaries, choice, "synthetic_inputs", "MLPInputEstimator, or a partial of it", optional=True
+        )
         self._network_input, self._seed = network_input, seed
         make = partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
         self._make_optimizers = partial(EstimatorOptimizers, make, boundaries, argument="input_optimizer")

@@ -4,12 +4,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_dni.core.boundary import choose_by_pattern
+from lightning_dni.core.boundary import choose_factories
 from lightning_dni.core.estimator import Installed
 from lightning_dni.errors import EstimatorError
+
+EXAMPLE = "partial(torch.optim.Adam, lr=1e-3)"
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -55,11 +57,16 @@ class EstimatorOptimizers:
         clip_norm: float | None = None,
         argument: str = "estimator_optimizer",
     ) -> None:
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
             raise EstimatorError(
                 f"Expected `estimator_clip_norm` to be a norm above 0, or None, but got {clip_norm!r}."
             )
-        self._factories = {n: choose_by_pattern(n, factory, argument) for n in boundaries}
+        self._factories = choose_factories(boundaries, factory, argument, EXAMPLE)
+        if schedule is not None and not callable(schedule):
+            raise EstimatorError(
+                "Expected `estimator_scheduler` to be a class or a function that makes a scheduler from an "
+                f"optimizer, but got {schedule!r}. Pass partial(StepLR, step_size=1000), for example."
+            )
         self._schedule, self._argument = schedule, argument
         self.clip_norm = clip_norm
         self._optimizers: list[Optimizer] = []
@@ -205,6 +212,11 @@ def _make(factory: OptimizerFactory, group: dict[str, Any], argument: str) -> Op
         raise EstimatorError(
             f"Expected `{argument}` to make a torch optimizer from parameters, but got "
             f"{type(optimizer).__name__}. Pass partial(torch.optim.Adam, lr=...), for example."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise EstimatorError(
+            f"Expected `{argument}` to make an optimizer that steps without a closure, but got LBFGS. Pass "
+            "partial(torch.optim.Adam, lr=...), for example."
         )
     return optimizer
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_dni.core.boundary import BoundarySpec, choose_by_pattern
+from lightning_dni.core.boundary import BoundarySpec, choose_factories
 from lightning_dni.core.cut import Lesson
 from lightning_dni.core.estimator import GradientEstimator, Installed, Lock, Signal
 from lightning_dni.core.exchange import Exchange
@@ -18,6 +18,8 @@ from lightning_dni.core.synthesis import learn
 from lightning_dni.errors import BoundaryError, EstimatorError
 
 EstimatorFactory = Callable[[BoundarySpec], GradientEstimator]
+
+EXAMPLE = "LinearEstimator, or partial(LinearEstimator, num_classes=10)"
 
 SUPPLIED = frozenset(Signal) - {Signal.TRUE_GRADIENT, Signal.NETWORK_INPUT}
 """The signals that the engine can give."""
@@ -50,11 +52,11 @@ class EstimatorPool:
         schedule: ScheduleFactory | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        if not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise EstimatorError(
                 f"Expected `estimator_steps` to be an integer of at least 1, but got {steps!r}."
             )
-        self._factories = {n: choose_by_pattern(n, factory, "estimator") for n in boundaries}
+        self._factories = choose_factories(boundaries, factory, "estimator", EXAMPLE)
         self._boundaries = tuple(boundaries)
         self._make_optimizers = partial(EstimatorOptimizers, optimizer, boundaries, schedule, clip_norm)
         self.optimizers = self._make_optimizers()

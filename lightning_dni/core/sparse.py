@@ -10,7 +10,7 @@ the order in which stages run (random in the paper) changes no number.
 
 from collections.abc import Iterable, Mapping
 
-from lightning_dni.core.boundary import LAST_STAGE, choose_by_pattern
+from lightning_dni.core.boundary import LAST_STAGE, choose_by_patterns
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.estimator import Signal
 from lightning_dni.core.randomness import derive_seed
@@ -33,7 +33,7 @@ def choose_probabilities(boundaries: Iterable[str], value: float | Mapping[str, 
     if isinstance(value, Mapping):
         value = {**value, LAST_STAGE: value.get(LAST_STAGE, 1.0)}
     names = [*boundaries, LAST_STAGE]
-    chosen = {name: choose_by_pattern(name, value, "update_probability") for name in names}
+    chosen = choose_by_patterns(names, value, "update_probability")
     for name, probability in chosen.items():
         if not isinstance(probability, (int, float)) or not 0.0 < probability <= 1.0:
             raise EstimatorError(

@@ -1,6 +1,8 @@
 """Pure functions of synthetic and target gradients: scale, mixture, loss."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -8,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dni.core.boundary import choose_by_pattern
+from lightning_dni.core.boundary import choose_by_patterns
 from lightning_dni.core.estimator import rows_of
 from lightning_dni.errors import EstimatorError
 
@@ -37,7 +39,7 @@ def choose_lambdas(boundaries: Iterable[str], value: float | Mapping[str, float]
         EstimatorError: A value is outside [0, 1].
         BoundaryError: No pattern matches a boundary.
     """
-    chosen = {name: choose_by_pattern(name, value, "bp_lambda") for name in boundaries}
+    chosen = choose_by_patterns(boundaries, value, "bp_lambda")
     for name, bp_lambda in chosen.items():
         if not isinstance(bp_lambda, (int, float)) or not 0.0 <= bp_lambda <= 1.0:
             raise EstimatorError(
@@ -62,6 +64,11 @@ def denominator(
     """
     if callable(choice):
         divisor: float | Tensor = choice(batch, h)
+        if not isinstance(divisor, Tensor) and not (isinstance(divisor, Real) and 0 < divisor < math.inf):
+            raise EstimatorError(
+                "Expected `loss_denominator` to give what the loss was divided by, a number above 0, but got "
+                f"{divisor!r}. Let the callable of batch and h return a number or a tensor of one element."
+            )
         return divisor
     if choice == "sum":
         return 1.0

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dni.core.bootstrap import Bootstrap, Install
-from lightning_dni.core.boundary import choose_by_pattern, named_submodules
+from lightning_dni.core.boundary import named_submodules
 from lightning_dni.core.carry import (
     StateValue,
     Truncations,
+    choose_damping,
     find_batch_dim,
     keep_rows,
     refuse_numbers,
@@ -76,7 +77,7 @@ class RecurrentCuts:
     ) -> None:
         self._model, self._install, self.bootstrap = model, install, bootstrap
         self._dims = resolve_truncations(model, truncations)
-        self.damping = {name: _checked(choose_by_pattern(name, damping, "damping")) for name in self._dims}
+        self.damping = choose_damping(self._dims, damping)
         self._modules: dict[str, nn.Module] = {}
         self._held: dict[str, list[Ending]] = {}
         self._numbers, self._continuity = count(), Continuity()
@@ -379,12 +380,6 @@ def _cut(tensor: Tensor, keep: bool) -> Tensor:
     passed = tensor.view_as(tensor)
     passed.retain_grad()
     return passed
-
-
-def _checked(damping: Any) -> float:
-    if not isinstance(damping, (int, float)) or not 0.0 < damping <= 1.0:
-        raise EstimatorError(f"Expected `damping` to be above 0 and up to 1, but got {damping!r}.")
-    return float(damping)
 
 
 def _refuse_estimator(installed: Installed, name: str) -> None:

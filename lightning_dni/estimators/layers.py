@@ -1,6 +1,6 @@
 """Stacks of layers with ReLU between them, of which the last starts at exactly zero."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -59,5 +59,12 @@ def check_sizes(argument: str, sizes: Sequence[int], at_least: int = 1) -> None:
     Raises:
         EstimatorError: A size is smaller.
     """
-    if any(size < at_least for size in sizes):
-        raise EstimatorError(f"Expected `{argument}` to be at least {at_least}, but got {list(sizes)}.")
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise EstimatorError(
+            f"Expected `{argument}` to be a list of integers, but got {sizes!r}. Pass [{sizes}]."
+        )
+    sizes = list(sizes)
+    if not all(isinstance(size, int) and size >= at_least for size in sizes):
+        raise EstimatorError(
+            f"Expected `{argument}` to be at least {at_least}, but got {sizes}. Pass integers of that size."
+        )

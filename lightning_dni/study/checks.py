@@ -7,6 +7,12 @@ from typing import Any
 
 from lightning_dni.errors import StudyError
 
+LARGEST_SEED = 2**32 - 1
+"""That numpy's generator takes."""
+
+LONGEST_NAME = 255
+"""Bytes of a folder's name that file systems take."""
+
 
 def check_mapping(key: str, value: Any) -> dict[str, Any]:
     """A mapping as a dict; nothing is an empty one.
@@ -52,15 +58,46 @@ def check_name(key: str, name: Any) -> str:
     return str(name)
 
 
+def check_axis(axis: Any, taken: Sequence[str]) -> str:
+    """An axis's name as text; it becomes part of folders' names, of references, and a column of the table.
+
+    Raises:
+        StudyError: It cannot.
+    """
+    if str(axis) in taken:
+        raise StudyError(f"Expected another name for `grid.{axis}`: {', '.join(taken)} are taken. Rename it.")
+    if not re.fullmatch(r"[^/\\,=.\0]+", str(axis)):
+        raise StudyError(
+            f"Expected axes of `grid` to have names without / \\ , . =, but got {axis!r}. Rename it."
+        )
+    return str(axis)
+
+
+def check_run_name(name: str) -> str:
+    """The name of a run's folder.
+
+    Raises:
+        StudyError: It is too long.
+    """
+    if len(name.encode()) > LONGEST_NAME:
+        raise StudyError(
+            f"Expected names of runs of at most {LONGEST_NAME} bytes, but got {name!r}. Give values in `grid`"
+            " short names: `axis: {name: value}`."
+        )
+    return name
+
+
 def check_names(key: str, value: Any, of: str = "metrics") -> tuple[str, ...]:
     """A name or a list of names.
 
     Raises:
         StudyError: It is something else.
     """
-    names = [value] if isinstance(value, str) else list(value or [])
-    if not all(isinstance(name, str) for name in names):
-        raise StudyError(f"Expected `{key}` to be a list of {of}' names, but got {value!r}.")
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise StudyError(
+            f"Expected `{key}` to be a list of {of}' names, but got {value!r}. Write `{key}: [name, name]`."
+        )
     return tuple(names)
 
 
@@ -89,9 +126,9 @@ def check_seeds(value: Any) -> list[int]:
         seeds = [int(str(each)) for each in found]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    if not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED or len(set(seeds)) < len(seeds):
         raise StudyError(
-            f"Expected `seeds` to be different integers of at least 0, but got {value!r}. Write "
+            f"Expected `seeds` to be different integers from 0 to {LARGEST_SEED}, but got {value!r}. Write "
             "`seeds: [0, 1, 2]`."
         )
     return seeds

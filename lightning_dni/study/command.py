@@ -85,6 +85,10 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
             raise StudyError(f"Expected `--KEY VALUE`, but got {word!r}. See `lightning-dni study --help`.")
+        if equals and key == "quick":
+            raise StudyError(
+                f"Expected `--quick` without a value, but got {word!r}. Leave it out for a whole run."
+            )
         if not equals and key != "quick":
             if not left:
                 raise StudyError(f"Expected a value after {word!r}, but got none. Pass one.")
@@ -121,6 +125,7 @@ def _problems(study: Study, outcome: Outcome) -> list[str]:
     for name, error in outcome.failed.items():
         by_error.setdefault(error, []).append(name)
     problems = [f"Failed: {'; '.join(names)}\n  {error}" for error, names in by_error.items()]
+    problems += outcome.problems
     finished = [each for each in outcome.results.values() if each.error is None]
     logged = sorted({name for each in finished for name in each.metrics})
     drawn = study.picture.y if study.picture else ()

@@ -12,10 +12,12 @@ from yaml import YAMLError
 
 from lightning_dni.errors import StudyError
 from lightning_dni.study.checks import (
+    check_axis,
     check_keys,
     check_mapping,
     check_name,
     check_names,
+    check_run_name,
     check_seeds,
     check_text,
 )
@@ -25,7 +27,9 @@ KEYS = (
     *("table", "picture", "wandb", "quick"),
 )
 PICTURE_KEYS = ("x", "y", "line", "panel", "x_scale", "y_scale", "title", "cuts", "images")
+LONGEST_TAG = 64
 NO_AXES = ("step", "layer")
+TAKEN = ("seed", "name", "seeds", "status", "failed", "failure", "seconds")
 ESTIMATOR_AXES = ("estimator", "method", "module")
 GIVEN_BY_STUDY = {
     "seed_everything": "the study sets it to each of `seeds`",
@@ -89,7 +93,7 @@ class Study:
     @property
     def tags(self) -> list[str]:
         """For W&B, which takes 64 characters: the recipe's name and its tags, or else its claim."""
-        claim = str(self.recipe.get("claim", ""))[:64]
+        claim = str(self.recipe.get("claim", ""))[:LONGEST_TAG]
         tags = [str(tag) for tag in self.recipe.get("tags") or ([claim] if claim else [])]
         return [self.name, *tags]
 
@@ -133,6 +137,11 @@ def read_study(file: str | Path, overrides: Sequence[tuple[str, str]] = (), *, q
             OmegaConf.update(source, str(key), value, merge=False, force_add=True)
     for key, text in overrides:
         _override(source, key, text)
+    if not is_study(source) and {"model", "trainer"} & set(source):
+        raise StudyError(
+            f"Expected {str(file)!r} to hold `fit` or `call`, but it configures a single training. Run it by "
+            f"`lightning-dni fit --config {file}`."
+        )
     check_keys("the study", list(source), KEYS)
     axes = _axes(source)
     table = check_names("table", source.get("table"))
@@ -182,6 +191,12 @@ def _recipe(source: DictConfig) -> dict[str, Any]:
             f"Expected `recipe.job_type` to be the name of an axis or a text, but got {job_type!r}. Write "
             "`job_type: method`, or leave it out."
         )
+    tags = recipe.get("tags") or []
+    if not isinstance(tags, list) or not all(0 < len(str(tag)) <= LONGEST_TAG for tag in tags):
+        raise StudyError(
+            f"Expected `recipe.tags` to be a list of texts of 1 to {LONGEST_TAG} characters, as in W&B, "
+            f"but got {tags!r}. Write `tags: [section 6, digits]`."
+        )
     return recipe
 
 
@@ -189,8 +204,7 @@ def _axes(source: DictConfig) -> dict[str, dict[str, Any]]:
     """The values on each axis by their names: those of a mapping, or the values themselves."""
     axes: dict[str, dict[str, Any]] = {}
     for axis, values in check_mapping("grid", _plain(source.get("grid"))).items():
-        if axis in ("seed", "name"):
-            raise StudyError(f"Expected another name for `grid.{axis}`: ${{run.{axis}}} is taken.")
+        check_axis(axis, TAKEN)
         if not isinstance(values, (list, dict)) or not values:
             raise StudyError(
                 f"Expected `grid.{axis}` to be a list of values or a mapping of names to values, but got "
@@ -220,7 +234,7 @@ def _runs(source: DictConfig, axes: Mapping[str, Mapping[str, Any]]) -> Iterator
             continue
         values = {axis: axes[axis][name] for axis, name in cell.items()}
         for seed in seeds:
-            here["run"] = {**values, "seed": seed, "name": run_name(cell, seed)}
+            here["run"] = {**values, "seed": seed, "name": check_run_name(run_name(cell, seed))}
             OmegaConf.clear_cache(here)  # what a resolver gave for the run before
             yield Run(cell, seed, _configuration(here, seed))
 
@@ -231,7 +245,7 @@ def _selections(
     """Entries of `skip` or `only`: names per axis."""
     entries = _plain(source.get(key)) or []
     found = []
-    for entry in [entries] if isinstance(entries, dict) else entries:
+    for entry in entries if isinstance(entries, list) else [entries]:
         names = {
             str(axis): [str(each) for each in (value if isinstance(value, list) else [value])]
             for axis, value in check_mapping(key, entry).items()

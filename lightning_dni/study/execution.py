@@ -18,7 +18,7 @@ from lightning_dni.study.figures import keep_figures, read_history
 Build = Callable[[list[str]], LightningCLI]
 """LightningCLI with these words: model, data and trainer are built, nothing is run."""
 
-LAST_PROBES = 10
+LAST_PROBES, PROBED = 10, "dni_"
 
 
 def train(
@@ -50,7 +50,9 @@ def train(
     if is_overridden("test_step", cli.model):
         trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         metrics |= _floats(trainer.callback_metrics)
-    return {**_last_logged(folder), **metrics, "seconds": seconds}
+    logged = _last_logged(folder)
+    probes = {name: value for name, value in logged.items() if name.startswith(PROBED)}
+    return {**logged, **metrics, **probes, "seconds": seconds}
 
 
 def call(
@@ -145,6 +147,6 @@ def _last_logged(folder: Path) -> dict[str, float]:
     last: dict[str, float] = {}
     for name, points in read_history(folder).items():
         values = [value for _, value in points]
-        values = values[-LAST_PROBES:] if name.startswith("dni_") else values[-1:]
+        values = values[-LAST_PROBES:] if name.startswith(PROBED) else values[-1:]
         last[name] = sum(values) / len(values)
     return last

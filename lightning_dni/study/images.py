@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from lightning_dni.study.configuration import Picture, Study
-from lightning_dni.study.names import in_natural_order
+from lightning_dni.study.names import drawable, in_natural_order
 from lightning_dni.study.table import CellResults
 
 TITLE = 0.3
@@ -79,4 +79,4 @@ def draw_image(axes: Axes, image: RunImage | None) -> None:
     axes.set_axis_off()
     if image is not None:
         axes.imshow(image.pixels)
-        axes.set_title(image.title, fontsize=10, loc="left", pad=2)
+        axes.set_title(drawable(image.title), fontsize=10, loc="left", pad=2)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+from matplotlib.mathtext import MathTextParser
+
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
     """Sorted, numbers in them by size.
@@ -16,6 +18,19 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
 def _rank(part: str) -> tuple[bool, int, str]:
     number = part.isdecimal()
     return not number, int(part) if number else 0, part
+
+
+def drawable(text: str) -> str:
+    r"""`text` for a picture, its dollar signs as they are where what lies between them is no formula.
+
+    >>> drawable("$x^2$"), drawable("$^$")
+    ('$x^2$', '\\$^\\$')
+    """
+    try:
+        MathTextParser("agg").parse(text)
+    except ValueError:
+        return text.replace("$", r"\$")
+    return text
 
 
 def layers_of(metric: str, names: Iterable[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from lightning_dni.study.configuration import Picture, Study
 from lightning_dni.study.figures import read_history
 from lightning_dni.study.folder import Result
 from lightning_dni.study.images import draw_image, image_heights, images_of
-from lightning_dni.study.names import in_natural_order, layers_of
+from lightning_dni.study.names import drawable, in_natural_order, layers_of
 from lightning_dni.study.table import CellResults, by_cell, mean_and_spread
 
 STEP = "step"
@@ -57,12 +57,14 @@ def draw_study(study: Study, results: Mapping[str, Result], out: Path) -> Figure
                 axes.sharey(charts[row][0])
             _draw_panel(axes, study, picture, metric, shown, out)
             if row == 0:
-                axes.set_title(", ".join(f"{axis}: {name}" for axis, name in panel.items()), fontsize=10)
+                title = ", ".join(f"{axis}: {name}" for axis, name in panel.items())
+                axes.set_title(drawable(title), fontsize=10)
             axes.label_outer()
         values = [each.values(metric) for each in cells]
         _cut_bars(charts[row][0], values if picture.x in study.axes else [])
     _add_legend(figure, picture)
-    figure.suptitle(picture.title or str(study.recipe.get("claim", study.name)), fontsize=11, wrap=True)
+    title = str(picture.title or study.recipe.get("claim", study.name))
+    figure.suptitle(drawable(title), fontsize=11, wrap=True)
     return figure
 
 
@@ -80,7 +82,7 @@ def _draw_panel(
     positions = None if picture.x == STEP else _Positions(study.axes[picture.x])
     for index, line in enumerate(lines):
         drawn = _of_line(picture, line, cells)
-        color, label = f"C{index}", line or metric
+        color, label = f"C{index}", drawable(line or metric)
         if positions is None:
             _draw_curve(axes, metric, drawn, out, color, label)
         else:
@@ -89,11 +91,12 @@ def _draw_panel(
             shift = 0.5 * ((index + 0.5) / len(lines) - 0.5) if beside else 0.0
             points = [(positions.of[each.cell[picture.x]] + shift, each.values(metric)) for each in drawn]
             _draw_points(axes, points, "-" if positions.numeric else "none", color, label)
-    axes.set(xlabel=picture.x, ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
+    words = drawable(picture.words.get(metric, metric))
+    axes.set(xlabel=drawable(picture.x), ylabel=words, yscale=picture.y_scale_of(metric))
     if positions is not None and not positions.numeric:
         axes.set_xticks(
             list(positions.of.values()),
-            list(positions.of),
+            [drawable(name) for name in positions.of],
             rotation=20 if len(positions.of) < 10 else 50,
             ha="right",
         )
@@ -136,14 +139,14 @@ def _draw_profiles(
             for place, layer in enumerate(layers)
             if (values := [value for each in drawn for value in each.values(f"{metric}/{layer}")])
         }
-        _draw_band(axes, found, f"C{index}", line or metric, marker=".")
+        _draw_band(axes, found, f"C{index}", drawable(line or metric), marker=".")
     for cut in picture.cuts:
         if cut in layers:
             axes.axvline(layers.index(cut) + 0.5, color="black", linestyle="--", linewidth=1)
     numbers, every = short_names(layers), math.ceil(len(layers) / 24) or 1
     counted = any(not layer.endswith(number) for layer, number in zip(layers, numbers, strict=True))
     axes.set(xlabel=f"{picture.x}, counted from 1" if counted else picture.x)
-    axes.set(ylabel=picture.words.get(metric, metric), yscale=picture.y_scale_of(metric))
+    axes.set(ylabel=drawable(picture.words.get(metric, metric)), yscale=picture.y_scale_of(metric))
     axes.set_xticks(range(0, len(layers), every), numbers[::every])
     _clear(axes)
 
@@ -180,7 +183,8 @@ def _draw_points(
 
 def _cut_bars(axes: Axes, values: Iterable[Sequence[float]]) -> None:
     """A bar that ends near 0 would stretch a log axis over decades without a point."""
-    places = [place for each in values if each for place in (*each, mean_and_spread(each)[0]) if place > 0]
+    found = [place for each in values if each for place in (*each, mean_and_spread(each)[0])]
+    places = [place for place in found if 0 < place < math.inf]
     if places and axes.get_yscale() == "log":
         axes.set_ylim(bottom=max(axes.get_ylim()[0], min(places) / 1.5))
 
@@ -219,5 +223,10 @@ def _add_legend(figure: Figure, picture: Picture) -> None:
         found.update(dict(zip(labels, handles, strict=True)))
     if picture.line is not None and found and picture.line != picture.x:
         figure.legend(
-            found.values(), found.keys(), loc="outside lower center", ncols=6, title=picture.line, fontsize=9
+            found.values(),
+            found.keys(),
+            loc="outside lower center",
+            ncols=6,
+            title=drawable(picture.line),
+            fontsize=9,
         )

@@ -30,11 +30,12 @@ CONFIGURATION, RUNS, RESULTS, PICTURE = "study.yaml", "runs.csv", "results.csv",
 
 @dataclass
 class Outcome:
-    """What came of a study: results by run, and whether it was stopped by Ctrl-C."""
+    """What came of a study: results by run, whether Ctrl-C stopped it, what failed beside its runs."""
 
     results: dict[str, Result] = field(default_factory=dict)
     interrupted: bool = False
     ran: int = 0
+    problems: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -77,6 +78,9 @@ def run_study(study: Study, out: Path, build: Build) -> Outcome:
             outcome.results[run.name] = result
             if result.error is not None:
                 bar.write(f"{run.name} failed: {result.error}")
+    if outcome.interrupted:
+        left = {name: folder for name, folder in folders.items() if name not in outcome.results}
+        outcome.results |= {name: each.result for name, each in left.items() if each.finished and each.result}
     _write(study, outcome, out)
     return outcome
 
@@ -149,15 +153,26 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
+@contextmanager
+def _noting(outcome: Outcome, what: str) -> Iterator[None]:
+    """Have an error told below the table, which is more than what failed."""
+    try:
+        yield
+    except Exception as error:
+        outcome.problems.append(f"Failed: {what}\n  {type(error).__name__}: {error}")
+
+
 def _write(study: Study, outcome: Outcome, out: Path) -> None:
     write_runs(study, outcome.results, out / RUNS)
     write_results(study, outcome.results, out / RESULTS)
     if study.picture is not None and len(outcome.failed) < len(outcome.results):
-        write_figure(draw_study(study, outcome.results, out), out / PICTURE)
+        (out / PICTURE).unlink(missing_ok=True)  # one of an earlier run would be taken for this one's
+        with _noting(outcome, "drawing the picture"):
+            write_figure(draw_study(study, outcome.results, out), out / PICTURE)
     wandb = _wandb(study, study.name, "study")
     if wandb is None or not outcome.ran or outcome.interrupted:
         return
-    with _quiet():
+    with _quiet(), _noting(outcome, "the study's run in W&B"):
         logger = _logger(wandb, out)
         log_files(logger, study.name, "study", [out / name for name in (CONFIGURATION, RESULTS, RUNS)])
         if (out / PICTURE).exists():

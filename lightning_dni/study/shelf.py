@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import lightning_dni
@@ -49,7 +50,8 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
 
     Args:
         name: Of the recipe.
-        destination: A folder or a file that is not there yet; this folder where it is None.
+        destination: A folder, which ends in / where it is not there yet, or a file that is not there yet;
+            this folder where it is None.
 
     Raises:
         StudyError: There is no such recipe, or the file exists.
@@ -60,7 +62,8 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
             f"Expected NAME to be one of {', '.join(files)}, but got {name!r}. Name one of these."
         )
     target = Path(destination or ".")
-    target = target / f"{name}.yaml" if target.is_dir() else target
+    folder = target.is_dir() or str(destination).endswith("/")
+    target = target / f"{name}.yaml" if folder else target
     if target.exists():
         raise StudyError(f"Expected DEST to be free, but {str(target)!r} exists. Name another, or delete it.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,5 +82,6 @@ def _table() -> Table:
         configuration: Any = OmegaConf.load(file)
         recipe = configuration.get("recipe") or {}
         command = "study" if is_study(configuration) else "fit"
-        table.add_row(name, command, str(recipe.get("claim", "")), str(recipe.get("minutes", "")))
+        shown = (name, command, str(recipe.get("claim", "")), str(recipe.get("minutes", "")))
+        table.add_row(*map(escape, shown))
     return table

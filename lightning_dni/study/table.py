@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_dni.errors import StudyError
@@ -43,6 +44,16 @@ def check_metrics(metrics: Iterable[str], study: Study) -> None:
                 f"Expected metrics with names of their own, but got {name!r}, which is a column of the "
                 f"table: {', '.join((*study.axes, *COLUMNS))}. Rename the metric or the axis."
             )
+
+
+def spread_of(metric: str, metrics: Iterable[str]) -> str:
+    """The column of a metric's standard deviation, which is not that of another metric.
+
+    >>> spread_of("loss", ["loss", "error"]), spread_of("loss", ["loss", "loss_std"])
+    ('loss_std', 'loss_std_over_seeds')
+    """
+    name = f"{metric}_std"
+    return f"{name}_over_seeds" if name in metrics else name
 
 
 def by_cell(study: Study, results: Mapping[str, Result]) -> list[CellResults]:
@@ -99,10 +110,10 @@ def write_results(study: Study, results: Mapping[str, Result], file: Path) -> No
         for metric in metrics:
             values = found.values(metric)
             if values:
-                row[metric], row[f"{metric}_std"] = mean_and_spread(values)
+                row[metric], row[spread_of(metric, metrics)] = mean_and_spread(values)
         row["failure"] = "; ".join(dict.fromkeys(found.errors))
         rows.append(row)
-    columns = [name for metric in metrics for name in (metric, f"{metric}_std")]
+    columns = [name for metric in metrics for name in (metric, spread_of(metric, metrics))]
     _write(file, [*study.axes, "seeds", "failed", *columns, "failure"], rows)
 
 
@@ -116,15 +127,16 @@ def _write(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 
 def printed_table(study: Study, results: Mapping[str, Result]) -> Table:
     """The table for a terminal: `mean ± standard deviation` of the metrics that the YAML names."""
-    table = Table(title=f"{study.name}: {study.recipe['claim']}" if "claim" in study.recipe else study.name)
+    title = f"{study.name}: {study.recipe['claim']}" if "claim" in study.recipe else study.name
+    table = Table(title=escape(title))
     metrics = study.table or tuple(metrics_of(study, results))
     for axis in study.axes:
-        table.add_column(axis, no_wrap=True)
+        table.add_column(escape(axis), no_wrap=True)
     for heading in (*metrics, "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(escape(heading), justify="right", no_wrap=True)
     for found in by_cell(study, results):
         numbers = [_shown(found.values(metric)) for metric in metrics]
-        table.add_row(*found.cell.values(), *numbers, _seeds(found))
+        table.add_row(*map(escape, found.cell.values()), *numbers, _seeds(found))
     return table
 
 

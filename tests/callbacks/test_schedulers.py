@@ -177,6 +177,8 @@ def test_schedules_come_from_yaml(schedule, mode):
         (lambda: StepLambda({-1: 0.5}), r"Expected `step -1 of milestones` to be an integer of at least 0"),
         (lambda: StepLambda({1: 0.5}, initial=float("nan")), r"Expected `initial` .* but got nan"),
         (lambda: Alternation(0), r"Expected `synthetic_steps` to be an integer of at least 1, but got 0"),
+        (lambda: BPLambdaScheduler(LinearWarmup), r"Expected `schedule` to be a callable .* but got <class"),
+        (lambda: BPLambdaScheduler({"*": Alternation}), r"Expected `schedule\['\*'\]` .* but got <class"),
         (lambda: BPLambdaScheduler({}), r"Expected `schedule` to hold at least one schedule"),
     ],
 )

@@ -14,6 +14,7 @@ from lightning_dni.study.command import main
     [
         (["--out", "x"], "Expected `--config` to name a study's YAML, but got none"),
         (["toy.yaml"], "Expected `--KEY VALUE`, but got 'toy.yaml'. See `lightning-dni study --help`"),
+        (["--config", "toy.yaml", "--quick=false"], "Expected `--quick` without a value, but got"),
         (["--config"], "Expected a value after '--config', but got none"),
         (["--config", "none.yaml"], "Expected `--config` to name a YAML file, but there is no 'none.yaml'"),
         (

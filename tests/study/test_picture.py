@@ -1,5 +1,6 @@
 """The picture: what lies where, with which bars and names; `runs/toy/picture.png` is what is drawn."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -217,3 +218,24 @@ def test_a_cell_without_a_result_is_left_out():
 def test_without_a_picture_none_is_drawn():
     assert study(CALL) == 0
     assert not (OUT / "picture.png").exists()
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_runs_that_have_diverged_are_in_the_table_and_not_in_the_way(value, capsys):
+    picture = "picture: {x: rate, y: final, y_scale: log}"
+    assert study(f"{CALL}{picture}", "--arguments.final", value, "--only.kind", "a") == 0
+    assert ["0.5", "a", value.replace(".", "")] in [
+        re.findall(r"[^│ ]+", line)[:3] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert (OUT / "picture.png").exists()
+
+
+def test_names_are_shown_as_they_are_with_dollars_and_brackets(capsys):
+    text = CALL.replace("Half is less than one", "'Error [in %] for $5, $^'")
+    text = text.replace("kind: [a, b]", "kind: ['$^$', '[red]']")
+    figure = drawn("{x: rate, y: final, line: kind}", text=text)
+    (legend,) = figure.legends
+    assert [each.get_text() for each in legend.get_texts()] == [r"\$^\$", "[red]"]
+    said = capsys.readouterr().out
+    assert "toy: Error [in %] for $5, $^" in said
+    assert "│ [red] │" in said

@@ -1,9 +1,11 @@
 """The loop over runs: what has finished is kept, changes are noticed, failures are told, Ctrl-C stops."""
 
+import csv
 import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,3 +253,45 @@ def test_building_runs_nothing():
     cli = build(["--config", str(TESTS.parent / "recipes/digits_backprop.yaml"), "--trainer.logger", "false"])
     assert cli.trainer.global_step == 0
     assert not list(Path().iterdir())
+
+
+def test_what_had_finished_before_ctrl_c_stays_in_the_table(capsys):
+    assert study(CALL) == 0
+    shutil.rmtree("runs/toy/rate=0.5,kind=b,seed=0")
+    Path("calls.txt").write_text("0.5 0\n0.5 1\n")
+    assert study(STOPPED, "--call", "study.parts.figures", "--out", "other") == 0
+    for folder in Path("runs/toy").glob("*/run.yaml"):
+        folder.write_text(folder.read_text().replace("parts.figures", "parts.interrupted_once"))
+    Path("calls.txt").write_text("0.5 0\n0.5 1\n")
+    capsys.readouterr()
+    assert study(STOPPED) == 130
+    assert "Stopped: 7 of 8 runs have finished." in capsys.readouterr().out
+    assert [row["status"] for row in rows()] == ["finished"] * 2 + ["missing"] + ["finished"] * 5
+
+
+def test_a_picture_that_cannot_be_drawn_and_a_run_of_wandb_leave_the_table(capsys):
+    text = CALL + "wandb: {offline: true, projct: a}\npicture: {x: rate, y: final, images: run.yaml}\n"
+    assert study(CALL) == 0
+    assert study(text, "--grid.rate", "[0.5, 2.0]") == 1
+    said = capsys.readouterr().out
+    assert "Failed: drawing the picture\n  UnidentifiedImageError: " in said
+    assert "Failed: the study's run in W&B\n  TypeError: " in said
+    assert [row["status"] for row in rows()] == ["finished"] * 4 + ["failed"] * 4
+
+
+def test_metrics_of_probes_are_means_of_the_last_ten():
+    monitor = (
+        "{class_path: lightning_dni.GradientMonitor, init_args: {every_n_train_steps: 1, summary: false}}"
+    )
+    strategy = (
+        "{class_path: lightning_dni.DNIStrategy, init_args: {boundaries: ['net.hidden_0'], estimator: %s}}"
+    )
+    estimator = "{class_path: lightning_dni.estimators.LinearEstimator, init_args: {num_classes: 10}}"
+    text = FIT.replace("limit_train_batches: 3", "limit_train_batches: 12")
+    assert study(text + f"    callbacks: [{monitor}]\n    strategy: {strategy % estimator}\n") == 0
+    with Path("runs/toy/seed=0/csv/metrics.csv").open(newline="") as opened:
+        logged = [row["dni_sg_error/net_hidden_0"] for row in csv.DictReader(opened)]
+    probes = [float(each) for each in logged if each]
+    metrics = json.loads(Path("runs/toy/seed=0/result.json").read_text())["metrics"]
+    assert len(probes) == 12
+    assert metrics["dni_sg_error/net_hidden_0"] == pytest.approx(sum(probes[-10:]) / 10, rel=1e-12)

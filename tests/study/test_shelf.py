@@ -33,6 +33,7 @@ def test_a_recipe_is_copied_and_never_over_another(capsys):
     assert main(["copy", "digits_dni", "some/where/mine.yaml"]) == 0
     Path("folder").mkdir()
     assert copy_recipe("digits_dni", "folder") == Path("folder/digits_dni.yaml")
+    assert copy_recipe("digits_dni", "new/") == Path("new/digits_dni.yaml")
     original = recipe_files()["digits_dni"].read_bytes()
     for copy in ("digits_dni.yaml", "some/where/mine.yaml", "folder/digits_dni.yaml"):
         assert Path(copy).read_bytes() == original

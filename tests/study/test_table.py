@@ -69,3 +69,10 @@ def test_one_seed_has_no_spread_and_failures_are_counted(capsys):
 @pytest.mark.parametrize("values", [[math.inf, -math.inf], [1.7e308, 1.7e308]])
 def test_values_without_a_mean_do_not_end_the_study(values):
     assert all(map(math.isnan, mean_and_spread(values)))
+
+
+def test_a_metric_that_is_called_as_a_spread_does_not_stand_in_its_place():
+    assert study(CALL, "--arguments.final_std", "100", "--only", "{rate: 1.0, kind: a}") == 0
+    (row,) = rows(RESULTS)
+    assert float(row["final_std"]) == 100
+    assert float(row["final_std_over_seeds"]) == pytest.approx(0.5**0.5)
