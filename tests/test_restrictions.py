@@ -255,7 +255,11 @@ RESTRICTIONS = {
         "Expected no arguments about synthetic gradients",
         "Expected no `clip_norm` with an exact schedule",
     ],
-    "activations that are sparse, or of more dimensions": ["A message takes", "tensors to go past boundary"],
+    "activations that are sparse or nested, or of more dimensions": [
+        "A message takes",
+        "tensors to go past boundary",
+        "Expected dense tensors at boundary",
+    ],
     "monitors that need the stages' graphs": [
         "Expected a model in one process for",
         "Expected a probe of the gradients alone in a pipeline",

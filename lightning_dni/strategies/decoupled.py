@@ -53,7 +53,7 @@ class DecoupledTraining(Strategy):
         self._watched: dict[Optimizer, RemovableHandle] = {}
         self._closes_window = True
         self._updating = False
-        self._unclip: Callable[[], None] = lambda: None
+        self._unclip: Callable[[], None] | None = None
 
     # ---- what others may see
 
@@ -142,7 +142,9 @@ class DecoupledTraining(Strategy):
             self._engine.detach()
             self._engine.time_with(no_profile)
         self._leave_optimizers()
-        self._unclip()
+        if self._unclip is not None:
+            self._unclip()
+            self._unclip = None
         self._attached, self._restored, self._resumes = False, None, False
         super().teardown()
 
