@@ -7,26 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "benchmarks/estimators"
+import pytest
 
-
-def report(*words):
-    command = [sys.executable, str(FOLDER / "report.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FOLDER = BENCHMARKS / "estimators"
 
 
 def lines_of_tables(text):
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_tables_of_the_readme_are_what_the_report_prints():
-    said = lines_of_tables((FOLDER / "README.md").read_text())
-    assert said == lines_of_tables(report())
-    assert sum(line.startswith("|---|") for line in said) >= 3
+@pytest.mark.parametrize(("benchmark", "tables"), [("estimators", 12), ("step_time", 2)])
+def test_the_tables_of_the_readme_are_what_the_report_prints(benchmark, tables):
+    folder = BENCHMARKS / benchmark
+    command = [sys.executable, str(folder / "report.py")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    said = lines_of_tables((folder / "README.md").read_text())
+    assert said == lines_of_tables(made)
+    assert sum(line.startswith("|---|") for line in said) == tables
 
 
 def test_the_pipelines_table_is_what_was_measured():
-    folder = FOLDER.parent / "pipeline"
+    folder = BENCHMARKS / "pipeline"
     said = lines_of_tables((folder / "README.md").read_text())
     cells = {}
     with (folder / "results.csv").open() as file:
@@ -48,9 +50,9 @@ for name, share in SCHEDULES.items():
 
 
 def test_the_pipelines_table_for_more_stages_is_what_the_simulation_prints():
-    folder = FOLDER.parent / "pipeline"
+    folder = BENCHMARKS / "pipeline"
     command = [sys.executable, "-c", SIMULATED]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
     made = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=True, cwd=folder, env=environment
     ).stdout.splitlines()
@@ -80,7 +82,22 @@ def test_what_was_measured_is_what_one_command_measures():
 
 def test_differences_in_the_guide_are_those_of_the_tables():
     tables = " ".join(lines_of_tables((FOLDER / "README.md").read_text()))
-    guide = " ".join((FOLDER.parents[1] / "docs/choosing.md").read_text().split())
+    guide = " ".join((BENCHMARKS.parent / "docs/choosing.md").read_text().split())
     quoted = re.findall(r"[+-]\d+\.\d\d \[[^\]]+\]", guide)
     assert len(quoted) >= 4
     assert [difference for difference in quoted if difference not in tables] == []
+
+
+def test_tables_of_the_front_page_are_those_of_the_benchmarks():
+    front = lines_of_tables((BENCHMARKS.parent / "README.md").read_text())
+    compared = [line for line in front if "±" in line]
+    tables = lines_of_tables((FOLDER / "README.md").read_text())
+    assert len(compared) >= 6
+    for line in compared:
+        name, _, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        there = [each for each in tables if each.startswith(f"| {name} |")]
+        assert [each for each in there if " | ".join(figures).strip(" |") in each], line
+    timed = [line for line in front if " / " in line.split("|")[1]]
+    tables = lines_of_tables((BENCHMARKS / "step_time/README.md").read_text())
+    assert len(timed) >= 4
+    assert [line for line in timed if not any(each.startswith(line) for each in tables)] == []

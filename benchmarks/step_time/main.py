@@ -1,10 +1,11 @@
 """Time of a training step, side by side in one process: ratios, not absolute times.
 
-python benchmarks/step_time/main.py [--turns 250] [--width 256]
+python benchmarks/step_time/main.py [--turns 120] [--widths 256 1024] [--keep]
 
-A net of 64 -> 4 x 256 ReLU -> 10, batch 256, Adam, one thread, linear estimators with labels after
+A net of 64 -> 4 x 256 (or 1,024) ReLU -> 10, batch 256, Adam, one thread, linear estimators with labels after
 every hidden layer. The contenders take turns of four steps, so that what they are compared with has run
 next to them, and yet caches are as warm as in training; each ratio is the median over such turns.
+With `--keep` the figures go to results.csv and the README.
 """
 
 import argparse
@@ -18,15 +19,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from net import BOUNDARIES, LINEAR, Net, batches
+from report import Figure, keep, table
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from lightning_dni import DNIStrategy
 from lightning_dni.core import BoundarySpec, DNIEngine, EstimatorFactory, LeafSpec
@@ -34,47 +33,15 @@ from lightning_dni.estimators import (
     BackpropEstimator,
     DirectFeedbackAlignmentEstimator,
     FeedbackAlignmentEstimator,
-    LinearEstimator,
 )
 
-FEATURES, HIDDEN, CLASSES = 64, 4, 10
-BOUNDARIES = [f"net.{k}" for k in range(HIDDEN)]
-FACTORY = partial(LinearEstimator, num_classes=CLASSES)
-ADAM = partial(torch.optim.Adam, lr=1e-3)
 ESTIMATOR_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 STEPS_PER_TURN = 4
 WARM_UP = 8  # turns
-Batch = tuple[Tensor, Tensor]
-
-
-class Net(pl.LightningModule):
-    """The net that every contender trains."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        widths = (FEATURES, *[width] * HIDDEN)
-        hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
-        self.net = nn.Sequential(*hidden, nn.Linear(width, CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores."""
-        return self.net(x)
-
-    def training_step(self, batch: Batch) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
-        return ADAM(self.parameters())
-
-
-def batches(steps: int) -> DataLoader[Batch]:
-    """Random batches with random labels, too many to be learnt: saturated nets compute with denormals."""
-    torch.manual_seed(1)
-    pool = [(torch.randn(256, FEATURES), torch.randint(CLASSES, (256,))) for _ in range(64)]
-    return DataLoader([pool[k % len(pool)] for k in range(steps)], batch_size=None)
+FEEDBACK: dict[str, EstimatorFactory] = {
+    kind.__name__: kind
+    for kind in (BackpropEstimator, FeedbackAlignmentEstimator, DirectFeedbackAlignmentEstimator)
+}
 
 
 def backprop(width: int, steps: int) -> Iterator[None]:
@@ -94,7 +61,7 @@ def by_hand(width: int, steps: int) -> Iterator[None]:
     model = Net(width)
     optimizer = model.configure_optimizers()
     specs = [BoundarySpec(name, (LeafSpec((width,), torch.float32),)) for name in BOUNDARIES]
-    estimators = [FACTORY(spec) for spec in specs]
+    estimators = [LINEAR(spec) for spec in specs]
     estimator_optimizer = ESTIMATOR_ADAM([p for e in estimators for p in e.parameters()])
     for x, y in batches(steps):
         optimizer.zero_grad()
@@ -120,7 +87,7 @@ def learn(synthetic: Tensor, h: Tensor, rows: int) -> None:
     (F.mse_loss(synthetic, h.grad * rows, reduction="sum") / rows).backward()
 
 
-def engine(width: int, steps: int, factory: EstimatorFactory = FACTORY) -> Iterator[None]:
+def engine(width: int, steps: int, factory: EstimatorFactory = LINEAR) -> Iterator[None]:
     """The engine in a plain torch loop."""
     model = Net(width)
     optimizer = model.configure_optimizers()
@@ -143,6 +110,7 @@ class Turns:
         self.times: dict[str, list[float]] = {name: [] for name in contenders}
         self._may_go = {name: threading.Semaphore(0) for name in contenders}
         self._done = threading.Semaphore(0)
+        self._failed: list[BaseException] = []
         self._threads = [
             threading.Thread(target=self._run, args=(name, contender, turns * STEPS_PER_TURN), daemon=True)
             for name, contender in contenders.items()
@@ -153,6 +121,8 @@ class Turns:
             for name in contenders:
                 self._may_go[name].release()
                 self._done.acquire()
+                if self._failed:
+                    raise self._failed[0]
 
     def _run(self, name: str, contender: Callable[[int, Callable[[], None]], None], steps: int) -> None:
         began, done = time.perf_counter(), 0
@@ -170,6 +140,8 @@ class Turns:
         self._may_go[name].acquire()
         try:
             contender(steps, step)
+        except BaseException as error:
+            self._failed.append(error)
         finally:
             self._done.release()
 
@@ -209,71 +181,60 @@ def in_trainer(strategy: Callable[[], object], width: int, steps: int, step: Cal
 
 def contenders(width: int) -> dict[str, Callable[[int, Callable[[], None]], None]]:
     """What takes turns, each given the number of steps and what to call after one."""
-    kinds = {
-        "engine, backprop": BackpropEstimator,
-        "engine, FA": FeedbackAlignmentEstimator,
-        "engine, DFA": DirectFeedbackAlignmentEstimator,
-    }
     return {
         "backprop loop": partial(in_loop, partial(backprop, width)),
         "DNI loop by hand": partial(in_loop, partial(by_hand, width)),
         "engine loop": partial(in_loop, partial(engine, width)),
-        **{name: partial(in_loop, partial(engine, width, factory=kind)) for name, kind in kinds.items()},
+        **{name: partial(in_loop, partial(engine, width, factory=kind)) for name, kind in FEEDBACK.items()},
         "plain Trainer": partial(in_trainer, lambda: "auto", width),
         "Trainer, DNIStrategy": partial(
-            in_trainer, lambda: DNIStrategy(BOUNDARIES, FACTORY, estimator_optimizer=ESTIMATOR_ADAM), width
+            in_trainer, lambda: DNIStrategy(BOUNDARIES, LINEAR, estimator_optimizer=ESTIMATOR_ADAM), width
         ),
     }
 
 
-def ratios(turns: list[dict[str, float]]) -> dict[str, float]:
-    """The ratios that are promised: medians over the turns."""
-    median = statistics.median
-    added = [
-        median(t["Trainer, DNIStrategy"] - t["engine loop"] for t in turns),
-        median(t["plain Trainer"] - t["backprop loop"] for t in turns),
-    ]
-    return {
-        "engine / by hand (at most 1.10)": median(t["engine loop"] / t["DNI loop by hand"] for t in turns),
-        "engine / backprop (at most 2.1)": median(t["engine loop"] / t["backprop loop"] for t in turns),
-        "by hand / backprop": median(t["DNI loop by hand"] / t["backprop loop"] for t in turns),
-        "engine, backprop / backprop": median(t["engine, backprop"] / t["backprop loop"] for t in turns),
-        "engine, FA / backprop (at most 1.25)": median(t["engine, FA"] / t["backprop loop"] for t in turns),
-        "engine, DFA / backprop (at most 1.25)": median(t["engine, DFA"] / t["backprop loop"] for t in turns),
-        "what the Trainer adds, DNI / plain (at most 1.1)": added[0] / added[1],
+def figures(turns: list[dict[str, float]], width: int) -> Iterator[Figure]:
+    """What the README's table has, of all turns."""
+    values = {
+        "backprop, ms per step": [1e3 * t["backprop loop"] for t in turns],
+        "engine / the same loop written by hand": [t["engine loop"] / t["DNI loop by hand"] for t in turns],
+        "engine / backprop": [t["engine loop"] / t["backprop loop"] for t in turns],
+        "the loop by hand / backprop": [t["DNI loop by hand"] / t["backprop loop"] for t in turns],
+        **{
+            f"engine with `{name}` / backprop": [t[name] / t["backprop loop"] for t in turns]
+            for name in FEEDBACK
+        },
     }
+    for row, found in values.items():
+        low, *_, high = statistics.quantiles(found, n=10)
+        yield Figure(1, row, width, statistics.median(found), low, high)
+    # differences of single turns may be next to zero, so that their ratios say nothing
+    ours = statistics.median(t["Trainer, DNIStrategy"] - t["engine loop"] for t in turns)
+    added = ours / statistics.median(t["plain Trainer"] - t["backprop loop"] for t in turns)
+    yield Figure(1, "what the Trainer adds: with `DNIStrategy` / plain", width, added, added, added)
 
 
 def main() -> None:
-    """Take turns, then print times and ratios."""
+    """Take turns at each width, then print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--turns", type=int, default=250)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=120)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--keep", action="store_true", help="write results.csv and the README's table")
     args = parser.parse_args()
     if os.environ.get("MALLOC_ARENA_MAX") != "1":  # threads shall find memory as one thread alone would
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    times = Turns(contenders(args.width), args.turns + WARM_UP).times
-    turns = [dict(zip(times, t, strict=True)) for t in zip(*times.values(), strict=True)][WARM_UP:]
-    table = Table(
-        title=f"torch {torch.__version__}, {platform.machine()}, 1 thread, "
-        f"{args.width} units, {len(turns)} turns of {STEPS_PER_TURN} steps"
-    )
-    for heading in ("", "median", "10 %", "90 %"):
-        table.add_column(heading)
-    for name in times:
-        low, *_, high = statistics.quantiles([t[name] * 1e3 for t in turns], n=10)
-        table.add_row(
-            f"{name}, ms",
-            f"{statistics.median(t[name] for t in turns) * 1e3:.2f}",
-            f"{low:.2f}",
-            f"{high:.2f}",
-        )
-    for name, value in ratios(turns).items():
-        table.add_row(name, f"{value:.2f}", "", "")
-    Console().print(table)
+    found: list[Figure] = []
+    for width in args.widths:
+        times = Turns(contenders(width), args.turns + WARM_UP).times
+        turns = [dict(zip(times, t, strict=True)) for t in zip(*times.values(), strict=True)][WARM_UP:]
+        found += figures(turns, width)
+    print("\n".join(table(found)))
+    print(f"torch {torch.__version__}, {platform.machine()}, {args.turns} turns of {STEPS_PER_TURN} steps")
+    if args.keep:
+        keep(found)
 
 
 if __name__ == "__main__":
