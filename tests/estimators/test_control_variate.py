@@ -59,18 +59,23 @@ def test_adds_what_chosen_rows_are_short_of(row):
     assert len(seen) > 5
 
 
+def assert_as_backprop(engine, model, batch):
+    """One more step gives the gradients of backprop, to 1e-10; the engine is detached then."""
+    run_step(engine, model, batch)
+    combined = grads(model)
+    engine.detach()
+    model.zero_grad()
+    plain_gradients(model, batch[0], lambda scores: F.cross_entropy(scores, batch[1]), BOUNDARIES)
+    for name, gradient in grads(model).items():
+        assert_close(combined[name], gradient, rtol=0, atol=1e-10)
+
+
 def test_with_every_row_it_is_backprop():
     """Through two boundaries, whatever the predictions are."""
     torch.manual_seed(0)
     model = mlp()
     engine, (x, y) = engine_with(model, lambda spec: ControlVariateEstimator(spec, 1.0, CLASSES))
-    run_step(engine, model, (x, y))
-    combined = grads(model)
-    engine.detach()
-    model.zero_grad()
-    plain_gradients(model, x, lambda scores: F.cross_entropy(scores, y), BOUNDARIES)
-    for name, gradient in grads(model).items():
-        assert_close(combined[name], gradient, rtol=0, atol=1e-10)
+    assert_as_backprop(engine, model, (x, y))
 
 
 def scores_of_bias(make, steps):
@@ -131,7 +136,7 @@ def test_refuses_a_share_out_of_range(fraction):
 
 
 def maps():
-    """Two blocks of convolutions and a classifier, which is blind to nothing."""
+    """Two blocks of convolutions and a classifier."""
     blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.Tanh()) for a, b in ((1, 3), (3, 2))]
     return nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(2 * 16, CLASSES))).double()
 
@@ -149,13 +154,7 @@ def test_with_every_row_convolutional_predictions_are_backprop_too(hidden):
         for p in estimator.parameters():
             p.data += 0.3 * torch.randn_like(p)
     model.zero_grad()
-    run_step(engine, model, (x, y))
-    combined = grads(model)
-    engine.detach()
-    model.zero_grad()
-    plain_gradients(model, x, lambda scores: F.cross_entropy(scores, y), BOUNDARIES)
-    for name, gradient in grads(model).items():
-        assert_close(combined[name], gradient, rtol=0, atol=1e-10)
+    assert_as_backprop(engine, model, (x, y))
 
 
 def test_the_predictor_learns_as_it_does_by_itself():
