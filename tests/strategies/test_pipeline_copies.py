@@ -283,3 +283,42 @@ def test_metrics_of_copies_have_seen_the_rows_of_all_and_every_rank_decides_alik
         assert {k: found[k] for k in ("best", "stopped", "groups")} == {
             k: alone[k] for k in ("best", "stopped", "groups")
         }
+
+
+class Gathering(Net):
+    """Gathers over processes where only the last stage comes, and where all stages come."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.seen, self.ends = [], [], []
+
+    def validation_step(self, batch, batch_idx):
+        out = self(batch[0])
+        self.own.append(out)
+        self.seen.append(self.all_gather(out))
+        self.log("val_loss", F.cross_entropy(out, batch[1]), sync_dist=True)
+
+    def on_validation_epoch_end(self):
+        self.ends.append(self.all_gather(torch.tensor(self.global_rank)).tolist())
+
+
+def fit_gathering(rank):
+    module = Gathering().double()
+    trainer = quiet_trainer(
+        pipeline(2), devices=4, max_epochs=1, use_distributed_sampler=False, precision="64-true"
+    )
+    trainer.fit(module, part(rank % 2), part(rank % 2, 16))
+    return module.own, module.seen, module.ends
+
+
+def test_what_copies_gather_is_of_the_same_stage():
+    """Behind the boundary the outputs of both copies; where all come, the copies of each stage."""
+    found = on_ranks(fit_gathering, world_size=4)
+    last = [each for each in found if each[0]]
+    assert len(last) == 2
+    for _, seen, _ in last:
+        for number, gathered in enumerate(seen):
+            assert gathered.shape == (2, 4, CLASSES)
+            for copy, (own, _, _) in enumerate(last):
+                assert torch.equal(gathered[copy], own[number])
+    assert {tuple(ends[-1]) for _, _, ends in found} == {(0, 1), (2, 3)}
