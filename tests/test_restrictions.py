@@ -169,8 +169,9 @@ RESTRICTIONS = {
         "Expected at least 2 stages with boundaries='auto'",
         "Expected a cluster for num_nodes",
     ],
-    "manual optimization, `16-mixed`, weight averaging and `sync_batchnorm`": [
+    "manual optimization, `16-mixed`, weight averaging, `sync_batchnorm` and steps": [
         "Expected automatic optimization under strategy='dni_pipeline'",
+        "Expected steps that are given a batch under strategy='dni_pipeline'",
         "Expected a precision without a gradient scaler under strategy='dni_pipeline'",
         "Expected no weight averaging under strategy='dni_pipeline'",
         "Expected sync_batchnorm=False",

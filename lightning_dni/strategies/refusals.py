@@ -1,6 +1,7 @@
 """What stages in processes of their own cannot do, said before the first batch, with the reason."""
 
 import dis
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_dni.strategies._compat import (
 from lightning_dni.strategies.options import DNIOptions
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 SEES_OUTPUTS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
 
 
@@ -54,6 +56,14 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, layer_sy
         raise MisconfigurationException(
             f"Expected automatic optimization under strategy='dni_pipeline', but {type(module).__name__} has "
             "automatic_optimization=False. Train it under strategy='dni' or 'dni_ddp'."
+        )
+    reading = [n for n in STEPS if "dataloader_iter" in inspect.signature(getattr(module, n)).parameters]
+    if reading:
+        raise MisconfigurationException(
+            f"Expected steps that are given a batch under strategy='dni_pipeline', but {reading[0]} of "
+            f"{type(module).__name__} takes `dataloader_iter`, from which a stage's trial would take what "
+            "the stage itself is to read. Take `batch` and `batch_idx`, or train under strategy='dni' or "
+            "'dni_ddp'."
         )
     if str(trainer.precision) == "16-mixed":
         raise MisconfigurationException(

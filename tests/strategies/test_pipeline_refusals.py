@@ -64,6 +64,12 @@ class Unused(Net):
         self.aside = nn.Linear(2, 2)
 
 
+class Reading(Net):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
 class Locked(LINEAR.func):
     """Says nothing before it is told."""
 
@@ -81,6 +87,7 @@ HALF = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 REFUSED = {
     "16-mixed": ({"plugins": HALF}, Net, {}, "without a gradient scaler .* precision='bf16-mixed'"),
     "manual": ({}, Manual, {}, "Expected automatic optimization"),
+    "an iterator": ({}, Reading, {}, "but training_step of Reading takes `dataloader_iter`"),
     "second order": ({}, SecondOrder, {}, "got LBFGS, which evaluates it several times"),
     "several optimizers": ({}, TwoOptimizers, {}, "multiple optimizers is only supported with manual"),
     "sync_batchnorm": ({"sync_batchnorm": True}, Net, {}, "Expected sync_batchnorm=False"),
