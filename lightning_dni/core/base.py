@@ -21,7 +21,7 @@ from lightning_dni.core.context import Labels, Where, find_context
 from lightning_dni.core.estimator import GradientEstimator
 from lightning_dni.core.exchange import Exchange
 from lightning_dni.core.health import Health, OnNonfinite
-from lightning_dni.core.immediate import ImmediateUpdates, Updater
+from lightning_dni.core.immediate import ImmediateUpdates, Updater, check_update
 from lightning_dni.core.inputs import (
     InputEstimator,
     InputFactory,
@@ -37,7 +37,7 @@ from lightning_dni.core.report import StepReport
 from lightning_dni.core.settings import Scale, StepSettings
 from lightning_dni.core.sparse import choose_probabilities
 from lightning_dni.core.target import Denominator, check_denominator, choose_lambdas
-from lightning_dni.errors import EstimatorError, StageError
+from lightning_dni.errors import EstimatorError
 
 UpdateTime = Literal["step", "immediate"]
 """When a stage's parameters step: in the user's optimizer step, or as soon as their gradient is there."""
@@ -86,13 +86,7 @@ class Engine(ABC):
         check_denominator(loss_denominator)
         if rng not in ("global", "stage"):
             raise EstimatorError(f"Expected `rng` to be 'global' or 'stage', but got {rng!r}.")
-        if update not in ("step", "immediate"):
-            raise EstimatorError(f"Expected `update` to be 'step' or 'immediate', but got {update!r}.")
-        if update == "immediate" and exchange is not None:
-            raise StageError(
-                "Expected no replicas with update='immediate', but got an `exchange`: every stage would wait "
-                "for the others' gradients in the forward pass. Pass update='step'."
-            )
+        check_update(update, has_replicas=exchange is not None)
         self._model = model
         if truncations:
             refuse_beside_truncations(bp_lambda, update_probability, update, synthetic_inputs)

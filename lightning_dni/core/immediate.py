@@ -19,7 +19,7 @@ from lightning_dni.core.boundary import modules_by_stage
 from lightning_dni.core.cut import Cut
 from lightning_dni.core.hooks import hooks_asleep
 from lightning_dni.core.stage import accumulate, without_autocast
-from lightning_dni.errors import StageError
+from lightning_dni.errors import EstimatorError, StageError
 
 
 @runtime_checkable
@@ -109,16 +109,7 @@ def _is_number(value: object) -> bool:
 
 
 def _refuse_changed(optimizer: Optimizer, before: _Shared, after: _Shared) -> None:
-    changed = [
-        name
-        for (place, name), (value, version) in after.items()
-        if (place, name) not in before
-        or version != before[place, name][1]
-        or (
-            value is not before[place, name][0]
-            and (torch.is_tensor(value) or value != before[place, name][0])
-        )
-    ]
+    changed = [key[1] for key, now in after.items() if key not in before or not _is_same(*before[key], *now)]
     changed += [str(key) for key in optimizer.state if not torch.is_tensor(key)]
     if changed:
         raise StageError(
@@ -126,6 +117,10 @@ def _refuse_changed(optimizer: Optimizer, before: _Shared, after: _Shared) -> No
             f"of {type(optimizer).__name__} changes {changed} of a whole group or of its own, and would do "
             "so once per stage. Use SGD or Adam, for example, or pass update='step'."
         )
+
+
+def _is_same(before: Any, changes: int, now: Any, changes_now: int) -> bool:
+    return changes == changes_now and (now is before or (not torch.is_tensor(now) and now == before))
 
 
 def _step_hooks(optimizer: Optimizer) -> list[dict[int, Any]]:
@@ -217,6 +212,22 @@ def _full_precision(device: str) -> Iterator[None]:
         yield
     if torch.is_autocast_enabled(device):
         torch.clear_autocast_cache()  # it holds what the parameters were before
+
+
+def check_update(update: str, *, has_replicas: bool) -> None:
+    """Refuse a time of update that there is not, or that does not go with replicas.
+
+    Raises:
+        EstimatorError: There is none of that name.
+        StageError: Replicas would have to wait for each other.
+    """
+    if update not in ("step", "immediate"):
+        raise EstimatorError(f"Expected `update` to be 'step' or 'immediate', but got {update!r}.")
+    if update == "immediate" and has_replicas:
+        raise StageError(
+            "Expected no replicas with update='immediate', but got an `exchange`: every stage would wait "
+            "for the others' gradients in the forward pass. Pass update='step'."
+        )
 
 
 def expect_updater(updater: Updater | None, several_losses: bool, steps: bool) -> Updater | None:

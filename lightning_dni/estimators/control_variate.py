@@ -47,7 +47,6 @@ class ControlVariateEstimator(GradientEstimator):
     needs = frozenset({Signal.TARGET})
     locks = frozenset({Lock.UPDATE, Lock.BACKWARD})
     regresses = True
-    differentiates = True
     facts = Facts(
         gradient="SG(h, y), on m of b rows + (b/m)(dL/dh - SG(h, y))",
         synthesis="hA + yB + C, or another estimator's",
